@@ -1,0 +1,1310 @@
+"""mdpt: diffusion policies for offline reinforcement learning, guidance and policy as separate modules.
+
+Commands, experiment file, training loop, reports. Heavy imports wait until a command needs them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tomli
+import typer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from rich.console import Console
+    from rich.table import Table
+    from torch import Tensor
+
+    from data import Dataset
+    from models import Batch, Bundle, Guidance, Inference, Loss, Policy, Randomness, Stack, Transitions
+
+
+class MdptError(Exception):
+    """A user's mistake: what, where, got and expected, what to do. Printed to stderr, exit code 1."""
+
+
+# --- the experiment file ----------------------------------------------------------------------------------------
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Widths = Annotated[list[Positive], Field(min_length=1, max_length=16)]
+Activation = Literal["relu", "mish"]
+
+
+class Section(BaseModel):
+    """A table of the experiment file: frozen, strictly typed, without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class DataSection(Section):
+    """[data]: which transitions to learn from."""
+
+    source: Literal["collect", "hdf5"] = Field("collect", description="roll out bundled agents, or read a D4RL file")
+    environment: str = Field("HopperBulletEnv-v0", description="gymnasium id")
+    reference: str | Annotated[list[float], Field(min_length=2, max_length=2)] = Field(
+        "bullet-hopper", description="D4RL family whose returns are scores 0 and 100, or [min, max]"
+    )
+    path: str | None = Field(None, description="the file, for source hdf5")
+    transitions: Annotated[int, Field(ge=100)] = Field(200_000, description="environment steps to collect")
+    levels: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = Field(
+        [0.2, 0.4, 0.6, 0.8], description="perturbation of the agent's weights, drawn per episode; equal shares"
+    )
+    action_noise: Annotated[float, Field(ge=0)] = Field(0.1, description="deviation of noise on collected actions")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of collection and of the choice of held-out episodes")
+    held_out: Annotated[float, Field(ge=0, le=0.5)] = Field(0.05, description="fraction of episodes kept from training")
+    reward_scale: Literal["none", "return-range", "minus-one"] | Annotated[float, Field(gt=0)] = Field(
+        "return-range", description="return-range: episode length / (best - worst return); minus-one; or a factor"
+    )
+
+    @model_validator(mode="after")
+    def _source_is_complete(self) -> DataSection:
+        if self.source == "hdf5" and self.path is None:
+            raise ValueError("source 'hdf5' needs a path")
+        if self.source == "collect" and self.path is not None:
+            raise ValueError("path is only for source 'hdf5'")
+        if self.transitions % len(self.levels):
+            raise ValueError(f"transitions {self.transitions} cannot be shared equally by {len(self.levels)} levels")
+        return self
+
+
+class TrainingSection(Section):
+    """What guidance and policy training have in common."""
+
+    steps: Positive = Field(20_000, description="gradient steps")
+    batch_size: Positive = Field(256, description="transitions per step and member")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(3e-4, description="of Adam at the start; cosine decay to 0")
+    gradient_norm: Annotated[float, Field(gt=0)] = Field(10.0, description="limit per network and member")
+    snapshots: Positive = Field(10, description="evenly spaced copies of the acting weights kept in the bundle")
+
+
+class GuidanceSection(TrainingSection):
+    """[guidance]: the value estimator."""
+
+    algorithm: Literal["idql", "dql"] = Field("idql", description="implicit Q-learning, or Diffusion-QL's critic")
+    hidden: Widths = Field([256, 256], description="hidden units of each layer")
+    activation: Activation = Field("relu", description="of critics, V and companion actor")
+    discount: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="per environment step")
+    expectile: Annotated[float, Field(gt=0, lt=1)] = Field(0.7, description="of V, for idql (2110.06169, eq. 5)")
+    tau: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.005, description="Polyak: target <- (1 - tau) target + tau online"
+    )
+    bootstrap_candidates: Positive = Field(1, description="dql: next actions of which the best counts")
+    eta: Annotated[float, Field(ge=0)] = Field(1.0, description="dql: value weight in the companion actor's loss")
+    diffusion_steps: Positive = Field(5, description="dql: of the companion actor")
+    ema_decay: Fraction = Field(0.999, description="dql: of the companion actor's averaged weights, per step")
+
+
+class PolicySection(TrainingSection):
+    """[policy]: the diffusion model over actions."""
+
+    algorithm: Literal["bc", "idql", "dql", "edp", "cfg"] = Field("dql", description="training objective")
+    scheme: Literal["guidance-first", "joint", "unguided"] = Field("guidance-first", description="when guidance learns")
+    hidden: Widths = Field([256, 256, 256], description="hidden units of each layer; idql: of each residual block")
+    activation: Activation = Field("mish", description="of the denoiser")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="in idql's residual blocks")
+    time_features: Annotated[int, Field(ge=2, multiple_of=2)] = Field(64, description="sinusoids of the diffusion step")
+    diffusion_steps: Positive = Field(5, description="T")
+    noise_schedule: Literal["vp", "cosine", "linear"] = Field("vp", description="betas; vp as in Diffusion-QL")
+    sampler: Literal["ddpm", "dpm-solver++"] = Field("ddpm", description="ancestral, or DPM-Solver++ 2M")
+    sampling_steps: Positive = Field(5, description="network calls of dpm-solver++, at most diffusion_steps")
+    eta: Annotated[float, Field(ge=0)] = Field(1.0, description="weight of the guidance term (dql, edp)")
+    ema_decay: Fraction = Field(0.999, description="of the averaged weights that act, per step")
+    label_dropout: Fraction = Field(0.1, description="cfg: share of labels dropped in training")
+    advantage_weight: Literal["none", "expectile", "exponential"] = Field(
+        "none", description="of transitions: bc, idql"
+    )
+    advantage_expectile: Annotated[float, Field(gt=0, lt=1)] = Field(0.7, description="for advantage_weight expectile")
+    advantage_temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="inverse, for exponential")
+    guidance_from: Fraction = Field(0.0, description="fraction of the run at which the guidance term begins")
+    guidance_until: Fraction = Field(1.0, description="fraction of the run at which it ends")
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> PolicySection:
+        if self.algorithm == "idql" and len(set(self.hidden)) > 1:
+            raise ValueError(f"hidden {self.hidden}: idql's residual blocks are all of one width")
+        if self.sampler == "dpm-solver++" and self.sampling_steps > self.diffusion_steps:
+            raise ValueError(
+                f"sampling_steps {self.sampling_steps} is more than diffusion_steps {self.diffusion_steps}"
+            )
+        if self.guidance_from > self.guidance_until:
+            raise ValueError(f"guidance_from {self.guidance_from} is after guidance_until {self.guidance_until}")
+        return self
+
+
+class EvaluationSection(Section):
+    """[evaluation]: how a policy is tried."""
+
+    episodes: Positive = Field(10, description="per member")
+    candidates: Positive = Field(10, description="actions drawn per state, of which the guidance takes one")
+    selection: Literal["max", "softmax"] = Field("max", description="the best candidate, or a draw by value")
+    weight_temperature: Annotated[float, Field(ge=0)] = Field(100.0, description="inverse temperature of the softmax")
+    temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="scale of the sampling noise")
+    w: Annotated[float, Field(ge=0)] = Field(1.0, description="classifier-free guidance weight (cfg)")
+    guide: Literal["rank", "gradient", "both"] = Field("rank", description="how guidance acts at inference")
+    guidance_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="of the gradient, for gradient and both")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of start states and sampling noise")
+
+
+class Experiment(Section):
+    """The whole experiment file."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        "experiment", description="names files"
+    )
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=256)] = Field(
+        [0, 1, 2], description="one member each, trained side by side"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    data: DataSection = DataSection()
+    guidance: GuidanceSection = GuidanceSection()
+    policy: PolicySection = PolicySection()
+    evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="after")
+    def _seeds_differ(self) -> Experiment:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {self.seeds} repeat; each member needs its own")
+        return self
+
+
+def load_experiment(path: Path, overrides: Sequence[str], seeds: str | None, device: str | None) -> Experiment:
+    """Read and check an experiment file; each override is "table.key=value", its value written as in TOML.
+
+    Raises: MdptError naming file, table, key, value and what is allowed.
+    """
+    if not path.is_file():
+        raise MdptError(f"{path}: no such experiment file; hopper.toml in the repository is one to start from")
+    try:
+        content = tomli.loads(path.read_text(encoding="utf-8"))
+    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise MdptError(f"{path}: is not TOML: {error}") from error
+    if seeds is not None:
+        overrides = [*overrides, f"seeds=[{seeds}]"]
+    if device is not None:
+        overrides = [*overrides, f"device={device}"]
+    for override in overrides:
+        _override(content, override)
+    try:
+        return Experiment.model_validate(content)
+    except ValidationError as error:
+        raise MdptError("\n".join(_explain(path, problem) for problem in error.errors())) from error
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    keys, equals, text = override.partition("=")
+    *tables, key = (part.strip() for part in keys.split("."))
+    if not equals or not key or len(tables) > 1:
+        raise MdptError(f"--set {override}: expected table.key=value, such as policy.steps=5000")
+    try:
+        value = tomli.loads(f"value = {text}")["value"]
+    except tomli.TOMLDecodeError:
+        value = text.strip()  # a bare word; its field says whether it is allowed
+    target = content
+    for table in tables:
+        target = target.setdefault(table, {})
+        if not isinstance(target, dict):
+            raise MdptError(f"--set {override}: {table} is a key, not a table")
+    target[key] = value
+
+
+def _explain(path: Path, problem: Any) -> str:
+    """One line for a pydantic error: file, table, key, value, what is allowed, and the nearest key."""
+    *tables, key = [
+        str(part) for part in problem["loc"] if not str(part).startswith(("constrained", "list[", "literal["))
+    ] or [""]
+    section: type[BaseModel] = Experiment
+    named = [key] if not tables else tables
+    if named[0] in ("data", "guidance", "policy", "evaluation"):
+        section = type(getattr(Experiment(), named[0]))
+    where = f"{path}: [{tables[0]}] {'.'.join([*tables[1:], key])}" if tables else f"{path}: {key or 'top level'}"
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    if problem["type"] == "extra_forbidden":
+        known = list(section.model_fields)
+        near = difflib.get_close_matches(key, known, n=1)
+        return f"{where} = {problem['input']!r}: unknown key; " + (
+            f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        )
+    if isinstance(problem["input"], dict):
+        return f"{where}: {message}"
+    return f"{where} = {problem['input']!r}: {message}"
+
+
+# --- training ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Part:
+    """A network that learns: its optimizer, initial learning rate and gradient-norm limit."""
+
+    network: Stack
+    learning_rate: float
+    gradient_norm: float
+    gradient: Any = None
+    adam: Any = None
+
+
+class Learner:
+    """Modules that learn together: one loss, and for each network Adam with cosine decay and a norm limit per member."""
+
+    def __init__(
+        self,
+        modules: Sequence[tuple[Guidance | Policy, TrainingSection]],
+        loss: Callable[[Batch, Randomness, float], Loss],
+    ) -> None:
+        import torch
+
+        self.modules, self.loss = [module for module, _ in modules], loss
+        self.parts = [
+            Part(network, section.learning_rate, section.gradient_norm)
+            for module, section in modules
+            for network in module.networks()
+        ]
+        for part in self.parts:
+            part.gradient = part.network.vector.grad = torch.zeros_like(part.network.vector)
+            part.adam = torch.optim.Adam([part.network.vector], lr=part.learning_rate, fused=True)
+        self.parameters = [parameter for part in self.parts for parameter in part.network.parameters()]
+
+    def update(self, loss: Tensor, step: int, steps: int) -> None:
+        """One gradient step of every network, then targets and averages follow. loss: (S,)."""
+        import math
+
+        import torch
+
+        gradients = iter(torch.autograd.grad(loss.sum(), self.parameters))
+        for part in self.parts:
+            pieces = [next(gradients).flatten(1) for _ in part.network.parameters()]
+            torch.cat(pieces, dim=1, out=part.gradient)
+            by_member = part.gradient.view(len(loss), -1)  # (S, copies * P)
+            norm = torch.linalg.vector_norm(by_member, dim=1, keepdim=True)
+            by_member.mul_((part.gradient_norm / (norm + 1e-6)).clamp(max=1.0))
+            part.adam.param_groups[0]["lr"] = part.learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+            part.adam.step()
+        for module in self.modules:
+            module.follow(step)
+
+    def state(self) -> list[dict[str, Any]]:
+        """Optimizer states, one per network, as plain containers."""
+        return [part.adam.state_dict() for part in self.parts]
+
+    def restore(self, states: Sequence[dict[str, Any]]) -> None:
+        for part, state in zip(self.parts, states, strict=True):
+            part.adam.load_state_dict(state)
+
+
+def train(
+    learner: Learner,
+    transitions: Transitions,
+    random: Randomness,
+    *,
+    batch_size: int,
+    start: int,
+    steps: int,
+    monitor: Monitor,
+    keep: Callable[[int], None],
+) -> None:
+    """The training loop of guidance and policy alike: sample, step, log, save."""
+    for step in range(start, steps):
+        random.step = step
+        batch = transitions.sample(random, batch_size)
+        loss, metrics = learner.loss(batch, random, step / steps)
+        learner.update(loss, step, steps)
+        monitor.record(step, loss.detach(), metrics)
+        if step + 1 in monitor.milestones or monitor.interrupted:
+            monitor.log()
+            keep(step + 1)
+        if monitor.interrupted:
+            raise MdptError(f"interrupted after step {step + 1} of {steps}; the same command with --resume goes on")
+
+
+@dataclass
+class Monitor:
+    """Watches a run: progress on the screen, history for the bundle, an end where a loss is not finite."""
+
+    title: str
+    start: int
+    steps: int
+    seeds: Sequence[int]
+    milestones: set[int]
+    history: list[dict[str, Any]]
+    kept: str
+    interrupted: bool = False
+    began: float = field(default_factory=time.perf_counter)
+    pending: list[tuple[Tensor, dict[str, Tensor]]] = field(default_factory=list)
+    show: Callable[[int, str], None] = lambda done, text: None
+
+    def record(self, step: int, loss: Tensor, metrics: dict[str, Tensor]) -> None:
+        self.pending.append((loss, metrics))
+        if (step + 1) % max(1, self.steps // 200) == 0 or step + 1 == self.steps:
+            self.log()
+
+    def log(self) -> None:
+        """Check and average what came since the last call; one transfer from the device."""
+        import torch
+
+        if not self.pending:
+            return
+        done = (self.history[-1]["step"] if self.history else 0) + len(self.pending)
+        losses = torch.stack([loss for loss, _ in self.pending]).cpu()  # (steps, S)
+        bad = (~losses.isfinite()).nonzero()
+        if len(bad):
+            step, member = done - len(self.pending) + int(bad[0, 0]), int(bad[0, 1])
+            raise MdptError(
+                f"the loss of member {member} (seed {self.seeds[member]}) became {losses[bad[0, 0], member].item()} at "
+                f"step {step}; {self.kept}; lower learning_rate or look at the data"
+            )
+        names = {name for _, metrics in self.pending for name in metrics}
+        means = {
+            name: torch.stack([m[name] for _, m in self.pending if name in m]).mean(0).tolist()
+            for name in sorted(names)
+        }
+        self.history.append({"step": done, "loss": losses.mean(0).tolist(), **means})
+        self.pending.clear()
+        speed = (done - self.start) / (time.perf_counter() - self.began)
+        self.show(done, f"loss {losses.mean():.4g}, {speed:.0f} steps/s")
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Show progress, and let Ctrl-C end the run after a whole step."""
+
+        def interrupt(*_: object) -> None:
+            self.interrupted = True
+
+        before = signal.signal(signal.SIGINT, interrupt)
+        try:
+            with progress(self.title, self.steps) as self.show:
+                self.show(self.start, "")
+                yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """A Rich progress bar on stderr, or a log line each tenth of the way where stderr is no terminal."""
+    from rich import progress as rich_progress
+
+    console = make_console(stderr=True)
+    if console.is_terminal:
+        columns = (
+            rich_progress.TextColumn("{task.description}"),
+            rich_progress.BarColumn(),
+            rich_progress.MofNCompleteColumn(),
+            rich_progress.TextColumn("{task.fields[text]}"),
+            rich_progress.TimeRemainingColumn(),
+        )
+        with rich_progress.Progress(*columns, console=console) as bar:
+            task = bar.add_task(title, total=total, text="")
+            yield lambda done, text: bar.update(task, completed=done, text=text)
+        return
+    began, logged = time.perf_counter(), 0
+
+    def log(done: int, text: str) -> None:
+        nonlocal logged
+        if done * 10 // total > logged:
+            logged = done * 10 // total
+            seconds = time.perf_counter() - began
+            left = f"{seconds / done * (total - done):.0f} s left"
+            console.print(f"{title}: {done}/{total}  {text}  {left}", highlight=False, soft_wrap=True)
+
+    yield log
+
+
+def pick_device(name: str) -> str:
+    """ "cpu" or "cuda". Raises: MdptError where cuda is asked for and missing."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise MdptError("device cuda: this machine or this torch has none; use --device cpu")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def load_data(run: Experiment, workers: int) -> Dataset:
+    """The experiment's dataset, collected first where that is its source and the cache does not have it."""
+    from data import CollectSettings, load_dataset
+
+    section = run.data
+    settings = CollectSettings(section.transitions, tuple(section.levels), section.action_noise, section.seed)
+    with progress("collect", section.transitions) as show:
+        dataset = load_dataset(
+            source=section.source,
+            environment_id=section.environment,
+            path=Path(section.path) if section.path else None,
+            reward_scale=section.reward_scale,
+            held_out=section.held_out,
+            seed=section.seed,
+            collect=settings if section.source == "collect" else None,
+            workers=workers,
+            progress=lambda done, total: show(done, ""),
+        )
+    for warning in dataset.warnings:
+        warn(warning)
+    return dataset
+
+
+def new_bundle(kind: str, run: Experiment, dataset: Dataset, architecture: dict[str, Any], reference: Any) -> Bundle:
+    """All of a bundle that does not change while it learns."""
+    import torch
+
+    from models import BUNDLE_FORMAT, BUNDLE_VERSION
+
+    observations = torch.from_numpy(dataset.observations).double()
+    returns = dataset.episode_returns
+    return {
+        "format": BUNDLE_FORMAT,
+        "version": BUNDLE_VERSION,
+        "kind": kind,
+        "experiment": run.model_dump(),
+        "seeds": list(run.seeds),
+        "environment": json.loads(json.dumps(asdict(dataset.environment))),
+        "reference": list(reference),
+        "dataset": dataset.identity
+        | {
+            "training_transitions": len(dataset.rewards),
+            "episodes": len(returns),
+            "mean_return": float(returns.mean()),
+            "best_return": float(returns.max()),
+        },
+        "normalizer": {
+            "mean": observations.mean(0).float(),
+            "deviation": observations.std(0, unbiased=False).float() + 1e-3,  # 1e-3 as TD3+BC: some features never vary
+        },
+        "reward_scale": dataset.reward_scale,
+        "architecture": architecture,
+        "versions": {"mdpt": version(), "torch": torch.__version__, "python": platform.python_version()},
+        "step": 0,
+        "complete": False,
+        "history": [],
+        "snapshots": {},
+        "accounting": {},
+        "guidance": None,
+    }
+
+
+def train_bundle(
+    bundle: Bundle,
+    learner: Learner,
+    module: Guidance | Policy,
+    transitions: Transitions,
+    section: TrainingSection,
+    out: Path,
+    resumed: Bundle | None,
+    grown: Callable[[], Bundle] | None = None,
+) -> Bundle:
+    """Train what `learner` holds and keep `module` in `bundle`, written to `out` at each snapshot and at the end.
+
+    resumed: an unfinished bundle to go on from. grown: makes the guidance bundle that a joint run grows.
+    """
+    import torch
+
+    from models import Randomness, save_bundle, weights_of
+
+    if resumed is not None:
+        bundle |= {key: resumed[key] for key in ("step", "history", "snapshots", "accounting")}
+        learner.restore(resumed["training"])
+    device = transitions.rows.device
+    meter = Meter(device, bundle["accounting"])
+    milestones = {round(section.steps * (i + 1) / section.snapshots) for i in range(section.snapshots)}
+    monitor = Monitor(
+        f"{bundle['kind']} {section.algorithm}",  # type: ignore[attr-defined]
+        bundle["step"],
+        section.steps,
+        bundle["seeds"],
+        milestones,
+        bundle["history"],
+        kept=f"no snapshot is kept, {out} was not written",
+    )
+
+    def keep(step: int) -> None:
+        bundle.update(step=step, complete=step == section.steps, weights=weights_of(module))
+        if step in milestones:
+            acting = {name: value for name, value in bundle["weights"].items() if name.startswith(ACTING)}
+            bundle["snapshots"] = bundle["snapshots"] | {step: acting}
+        bundle["accounting"] = meter.read(learner, step, section.steps)
+        bundle.pop("training", None)
+        if grown is not None:
+            bundle["guidance"] = grown() | {"step": step, "complete": bundle["complete"]}
+        if bundle["complete"]:
+            for name in [name for name in bundle["weights"] if name.startswith("actor.")]:
+                del bundle["weights"][name]  # the companion actor has done its work
+        else:
+            bundle["training"] = learner.state()
+        save_bundle(out, bundle)
+        monitor.kept = f"the last good snapshot, of step {step}, is kept in {out}"
+
+    random = Randomness(bundle["seeds"], "train", device)
+    with torch.device(device), monitor.watching():
+        train(
+            learner,
+            transitions,
+            random,
+            batch_size=section.batch_size,
+            start=bundle["step"],
+            steps=section.steps,
+            monitor=monitor,
+            keep=keep,
+        )
+    return bundle
+
+
+ACTING = ("average.", "target_q.", "value.")  # the weights that act or are asked for values
+
+
+class Meter:
+    """What a training run costs: time, memory above the loaded dataset, parameters, optimizer state."""
+
+    def __init__(self, device: Any, before: dict[str, Any]) -> None:
+        self.device, self.seconds_before, self.peak_before = (
+            device,
+            before.get("seconds", 0.0),
+            before.get("peak_bytes", 0),
+        )
+        self.began, self.base = time.perf_counter(), memory_now(device, restart=True)
+
+    def read(self, learner: Learner, step: int, steps: int) -> dict[str, Any]:
+        """The account after `step` gradient steps; counts and bytes are of all members together."""
+        import torch
+
+        seconds = self.seconds_before + time.perf_counter() - self.began
+        state = [value for part in learner.parts for state in part.adam.state.values() for value in state.values()]
+        held = {id(p): p.numel() for module in learner.modules for p in module.parameters()}
+        return {
+            "parameters_trained": sum(part.network.vector.numel() for part in learner.parts),
+            "parameters_held": sum(held.values()),
+            "optimizer_bytes": sum(value.nbytes for value in state if torch.is_tensor(value)),
+            "peak_bytes": max(self.peak_before, memory_now(self.device) - self.base),
+            "seconds": seconds,
+            "seconds_per_1000_steps": 1000 * seconds / step,
+            "device": str(self.device),
+        }
+
+
+def memory_now(device: Any, *, restart: bool = False) -> int:
+    """Peak bytes since the last restart: allocated on CUDA, resident on a CPU. restart: begin anew, give the current."""
+    import torch
+
+    if device.type == "cuda":
+        if restart:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    if not sys.platform.startswith("linux"):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the whole process's peak is all there is
+    if restart:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def guidance_architecture(run: Experiment, dataset: Dataset) -> dict[str, Any]:
+    shared = {"steps", "batch_size", "learning_rate", "gradient_norm", "snapshots"}
+    spec = dataset.environment
+    return {
+        "observation_dim": spec.observation_dim,
+        "action_dim": spec.action_dim,
+        **run.guidance.model_dump(exclude=shared),
+    }
+
+
+def policy_architecture(run: Experiment, dataset: Dataset) -> dict[str, Any]:
+    other = {"steps", "batch_size", "learning_rate", "gradient_norm", "snapshots"}
+    spec = dataset.environment
+    return {
+        "observation_dim": spec.observation_dim,
+        "action_dim": spec.action_dim,
+        **run.policy.model_dump(exclude=other | {"scheme", "guidance_from", "guidance_until"}),
+    }
+
+
+def train_guidance(run: Experiment, out: Path, resumed: Bundle | None, workers: int) -> Bundle:
+    """Train a guidance from the data alone, judge it on held-out episodes, and write its bundle."""
+    from data import reference_returns
+    from models import Guidance, Normalizer, Randomness, Transitions, save_bundle
+
+    device = pick_device(run.device)
+    reference = reference_returns(as_reference(run.data.reference))
+    dataset = load_data(run, workers)
+    bundle = new_bundle("guidance", run, dataset, guidance_architecture(run, dataset), reference)
+    random = Randomness(run.seeds, "init", device)
+    guidance = Guidance(random, Normalizer(**bundle["normalizer"]).to(device), **bundle["architecture"])
+    if resumed is not None:
+        check_same_run(bundle, resumed, out)
+        guidance.load_state_dict(resumed["weights"])
+    learner = Learner([(guidance, run.guidance)], lambda batch, random, _: guidance.loss(batch, random))
+    bundle = train_bundle(bundle, learner, guidance, Transitions(vars(dataset), device), run.guidance, out, resumed)
+    bundle["quality"] = guidance_quality(guidance, dataset, run.guidance.discount, device)
+    save_bundle(out, bundle)
+    return bundle
+
+
+def train_policy(run: Experiment, teacher: Bundle | None, out: Path, resumed: Bundle | None, workers: int) -> Bundle:
+    """Train a policy under a frozen guidance, together with one ("joint"), or unguided, and write its bundle."""
+    from data import reference_returns
+    from models import (
+        Guidance,
+        Normalizer,
+        Policy,
+        Randomness,
+        Transitions,
+        build_guidance,
+        check_fit,
+        pair_members,
+        weights_of,
+    )
+
+    section, device = run.policy, pick_device(run.device)
+    reference = reference_returns(as_reference(run.data.reference))
+    dataset = load_data(run, workers)
+    bundle = new_bundle("policy", run, dataset, policy_architecture(run, dataset), reference) | {"guidance": teacher}
+    normalizer = Normalizer(**bundle["normalizer"]).to(device)
+    policy = Policy(Randomness(run.seeds, "init", device), normalizer, **bundle["architecture"])
+    guidance: Guidance | None = None
+    grown: Callable[[], Bundle] | None = None
+    if section.scheme == "joint":
+        seed = new_bundle("guidance", run, dataset, guidance_architecture(run, dataset), reference)
+        guidance = Guidance(Randomness(run.seeds, "init", device), normalizer, **seed["architecture"])
+        grown_guidance = guidance
+        grown = lambda: seed | {"weights": weights_of(grown_guidance)}
+    elif teacher is not None:
+        for warning in check_fit(bundle, teacher):
+            warn(warning)
+        guidance = build_guidance(teacher, device)
+        pair_members(policy.members, guidance)
+    if resumed is not None:
+        check_same_run(bundle, resumed, out)
+        policy.load_state_dict(resumed["weights"])
+        if grown is not None and guidance is not None:
+            guidance.load_state_dict(resumed["guidance"]["weights"])
+    transitions = Transitions(vars(dataset), device)
+    if policy.algorithm.labels and teacher is not None and guidance is not None:
+        transitions.label(guidance)
+
+    def loss(batch: Batch, random: Randomness, done: float) -> Loss:
+        from models import add
+
+        guided = section.guidance_from <= done < section.guidance_until
+        own = policy.loss(batch, guidance if guided else None, random)
+        return own if grown is None or guidance is None else add(guidance.loss(batch, random), own)
+
+    modules: list[tuple[Guidance | Policy, TrainingSection]] = [(policy, section)]
+    if grown is not None and guidance is not None:
+        modules.insert(0, (guidance, run.guidance))
+    learner = Learner(modules, loss)
+    return train_bundle(bundle, learner, policy, transitions, section, out, resumed, grown)
+
+
+def check_same_run(bundle: Bundle, resumed: Bundle, out: Path) -> None:
+    """Raises: MdptError where an unfinished bundle is of another experiment, dataset or guidance."""
+    if resumed["kind"] != bundle["kind"]:
+        raise MdptError(f"{out}: is an unfinished {resumed['kind']} bundle, expected a {bundle['kind']} bundle")
+    for table, ours in bundle["experiment"].items():
+        theirs = resumed["experiment"][table]
+        if ours != theirs and table not in ("name", "device", "evaluation"):
+            changed = [key for key in ours if ours[key] != theirs[key]] if isinstance(ours, dict) else [table]
+            raise MdptError(
+                f"{out}: was begun with another [{table}]: {', '.join(changed)} differ; "
+                "--resume needs the same experiment, --overwrite begins anew"
+            )
+    if resumed["dataset"]["hash"] != bundle["dataset"]["hash"]:
+        raise MdptError(f"{out}: was begun on other data; --resume needs the same, --overwrite begins anew")
+
+
+def guidance_quality(guidance: Guidance, dataset: Dataset, discount: float, device: str) -> dict[str, Any]:
+    """How far to trust a guidance, on held-out episodes: V against discounted Monte-Carlo returns, Q among members.
+
+    Correlations are Pearson's, one per member, over rows whose return is known (the episode ended, or what a time
+    limit cut off weighs at most 5 %). The spread is the deviation of Q over members, averaged, beside that over rows.
+    """
+    import numpy as np
+    import torch
+
+    from data import discounted_returns
+
+    held_out = dataset.held_out
+    if not len(held_out.rewards):
+        return {"rows": 0}
+    returns, known = discounted_returns(held_out.rewards, held_out.terminals, held_out.timeouts, discount)
+    shape = (guidance.members, -1, -1)
+    observations = torch.from_numpy(held_out.observations).to(device).expand(*shape)
+    actions = torch.from_numpy(held_out.actions).to(device).expand(*shape)
+    with torch.no_grad():
+        v = guidance.v(observations).double().cpu().numpy()  # (S, rows)
+        q = guidance.q(observations, actions).double().cpu().numpy()
+    enough = known.sum() > 1 and returns[known].std() > 0
+    return {
+        "rows": int(known.sum()),
+        "correlation": [float(np.corrcoef(member[known], returns[known])[0, 1]) for member in v] if enough else [],
+        "mean_v": v.mean(1).tolist(),
+        "mean_return": float(returns[known].mean()) if enough else None,
+        "q_spread_members": float(q.std(0).mean()) if len(q) > 1 else None,
+        "q_spread_rows": float(q.std(1).mean()),
+    }
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What an evaluation did, in full, for the table's last line and the JSON file."""
+
+    policy: str
+    guidance: str | None
+    guide: str
+    inference: dict[str, Any]
+    episodes: int
+    seed: int
+    environment: str
+    reference: tuple[float, float]
+    warnings: list[str]
+
+
+def score(
+    policy: Policy,
+    guidance: Guidance | None,
+    seeds: Sequence[int],
+    bundle: Bundle,
+    how: Inference,
+    *,
+    episodes: int,
+    seed: int,
+    workers: int,
+    device: str,
+    title: str = "evaluate",
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Play episodes with every member: raw returns and lengths, both (S, E). Models are not changed."""
+    import torch
+
+    from data import EnvironmentSpec, rollout
+    from models import Randomness, act
+
+    random = Randomness(seeds, f"evaluate {seed}", device)
+
+    def choose(observations: NDArray[np.float32]) -> NDArray[np.float32]:
+        states = torch.from_numpy(observations).to(device)
+        actions: NDArray[np.float32] = act(policy, guidance, states, random, how).cpu().numpy()
+        random.step += 1
+        return actions
+
+    environment = bundle["environment"]
+    spec = EnvironmentSpec(
+        **environment
+        | {"action_low": tuple(environment["action_low"]), "action_high": tuple(environment["action_high"])}
+    )
+    with progress(title, len(seeds) * episodes) as show:
+        return rollout(
+            choose,
+            spec,
+            members=len(seeds),
+            episodes=episodes,
+            seed=seed,
+            workers=workers,
+            progress=lambda done, _: show(done, "episodes"),
+        )
+
+
+def summarize(scores: NDArray[np.float64]) -> dict[str, Any]:
+    """Statistics over members of their scores (S,), 0 to 100: median, IQR, IQM with a bootstrap 95 % interval, ...
+
+    Source: interquartile mean and interval as in rliable (arXiv 2108.13264); the interval resamples members.
+    """
+    import numpy as np
+    from scipy import stats
+
+    def interquartile_mean(values: NDArray[np.float64], axis: int = -1) -> Any:
+        return stats.trim_mean(values, 0.25, axis=axis)
+
+    interval = None
+    if len(scores) > 1:
+        low, high = stats.bootstrap(
+            (scores,), interquartile_mean, vectorized=True, method="percentile", random_state=np.random.default_rng(0)
+        ).confidence_interval
+        interval = [float(low), float(high)]
+    return {
+        "members": len(scores),
+        "median": float(np.median(scores)),
+        "iqr": float(stats.iqr(scores)),
+        "iqm": float(interquartile_mean(scores)),
+        "iqm_interval": interval,
+        "mean": float(scores.mean()),
+        "std": float(scores.std(ddof=1)) if len(scores) > 1 else None,
+    }
+
+
+def pick_inference(
+    run: Experiment, guidance: Bundle | None, options: dict[str, Any]
+) -> tuple[EvaluationSection, Inference]:
+    """The evaluation section under the command line's options, and what it asks of `act`.
+
+    Without a guidance nothing can be ranked, so one candidate is drawn; asking for more is an error.
+    """
+    from models import Inference
+
+    given = {key: value for key, value in options.items() if value is not None}
+    try:
+        section = EvaluationSection.model_validate(run.evaluation.model_dump() | given)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        option = "--" + str(problem["loc"][0]).replace("_", "-")
+        message = problem["msg"].replace("Input should", "should")
+        raise MdptError(f"{option} {problem['input']}: {message}") from error
+    if guidance is None:
+        for key in ("candidates", "guide", "guidance_weight", "selection"):
+            if key in given and given[key] not in (1, "rank"):
+                raise MdptError(
+                    f"--{key.replace('_', '-')} {given[key]}: there is no guidance to choose by; "
+                    "name one with --infer-guidance, or leave the option out"
+                )
+    ranked = guidance is not None and section.guide != "gradient"
+    steered = guidance is not None and section.guide != "rank"
+    return section, Inference(
+        candidates=section.candidates if ranked else 1,
+        selection=section.selection,
+        weight_temperature=section.weight_temperature,
+        temperature=section.temperature,
+        w=section.w,
+        guidance_weight=section.guidance_weight if steered else 0.0,
+    )
+
+
+def evaluate_bundle(
+    bundle: Bundle, path: Path, infer_guidance: str | None, options: dict[str, Any], device: str | None, workers: int
+) -> dict[str, Any]:
+    """Score a policy bundle under the guidance inside it, that of another bundle, or none; the whole report."""
+    from models import build_guidance, build_policy, check_fit, pair_members, read_guidance
+
+    run = Experiment.model_validate(bundle["experiment"])
+    chosen = pick_device(device or run.device)
+    teacher = bundle["guidance"]
+    name = None if teacher is None else f"its own {teacher['experiment']['guidance']['algorithm']} guidance"
+    if infer_guidance is not None:
+        teacher = None if infer_guidance == "none" else read_guidance(Path(infer_guidance))
+        name = None if teacher is None else infer_guidance
+    section, how = pick_inference(run, teacher, options)
+    warnings = check_fit(bundle, teacher) if teacher is not None else []
+    for warning in warnings:
+        warn(warning)
+    policy = build_policy(bundle, chosen)
+    guidance = None if teacher is None else build_guidance(teacher, chosen)
+    if guidance is not None:
+        pair_members(policy.members, guidance)
+    seeds = bundle["seeds"]
+    returns, lengths = score(
+        policy,
+        guidance,
+        seeds,
+        bundle,
+        how,
+        episodes=section.episodes,
+        seed=section.seed,
+        workers=workers,
+        device=chosen,
+    )
+    protocol = Protocol(
+        policy=str(path),
+        guidance=name,
+        guide=section.guide,
+        inference=asdict(how),
+        episodes=section.episodes,
+        seed=section.seed,
+        environment=bundle["environment"]["id"],
+        reference=tuple(bundle["reference"]),
+        warnings=warnings,
+    )
+    return make_report(bundle, protocol, seeds, returns, lengths)
+
+
+def make_report(
+    bundle: Bundle,
+    protocol: Protocol,
+    seeds: Sequence[int],
+    returns: NDArray[np.float64],
+    lengths: NDArray[np.int64],
+) -> dict[str, Any]:
+    """Everything an evaluation found, as plain containers: returns and lengths are (S, E), raw."""
+    from data import normalized_score
+
+    scores = normalized_score(returns.mean(1), protocol.reference)
+    data = bundle["dataset"]
+    of_data = {kind: data[f"{kind}_return"] for kind in ("mean", "best")}
+    low, high = protocol.reference
+    return {
+        "protocol": asdict(protocol),
+        "summary": summarize(scores),
+        "members": [
+            {
+                "seed": seed,
+                "return": float(returns[i].mean()),
+                "score": float(scores[i]),
+                "length": float(lengths[i].mean()),
+                "returns": returns[i].tolist(),
+                "lengths": lengths[i].tolist(),
+            }
+            for i, seed in enumerate(seeds)
+        ],
+        "dataset": data | {f"{kind}_score": 100 * (value - low) / (high - low) for kind, value in of_data.items()},
+        "versions": bundle["versions"] | {"evaluated_with": version()},
+    }
+
+
+# --- reports ----------------------------------------------------------------------------------------------------
+
+
+def version() -> str:
+    """The installed version; pyproject.toml is its only source."""
+    return installed_version("mdpt")
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def say(text: str) -> None:
+    make_console().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    make_console(stderr=True).print(f"warning: {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def make_table(title: str, *columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right", no_wrap=True)
+    return table
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def quality_table(bundle: Bundle) -> Table:
+    """Held-out judgement of a guidance."""
+    quality = bundle["quality"]
+    rule = bundle["reward_scale"]["rule"]
+    title = f"guidance on {quality['rows']} held-out transitions (values in rewards scaled by '{rule}')"
+    table = make_table(title, "seed", "corr(V, MC return)", "mean V", "mean MC return")
+    for i, seed in enumerate(bundle["seeds"]):
+        correlation = quality["correlation"][i] if quality["correlation"] else None
+        table.add_row(
+            str(seed), number(correlation, 3), number(quality["mean_v"][i], 2), number(quality["mean_return"], 2)
+        )
+    spread = number(quality["q_spread_members"], 3)
+    table.caption = f"spread of Q between members {spread}, between transitions {quality['q_spread_rows']:.3f}"
+    return table
+
+
+def score_table(report: dict[str, Any]) -> Table:
+    """An evaluation: per member, then over members, then the protocol."""
+    protocol, summary = report["protocol"], report["summary"]
+    table = make_table("scores (0 to 100 between the reference returns)", "seed", "return", "score", "length")
+    for member in report["members"]:
+        table.add_row(
+            str(member["seed"]), number(member["return"]), number(member["score"]), number(member["length"], 0)
+        )
+    table.add_section()
+    interval = summary["iqm_interval"]
+    rows = {
+        "median": number(summary["median"]),
+        "IQR": number(summary["iqr"]),
+        "IQM": number(summary["iqm"]),
+        "IQM 95 %": "-" if interval is None else f"{interval[0]:.1f} .. {interval[1]:.1f}",
+        "mean": number(summary["mean"]),
+        "std": number(summary["std"]),
+    }
+    for name, text in rows.items():
+        table.add_row(name, "", text, "")
+    table.add_section()
+    data = report["dataset"]
+    table.add_row("data mean", number(data["mean_return"]), number(data["mean_score"]), "")
+    table.add_row("data best", number(data["best_return"]), number(data["best_score"]), "")
+    table.caption, table.caption_justify = protocol_line(protocol, summary["members"]), "left"
+    return table
+
+
+def protocol_line(protocol: dict[str, Any], members: int) -> str:
+    how = protocol["inference"]
+    parts = [f"{protocol['environment']}, {members} members x {protocol['episodes']} episodes, seed {protocol['seed']}"]
+    if protocol["guidance"] is None:
+        parts.append("ranked by none, 1 candidate")
+    elif protocol["guide"] != "gradient":
+        softmax = f" at {how['weight_temperature']:g}" if how["selection"] == "softmax" else ""
+        parts.append(f"{how['selection']}{softmax} of {how['candidates']} by {protocol['guidance']}")
+    if how["guidance_weight"] > 0:
+        parts.append(f"gradient of {protocol['guidance']} x {how['guidance_weight']:g}")
+    parts.append(f"temperature {how['temperature']:g}")
+    return ", ".join(parts)
+
+
+def describe(bundle: Bundle, path: Path) -> Iterator[Table]:
+    """What a bundle is: experiment, lineage, data, cost, training history."""
+    while bundle is not None:
+        section = bundle["experiment"][bundle["kind"]]
+        data, account = bundle["dataset"], bundle["accounting"]
+        table = make_table(f"{path}: {bundle['kind']}", "what", "value")
+        facts = {
+            "algorithm": section["algorithm"] + (f", {section['scheme']}" if "scheme" in section else ""),
+            "experiment": bundle["experiment"]["name"],
+            "seeds": ", ".join(map(str, bundle["seeds"])),
+            "steps": f"{bundle['step']} of {section['steps']}" + ("" if bundle["complete"] else " (unfinished)"),
+            "snapshots": ", ".join(f"@{step}" for step in bundle["snapshots"]) or "-",
+            "environment": f"{bundle['environment']['id']}, O {bundle['environment']['observation_dim']}, "
+            f"A {bundle['environment']['action_dim']}",
+            "data": f"{data['source']} {data['name']}, {data['transitions']} transitions, {data['episodes']} episodes",
+            "data hash": data["hash"][:16],
+            "reward scale": f"{bundle['reward_scale']['rule']}, x {bundle['reward_scale']['multiplier']:.4g}",
+            "parameters": f"{account['parameters_trained']:,} trained, {account['parameters_held']:,} held, all members",
+            "optimizer state": f"{account['optimizer_bytes'] / 2**20:.1f} MiB",
+            "peak memory": f"{account['peak_bytes'] / 2**20:.1f} MiB above the loaded data, {account['device']}",
+            "time": f"{account['seconds']:.1f} s, {account['seconds_per_1000_steps']:.2f} s per 1,000 steps",
+            "versions": ", ".join(f"{name} {text}" for name, text in bundle["versions"].items()),
+            "trained under": describe_guidance(bundle["guidance"]) if bundle["kind"] == "policy" else "data alone",
+        }
+        for name, text in facts.items():
+            table.add_row(name, text)
+        table.columns[1].justify, table.columns[1].no_wrap = "left", False
+        yield table
+        history = bundle["history"]
+        names = [name for name in history[-1] if name != "step"]
+        log = make_table("training history, mean over members", "step", *names)
+        for entry in history[:: max(1, len(history) // 10)][-11:]:
+            log.add_row(str(entry["step"]), *(f"{sum(v) / len(v):.4g}" if (v := entry.get(n)) else "-" for n in names))
+        yield log
+        bundle = bundle["guidance"]
+
+
+def describe_guidance(bundle: Bundle | None) -> str:
+    if bundle is None:
+        return "no guidance"
+    seeds = ", ".join(map(str, bundle["seeds"]))
+    return f"{bundle['experiment']['guidance']['algorithm']} guidance, step {bundle['step']}, seeds {seeds}"
+
+
+def write_json(path: Path, report: dict[str, Any], overwrite: bool) -> None:
+    """Write a report whole or not at all."""
+    refuse_to_overwrite(path, overwrite)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise MdptError(f"--json {path}: cannot be written ({error.strerror})") from error
+
+
+def refuse_to_overwrite(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise MdptError(f"{path}: exists already; choose another name, or --overwrite to replace it")
+
+
+# --- commands ---------------------------------------------------------------------------------------------------
+
+
+class Commands(TyperGroup):
+    """Turns a user's mistake into one line on stderr and exit code 1."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            code = super().main(*args, **kwargs | {"standalone_mode": False})
+        except (MdptError, typer.TyperException) as error:
+            code = _fail(error)
+        except typer.Abort:
+            code = 130
+        except Exception as error:
+            from data import DataError
+            from models import BundleError
+
+            if not isinstance(error, DataError | BundleError):
+                raise
+            code = _fail(error)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(error: Exception) -> int:
+    text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+    print(f"mdpt: {text}", file=sys.stderr)
+    return 1
+
+
+app = typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+ExperimentFile = Annotated[Path, typer.Argument(help="experiment file, TOML")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="table.key=value, over the file; repeatable")]
+Seeds = Annotated[str | None, typer.Option(help="such as 0,1,2: one member each")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda")]
+Out = Annotated[Path | None, typer.Option(help="bundle to write; named after the experiment by default")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace files that exist")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on with an unfinished bundle")]
+Workers = Annotated[int, typer.Option(min=1, help="processes that simulate; changes no result")]
+Json = Annotated[Path | None, typer.Option("--json", help="write all figures, each episode's return included")]
+Episodes = Annotated[int | None, typer.Option(help="episodes per member")]
+Candidates = Annotated[int | None, typer.Option(help="actions drawn per state")]
+Selection = Annotated[str | None, typer.Option(help="max, or softmax")]
+WeightTemperature = Annotated[float | None, typer.Option(help="inverse temperature of the softmax")]
+Temperature = Annotated[float | None, typer.Option(help="scale of the sampling noise")]
+W = Annotated[float | None, typer.Option("--w", help="classifier-free guidance weight, for cfg")]
+Guide = Annotated[str | None, typer.Option(help="rank, gradient or both")]
+GuidanceWeight = Annotated[float | None, typer.Option(help="weight of the gradient, for gradient and both")]
+EvaluationSeed = Annotated[int | None, typer.Option("--seed", help="of start states and sampling noise")]
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@app.callback(invoke_without_command=True)
+def mdpt(
+    context: typer.Context, show_version: Annotated[bool, typer.Option("--version", help="print the version")] = False
+) -> None:
+    """Diffusion policies for offline RL, guidance and policy as separate, swappable modules."""
+    if show_version:
+        say(f"mdpt {version()}")
+    elif context.invoked_subcommand is None:
+        say(context.get_help())
+
+
+@app.command()
+def guidance(
+    experiment: ExperimentFile,
+    overrides: Overrides = None,
+    seeds: Seeds = None,
+    device: Device = None,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    workers: Workers = CORES,
+) -> None:
+    """Train a guidance, from the data alone."""
+    run = load_experiment(experiment, overrides or [], seeds, device)
+    path = out or Path(f"{run.name}-{run.guidance.algorithm}.guidance.pt")
+    bundle = train_guidance(run, path, unfinished(path, overwrite, resume), workers)
+    if bundle["quality"]["rows"]:
+        make_console().print(quality_table(bundle))
+    say(f"wrote {path}\nnext: mdpt policy {experiment} --guidance {path}")
+
+
+@app.command()
+def policy(
+    experiment: ExperimentFile,
+    teacher: Annotated[
+        Path | None, typer.Option("--guidance", help="frozen guidance, or a policy that holds one")
+    ] = None,
+    overrides: Overrides = None,
+    seeds: Seeds = None,
+    device: Device = None,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    workers: Workers = CORES,
+) -> None:
+    """Train a diffusion policy under a frozen guidance."""
+    from models import read_guidance
+
+    run = load_experiment(experiment, overrides or [], seeds, device)
+    scheme = run.policy.scheme
+    if scheme == "guidance-first" and teacher is None:
+        raise MdptError(
+            "scheme guidance-first needs --guidance FILE, written by `mdpt guidance`; "
+            "without one, --set policy.scheme=joint or =unguided"
+        )
+    if scheme != "guidance-first" and teacher is not None:
+        raise MdptError(f"scheme {scheme} takes no --guidance; leave it out, or --set policy.scheme=guidance-first")
+    suffix = "" if scheme == "guidance-first" else f"-{scheme}"
+    path = out or Path(f"{run.name}-{run.policy.algorithm}{suffix}.policy.pt")
+    frozen = read_guidance(teacher) if teacher else None
+    train_policy(run, frozen, path, unfinished(path, overwrite, resume), workers)
+    say(f"wrote {path}\nnext: mdpt evaluate {path}")
+
+
+@app.command()
+def evaluate(
+    bundle: Annotated[Path, typer.Argument(help="policy bundle; with --describe also a guidance bundle")],
+    infer_guidance: Annotated[
+        str | None, typer.Option(help="bundle whose guidance ranks, or none; default: the one inside the policy's")
+    ] = None,
+    episodes: Episodes = None,
+    candidates: Candidates = None,
+    selection: Selection = None,
+    weight_temperature: WeightTemperature = None,
+    temperature: Temperature = None,
+    w: W = None,
+    guide: Guide = None,
+    guidance_weight: GuidanceWeight = None,
+    seed: EvaluationSeed = None,
+    device: Device = None,
+    json_file: Json = None,
+    overwrite: Overwrite = False,
+    describe_only: Annotated[bool, typer.Option("--describe", help="say what the bundle is; run nothing")] = False,
+    workers: Workers = CORES,
+) -> None:
+    """Score a policy in its environment, its candidates ranked by a guidance."""
+    from models import read_bundle, read_policy
+
+    console = make_console()
+    if describe_only:
+        for table in describe(read_bundle(bundle), bundle):
+            console.print(table)
+        return
+    if json_file is not None:
+        refuse_to_overwrite(json_file, overwrite)
+    options = {
+        "episodes": episodes,
+        "candidates": candidates,
+        "selection": selection,
+        "weight_temperature": weight_temperature,
+        "temperature": temperature,
+        "w": w,
+        "guide": guide,
+        "guidance_weight": guidance_weight,
+        "seed": seed,
+    }
+    report = evaluate_bundle(read_policy(bundle), bundle, infer_guidance, options, device, workers)
+    console.print(score_table(report))
+    if json_file is not None:
+        write_json(json_file, report, overwrite)
+        say(f"wrote {json_file}")
+
+
+def unfinished(path: Path, overwrite: bool, resume: bool) -> Bundle | None:
+    """The unfinished bundle to go on from, or None to begin. Raises: MdptError where that would lose work."""
+    from models import read_bundle
+
+    if overwrite and resume:
+        raise MdptError("--overwrite begins anew and --resume goes on; give one of them")
+    if not path.exists():
+        if resume:
+            raise MdptError(f"{path}: there is nothing to resume; leave --resume out to begin")
+        return None
+    if overwrite:
+        return None
+    bundle = read_bundle(path)
+    if bundle["complete"]:
+        raise MdptError(f"{path}: exists already and is complete; choose another --out, or --overwrite to replace it")
+    if not resume:
+        raise MdptError(f"{path}: is unfinished, at step {bundle['step']}; --resume goes on, --overwrite begins anew")
+    return bundle
+
+
+def as_reference(reference: str | list[float]) -> str | tuple[float, float]:
+    return reference if isinstance(reference, str) else (reference[0], reference[1])
+
+
+if __name__ == "__main__":
+    app()

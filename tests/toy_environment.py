@@ -1,0 +1,58 @@
+"""Small environments whose returns are known by hand; gymnasium imports this module for ids "toy_environment:...".
+
+Toy-v0: an episode starts at observation [d, 0], where d in 3..8 is drawn by reset's seed, and ends after d steps
+(a terminal, worth 100) or after 6 (the time limit). Every step pays the second action, which lies in [0, 4].
+The first action, in [-1, 1], breaks the environment: above 0.9 with an exception, below -0.9 by ending its process.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box, Discrete
+
+
+class Toy(gymnasium.Env[Any, Any]):
+    observation_space = Box(-np.inf, np.inf, (2,), np.float32)
+
+    def __init__(self, action_space: Any = None) -> None:
+        low, high = np.array([-1, 0], dtype=np.float32), np.array([1, 4], dtype=np.float32)
+        self.action_space = action_space or Box(low, high)
+        self.state = np.zeros(2, dtype=np.float32)
+        self.ended = True
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.state = np.array([self.np_random.integers(3, 9), 0], dtype=np.float32)
+        self.ended = False
+        return self.state.copy(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        if self.ended or self.state[1] == 6:
+            raise RuntimeError("stepped after its end")
+        if action[0] > 0.9:
+            raise ValueError("broken by\nan action")
+        if action[0] < -0.9:
+            os._exit(7)
+        self.state[1] += 1
+        self.ended = bool(self.state[1] == self.state[0])
+        return self.state.copy(), float(action[1]) + 100 * self.ended, self.ended, False, {}
+
+
+class Flawed(Toy):
+    def __init__(self) -> None:
+        raise OSError("no licence")
+
+
+for name, toy, limit, settings in (
+    ("Toy", "Toy", 6, {}),
+    ("ToyEndless", "Toy", None, {}),
+    ("ToyFlawed", "Flawed", 6, {}),
+    ("ToyDiscrete", "Toy", 6, {"action_space": Discrete(2)}),
+    ("ToyUnbounded", "Toy", 6, {"action_space": Box(-np.inf, np.inf, (1,))}),
+    ("ToyImage", "Toy", 6, {"action_space": Box(0, 1, (2, 2))}),
+):
+    gymnasium.register(f"{name}-v0", entry_point=f"{__name__}:{toy}", max_episode_steps=limit, kwargs=settings)
