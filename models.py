@@ -147,7 +147,7 @@ class _Mish(torch.autograd.Function):
 def mish(x: Tensor) -> Tensor:
     """Mish (arXiv 1908.08681); the shipped kernel where no gradient is asked for."""
     needs_gradient = torch.is_grad_enabled() and x.requires_grad
-    return _Mish.apply(x) if needs_gradient else functional.mish(x)  # type: ignore[no-untyped-call]  # type: ignore[no-any-return]
+    return _Mish.apply(x) if needs_gradient else functional.mish(x)  # type: ignore[no-any-return, no-untyped-call]
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "mish": mish}
