@@ -58,7 +58,7 @@ class DataSection(Section):
 
     source: Literal["collect", "hdf5"] = Field("collect", description="roll out bundled agents, or read a D4RL file")
     environment: str = Field("HopperBulletEnv-v0", description="gymnasium id")
-    reference: str | Annotated[list[float], Field(min_length=2, max_length=2)] = Field(
+    reference: str | Annotated[tuple[float, float], Field(strict=False)] = Field(
         "bullet-hopper", description="D4RL family whose returns are scores 0 and 100, or [min, max]"
     )
     path: str | None = Field(None, description="the file, for source hdf5")
@@ -204,7 +204,7 @@ def load_experiment(path: Path, overrides: Sequence[str], seeds: str | None, dev
     try:
         return Experiment.model_validate(content)
     except ValidationError as error:
-        raise MdptError("\n".join(_explain(path, problem) for problem in error.errors())) from error
+        raise MdptError(_explain(path, error)) from error
 
 
 def _override(content: dict[str, Any], override: str) -> None:
@@ -224,26 +224,28 @@ def _override(content: dict[str, Any], override: str) -> None:
     target[key] = value
 
 
-def _explain(path: Path, problem: Any) -> str:
-    """One line for a pydantic error: file, table, key, value, what is allowed, and the nearest key."""
-    *tables, key = [
-        str(part) for part in problem["loc"] if not str(part).startswith(("constrained", "list[", "literal["))
-    ] or [""]
-    section: type[BaseModel] = Experiment
-    named = [key] if not tables else tables
-    if named[0] in ("data", "guidance", "policy", "evaluation"):
-        section = type(getattr(Experiment(), named[0]))
-    where = f"{path}: [{tables[0]}] {'.'.join([*tables[1:], key])}" if tables else f"{path}: {key or 'top level'}"
-    message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    if problem["type"] == "extra_forbidden":
-        known = list(section.model_fields)
-        near = difflib.get_close_matches(key, known, n=1)
-        return f"{where} = {problem['input']!r}: unknown key; " + (
-            f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-        )
-    if isinstance(problem["input"], dict):
-        return f"{where}: {message}"
-    return f"{where} = {problem['input']!r}: {message}"
+def _explain(path: Path, error: ValidationError) -> str:
+    """A line for each mistake: file, table, key, value, what is allowed, and for an unknown key the nearest one."""
+    lines: dict[str, list[str]] = {}
+    for problem in error.errors():
+        section: type[BaseModel] = Experiment
+        names = [*problem["loc"]]
+        where = f"{path}:"
+        if names and isinstance(table := getattr(Experiment(), str(names[0]), None), Section):
+            section, where = type(table), f"{where} [{names.pop(0)}]"
+        if names:  # what follows the key: the place in a list, or the branch of a union
+            where += f" {names[0]}" + "".join(f"[{place}]" for place in names[1:] if isinstance(place, int))
+        if not isinstance(problem["input"], dict):
+            where += f" = {problem['input']!r}"
+        message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
+        if problem["type"] == "model_type":
+            message = "should be a table"
+        elif problem["type"] == "extra_forbidden":
+            known = list(section.model_fields)
+            near = difflib.get_close_matches(str(names[0]), known, n=1)
+            message = "unknown key; " + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}")
+        lines.setdefault(where, []).append(message)
+    return "\n".join(f"{where.removesuffix(':')}: {', or '.join(messages)}" for where, messages in lines.items())
 
 
 # --- training ---------------------------------------------------------------------------------------------------
@@ -437,9 +439,10 @@ def pick_device(name: str) -> str:
 
 def load_data(run: Experiment, workers: int) -> Dataset:
     """The experiment's dataset, collected first where that is its source and the cache does not have it."""
-    from data import CollectSettings, load_dataset
+    from data import CollectSettings, load_dataset, reference_returns
 
     section = run.data
+    reference_returns(section.reference)  # a mistake in it shall not wait for the collection
     settings = CollectSettings(section.transitions, tuple(section.levels), section.action_noise, section.seed)
     with progress("collect", section.transitions) as show:
         dataset = load_dataset(
@@ -458,12 +461,15 @@ def load_data(run: Experiment, workers: int) -> Dataset:
     return dataset
 
 
-def new_bundle(kind: str, run: Experiment, dataset: Dataset, architecture: dict[str, Any], reference: Any) -> Bundle:
+def new_bundle(kind: str, run: Experiment, dataset: Dataset) -> Bundle:
     """All of a bundle that does not change while it learns."""
     import torch
 
+    from data import reference_returns
     from models import BUNDLE_FORMAT, BUNDLE_VERSION
 
+    spec, table = dataset.environment, run.model_dump()[kind]
+    apart = {*TrainingSection.model_fields, "scheme", "guidance_from", "guidance_until"}
     observations = torch.from_numpy(dataset.observations).double()
     returns = dataset.episode_returns
     return {
@@ -472,8 +478,8 @@ def new_bundle(kind: str, run: Experiment, dataset: Dataset, architecture: dict[
         "kind": kind,
         "experiment": run.model_dump(),
         "seeds": list(run.seeds),
-        "environment": json.loads(json.dumps(asdict(dataset.environment))),
-        "reference": list(reference),
+        "environment": asdict(spec),
+        "reference": reference_returns(run.data.reference),
         "dataset": dataset.identity
         | {
             "training_transitions": len(dataset.rewards),
@@ -486,8 +492,12 @@ def new_bundle(kind: str, run: Experiment, dataset: Dataset, architecture: dict[
             "deviation": observations.std(0, unbiased=False).float() + 1e-3,  # 1e-3 as TD3+BC: some features never vary
         },
         "reward_scale": dataset.reward_scale,
-        "architecture": architecture,
-        "versions": {"mdpt": version(), "torch": torch.__version__, "python": platform.python_version()},
+        "architecture": {
+            "observation_dim": spec.observation_dim,
+            "action_dim": spec.action_dim,
+            **{key: value for key, value in table.items() if key not in apart},
+        },
+        "versions": {"mdpt": version(), "torch": str(torch.__version__), "python": platform.python_version()},
         "step": 0,
         "complete": False,
         "history": [],
@@ -500,67 +510,60 @@ def new_bundle(kind: str, run: Experiment, dataset: Dataset, architecture: dict[
 def train_bundle(
     bundle: Bundle,
     learner: Learner,
-    module: Guidance | Policy,
+    section: GuidanceSection | PolicySection,
     transitions: Transitions,
-    section: TrainingSection,
+    kept: Sequence[tuple[Bundle, Guidance | Policy]],
     out: Path,
     resumed: Bundle | None,
-    grown: Callable[[], Bundle] | None = None,
-) -> Bundle:
-    """Train what `learner` holds and keep `module` in `bundle`, written to `out` at each snapshot and at the end.
+) -> None:
+    """Train `learner` and write `bundle` to `out` at each snapshot and at the end.
 
-    resumed: an unfinished bundle to go on from. grown: makes the guidance bundle that a joint run grows.
+    kept: the modules that learn, each with the bundle its weights go to: `bundle` itself, or one inside it.
+    resumed: an unfinished bundle to go on from.
     """
-    import torch
-
     from models import Randomness, save_bundle, weights_of
 
     if resumed is not None:
-        bundle |= {key: resumed[key] for key in ("step", "history", "snapshots", "accounting")}
+        bundle |= {key: resumed[key] for key in ("step", "history", "accounting")}
         learner.restore(resumed["training"])
-    device = transitions.rows.device
-    meter = Meter(device, bundle["accounting"])
     milestones = {round(section.steps * (i + 1) / section.snapshots) for i in range(section.snapshots)}
     monitor = Monitor(
-        f"{bundle['kind']} {section.algorithm}",  # type: ignore[attr-defined]
-        bundle["step"],
-        section.steps,
-        bundle["seeds"],
-        milestones,
-        bundle["history"],
-        kept=f"no snapshot is kept, {out} was not written",
+        title=f"{bundle['kind']} {section.algorithm}",
+        start=bundle["step"],
+        steps=section.steps,
+        seeds=bundle["seeds"],
+        milestones=milestones,
+        history=bundle["history"],
+        kept=f"{out} holds step {bundle['step']}" if resumed else "no snapshot was reached",
     )
+    meter = Meter(transitions.rows.device, bundle["accounting"])
 
     def keep(step: int) -> None:
-        bundle.update(step=step, complete=step == section.steps, weights=weights_of(module))
-        if step in milestones:
-            acting = {name: value for name, value in bundle["weights"].items() if name.startswith(ACTING)}
-            bundle["snapshots"] = bundle["snapshots"] | {step: acting}
-        bundle["accounting"] = meter.read(learner, step, section.steps)
-        bundle.pop("training", None)
-        if grown is not None:
-            bundle["guidance"] = grown() | {"step": step, "complete": bundle["complete"]}
-        if bundle["complete"]:
-            for name in [name for name in bundle["weights"] if name.startswith("actor.")]:
-                del bundle["weights"][name]  # the companion actor has done its work
-        else:
-            bundle["training"] = learner.state()
+        complete = step == section.steps
+        account = meter.read(learner, step)
+        for target, module in kept:
+            weights = weights_of(module)
+            if complete:  # a companion actor has done its work
+                weights = {name: value for name, value in weights.items() if not name.startswith("actor.")}
+            target.update(step=step, complete=complete, weights=weights, accounting=account)
+            if step in milestones:
+                acting = {name: value for name, value in weights.items() if name.startswith(ACTING)}
+                target["snapshots"] = target["snapshots"] | {step: acting}
+        bundle["training"] = None if complete else learner.state()
         save_bundle(out, bundle)
         monitor.kept = f"the last good snapshot, of step {step}, is kept in {out}"
 
-    random = Randomness(bundle["seeds"], "train", device)
-    with torch.device(device), monitor.watching():
+    with monitor.watching():
         train(
             learner,
             transitions,
-            random,
+            Randomness(bundle["seeds"], "train", transitions.rows.device),
             batch_size=section.batch_size,
             start=bundle["step"],
             steps=section.steps,
             monitor=monitor,
             keep=keep,
         )
-    return bundle
 
 
 ACTING = ("average.", "target_q.", "value.")  # the weights that act or are asked for values
@@ -577,7 +580,7 @@ class Meter:
         )
         self.began, self.base = time.perf_counter(), memory_now(device, restart=True)
 
-    def read(self, learner: Learner, step: int, steps: int) -> dict[str, Any]:
+    def read(self, learner: Learner, step: int) -> dict[str, Any]:
         """The account after `step` gradient steps; counts and bytes are of all members together."""
         import torch
 
@@ -613,101 +616,66 @@ def memory_now(device: Any, *, restart: bool = False) -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def guidance_architecture(run: Experiment, dataset: Dataset) -> dict[str, Any]:
-    shared = {"steps", "batch_size", "learning_rate", "gradient_norm", "snapshots"}
-    spec = dataset.environment
-    return {
-        "observation_dim": spec.observation_dim,
-        "action_dim": spec.action_dim,
-        **run.guidance.model_dump(exclude=shared),
-    }
-
-
-def policy_architecture(run: Experiment, dataset: Dataset) -> dict[str, Any]:
-    other = {"steps", "batch_size", "learning_rate", "gradient_norm", "snapshots"}
-    spec = dataset.environment
-    return {
-        "observation_dim": spec.observation_dim,
-        "action_dim": spec.action_dim,
-        **run.policy.model_dump(exclude=other | {"scheme", "guidance_from", "guidance_until"}),
-    }
-
-
 def train_guidance(run: Experiment, out: Path, resumed: Bundle | None, workers: int) -> Bundle:
     """Train a guidance from the data alone, judge it on held-out episodes, and write its bundle."""
-    from data import reference_returns
-    from models import Guidance, Normalizer, Randomness, Transitions, save_bundle
+    from models import Transitions, save_bundle
 
     device = pick_device(run.device)
-    reference = reference_returns(as_reference(run.data.reference))
     dataset = load_data(run, workers)
-    bundle = new_bundle("guidance", run, dataset, guidance_architecture(run, dataset), reference)
-    random = Randomness(run.seeds, "init", device)
-    guidance = Guidance(random, Normalizer(**bundle["normalizer"]).to(device), **bundle["architecture"])
-    if resumed is not None:
-        check_same_run(bundle, resumed, out)
-        guidance.load_state_dict(resumed["weights"])
+    bundle = new_bundle("guidance", run, dataset)
+    guidance: Guidance = new_module(bundle, device, out, resumed)
     learner = Learner([(guidance, run.guidance)], lambda batch, random, _: guidance.loss(batch, random))
-    bundle = train_bundle(bundle, learner, guidance, Transitions(vars(dataset), device), run.guidance, out, resumed)
+    transitions = Transitions(vars(dataset), device)
+    train_bundle(bundle, learner, run.guidance, transitions, [(bundle, guidance)], out, resumed)
     bundle["quality"] = guidance_quality(guidance, dataset, run.guidance.discount, device)
     save_bundle(out, bundle)
     return bundle
 
 
-def train_policy(run: Experiment, teacher: Bundle | None, out: Path, resumed: Bundle | None, workers: int) -> Bundle:
+def train_policy(run: Experiment, teacher: Bundle | None, out: Path, resumed: Bundle | None, workers: int) -> None:
     """Train a policy under a frozen guidance, together with one ("joint"), or unguided, and write its bundle."""
-    from data import reference_returns
-    from models import (
-        Guidance,
-        Normalizer,
-        Policy,
-        Randomness,
-        Transitions,
-        build_guidance,
-        check_fit,
-        pair_members,
-        weights_of,
-    )
+    from models import Transitions, add, build_guidance, check_fit, pair_members
 
     section, device = run.policy, pick_device(run.device)
-    reference = reference_returns(as_reference(run.data.reference))
     dataset = load_data(run, workers)
-    bundle = new_bundle("policy", run, dataset, policy_architecture(run, dataset), reference) | {"guidance": teacher}
-    normalizer = Normalizer(**bundle["normalizer"]).to(device)
-    policy = Policy(Randomness(run.seeds, "init", device), normalizer, **bundle["architecture"])
+    bundle = new_bundle("policy", run, dataset)
+    policy: Policy = new_module(bundle, device, out, resumed)
+    transitions = Transitions(vars(dataset), device)
     guidance: Guidance | None = None
-    grown: Callable[[], Bundle] | None = None
+    learning: list[tuple[Bundle, Guidance | Policy]] = [(bundle, policy)]
     if section.scheme == "joint":
-        seed = new_bundle("guidance", run, dataset, guidance_architecture(run, dataset), reference)
-        guidance = Guidance(Randomness(run.seeds, "init", device), normalizer, **seed["architecture"])
-        grown_guidance = guidance
-        grown = lambda: seed | {"weights": weights_of(grown_guidance)}
+        bundle["guidance"] = new_bundle("guidance", run, dataset)
+        guidance = new_module(bundle["guidance"], device, out, resumed and resumed["guidance"])
+        learning.insert(0, (bundle["guidance"], guidance))
     elif teacher is not None:
         for warning in check_fit(bundle, teacher):
             warn(warning)
+        bundle["guidance"] = teacher
         guidance = build_guidance(teacher, device)
         pair_members(policy.members, guidance)
-    if resumed is not None:
-        check_same_run(bundle, resumed, out)
-        policy.load_state_dict(resumed["weights"])
-        if grown is not None and guidance is not None:
-            guidance.load_state_dict(resumed["guidance"]["weights"])
-    transitions = Transitions(vars(dataset), device)
-    if policy.algorithm.labels and teacher is not None and guidance is not None:
-        transitions.label(guidance)
+        if policy.algorithm.labels:
+            transitions.label(guidance)
 
     def loss(batch: Batch, random: Randomness, done: float) -> Loss:
-        from models import add
-
         guided = section.guidance_from <= done < section.guidance_until
         own = policy.loss(batch, guidance if guided else None, random)
-        return own if grown is None or guidance is None else add(guidance.loss(batch, random), own)
+        return add(own, guidance.loss(batch, random)) if guidance in learner.modules else own
 
-    modules: list[tuple[Guidance | Policy, TrainingSection]] = [(policy, section)]
-    if grown is not None and guidance is not None:
-        modules.insert(0, (guidance, run.guidance))
-    learner = Learner(modules, loss)
-    return train_bundle(bundle, learner, policy, transitions, section, out, resumed, grown)
+    tables = {"guidance": run.guidance, "policy": section}
+    learner = Learner([(module, tables[target["kind"]]) for target, module in learning], loss)
+    train_bundle(bundle, learner, section, transitions, learning, out, resumed)
+
+
+def new_module(bundle: Bundle, device: str, out: Path, resumed: Bundle | None) -> Any:
+    """The module a new bundle describes, ready to learn: with initial weights, or those of the resumed bundle."""
+    from models import build_new
+
+    module = build_new(bundle, device)
+    if resumed is not None:
+        check_same_run(bundle, resumed, out)
+        bundle["snapshots"] = resumed["snapshots"]
+        module.load_state_dict(resumed["weights"])
+    return module
 
 
 def check_same_run(bundle: Bundle, resumed: Bundle, out: Path) -> None:
@@ -761,41 +729,37 @@ def guidance_quality(guidance: Guidance, dataset: Dataset, discount: float, devi
 # --- evaluation -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """What an evaluation did, in full, for the table's last line and the JSON file."""
-
-    policy: str
-    guidance: str | None
-    guide: str
-    inference: dict[str, Any]
-    episodes: int
-    seed: int
-    environment: str
-    reference: tuple[float, float]
-    warnings: list[str]
-
-
 def score(
-    policy: Policy,
-    guidance: Guidance | None,
-    seeds: Sequence[int],
     bundle: Bundle,
+    teacher: Bundle | None,
     how: Inference,
+    section: EvaluationSection,
     *,
-    episodes: int,
-    seed: int,
-    workers: int,
     device: str,
+    workers: int,
     title: str = "evaluate",
+    crossed: bool = False,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Play episodes with every member: raw returns and lengths, both (S, E). Models are not changed."""
+    """Play episodes with every member: raw returns and lengths, both (S, E). The bundles are not changed.
+
+    Guidance members are paired with policy members by position, or each with each (crossed; then S * S' rows, the
+    guidance's members side by side).
+    """
     import torch
 
     from data import EnvironmentSpec, rollout
-    from models import Randomness, act
+    from models import Randomness, act, build_guidance, build_policy, pair_members
 
-    random = Randomness(seeds, f"evaluate {seed}", device)
+    policy, seeds = build_policy(bundle, device), bundle["seeds"]
+    guidance = None if teacher is None else build_guidance(teacher, device)
+    if guidance is not None and crossed:
+        pairs = [(i, j) for i in range(policy.members) for j in range(guidance.members)]
+        policy.pick([i for i, _ in pairs])
+        guidance.pick([j for _, j in pairs])
+        seeds = [seeds[i] for i, _ in pairs]
+    elif guidance is not None:
+        pair_members(policy.members, guidance)
+    random = Randomness(seeds, f"evaluate {section.seed}", device)
 
     def choose(observations: NDArray[np.float32]) -> NDArray[np.float32]:
         states = torch.from_numpy(observations).to(device)
@@ -803,18 +767,13 @@ def score(
         random.step += 1
         return actions
 
-    environment = bundle["environment"]
-    spec = EnvironmentSpec(
-        **environment
-        | {"action_low": tuple(environment["action_low"]), "action_high": tuple(environment["action_high"])}
-    )
-    with progress(title, len(seeds) * episodes) as show:
+    with progress(title, len(seeds) * section.episodes) as show:
         return rollout(
             choose,
-            spec,
+            EnvironmentSpec(**bundle["environment"]),
             members=len(seeds),
-            episodes=episodes,
-            seed=seed,
+            episodes=section.episodes,
+            seed=section.seed,
             workers=workers,
             progress=lambda done, _: show(done, "episodes"),
         )
@@ -884,14 +843,26 @@ def pick_inference(
     )
 
 
-def evaluate_bundle(
-    bundle: Bundle, path: Path, infer_guidance: str | None, options: dict[str, Any], device: str | None, workers: int
-) -> dict[str, Any]:
-    """Score a policy bundle under the guidance inside it, that of another bundle, or none; the whole report."""
-    from models import build_guidance, build_policy, check_fit, pair_members, read_guidance
+@dataclass(frozen=True)
+class Trial:
+    """A policy bundle, the guidance it acts under, and how: what an evaluation or a cell of a swap needs."""
 
+    path: Path
+    bundle: Bundle
+    guidance: Bundle | None
+    guidance_name: str | None
+    section: EvaluationSection
+    how: Inference
+    device: str
+    warnings: list[str]
+
+
+def prepare(path: Path, infer_guidance: str | None, options: dict[str, Any], device: str | None) -> Trial:
+    """Read a policy bundle and the guidance asked for: the one inside it, that of another bundle, or "none"."""
+    from models import check_fit, read_guidance, read_policy
+
+    bundle = read_policy(path)
     run = Experiment.model_validate(bundle["experiment"])
-    chosen = pick_device(device or run.device)
     teacher = bundle["guidance"]
     name = None if teacher is None else f"its own {teacher['experiment']['guidance']['algorithm']} guidance"
     if infer_guidance is not None:
@@ -901,52 +872,21 @@ def evaluate_bundle(
     warnings = check_fit(bundle, teacher) if teacher is not None else []
     for warning in warnings:
         warn(warning)
-    policy = build_policy(bundle, chosen)
-    guidance = None if teacher is None else build_guidance(teacher, chosen)
-    if guidance is not None:
-        pair_members(policy.members, guidance)
-    seeds = bundle["seeds"]
-    returns, lengths = score(
-        policy,
-        guidance,
-        seeds,
-        bundle,
-        how,
-        episodes=section.episodes,
-        seed=section.seed,
-        workers=workers,
-        device=chosen,
-    )
-    protocol = Protocol(
-        policy=str(path),
-        guidance=name,
-        guide=section.guide,
-        inference=asdict(how),
-        episodes=section.episodes,
-        seed=section.seed,
-        environment=bundle["environment"]["id"],
-        reference=tuple(bundle["reference"]),
-        warnings=warnings,
-    )
-    return make_report(bundle, protocol, seeds, returns, lengths)
+    return Trial(path, bundle, teacher, name, section, how, pick_device(device or run.device), warnings)
 
 
-def make_report(
-    bundle: Bundle,
-    protocol: Protocol,
-    seeds: Sequence[int],
-    returns: NDArray[np.float64],
-    lengths: NDArray[np.int64],
-) -> dict[str, Any]:
-    """Everything an evaluation found, as plain containers: returns and lengths are (S, E), raw."""
+def evaluate_trial(trial: Trial, workers: int, title: str = "evaluate") -> dict[str, Any]:
+    """Everything an evaluation finds, as plain containers."""
     from data import normalized_score
 
-    scores = normalized_score(returns.mean(1), protocol.reference)
-    data = bundle["dataset"]
-    of_data = {kind: data[f"{kind}_return"] for kind in ("mean", "best")}
-    low, high = protocol.reference
+    bundle, data = trial.bundle, trial.bundle["dataset"]
+    returns, lengths = score(
+        bundle, trial.guidance, trial.how, trial.section, device=trial.device, workers=workers, title=title
+    )
+    scores = normalized_score(returns.mean(1), bundle["reference"])
     return {
-        "protocol": asdict(protocol),
+        "protocol": protocol(trial),
+        "step": bundle["step"],
         "summary": summarize(scores),
         "members": [
             {
@@ -957,10 +897,80 @@ def make_report(
                 "returns": returns[i].tolist(),
                 "lengths": lengths[i].tolist(),
             }
-            for i, seed in enumerate(seeds)
+            for i, seed in enumerate(bundle["seeds"])
         ],
-        "dataset": data | {f"{kind}_score": 100 * (value - low) / (high - low) for kind, value in of_data.items()},
+        "dataset": data
+        | {f"{kind}_score": float(normalized_score(data[f"{kind}_return"], bundle["reference"])) for kind in KINDS},
+        "accounting": bundle["accounting"],
         "versions": bundle["versions"] | {"evaluated_with": version()},
+    }
+
+
+KINDS = ("mean", "best")
+
+
+def protocol(trial: Trial) -> dict[str, Any]:
+    """What an evaluation did, in full."""
+    return {
+        "policy": str(trial.path),
+        "guidance": trial.guidance_name,
+        "guide": trial.section.guide,
+        **asdict(trial.how),
+        "episodes": trial.section.episodes,
+        "seed": trial.section.seed,
+        "environment": trial.bundle["environment"]["id"],
+        "reference": trial.bundle["reference"],
+        "warnings": trial.warnings,
+    }
+
+
+def evaluate_curve(
+    path: Path, infer_guidance: str | None, options: dict[str, Any], device: str | None, workers: int
+) -> dict[str, Any]:
+    """Score every snapshot of a policy: the score over training steps, and the best step, chosen by these scores."""
+    from models import read_policy
+
+    steps = list(read_policy(path)["snapshots"])
+    if not steps:
+        raise MdptError(f"{path}: holds no snapshots yet; go on with `mdpt policy --resume`")
+    points = []
+    for step in steps:
+        trial = prepare(path.with_name(f"{path.name}@{step}"), infer_guidance, options, device)
+        points.append(evaluate_trial(trial, workers, f"evaluate @{step}"))
+    best = max(points, key=lambda point: point["summary"]["iqm"])
+    return {"protocol": protocol(trial) | {"policy": str(path)}, "curve": points, "best_step": best["step"]}
+
+
+def swap_members(trial: Trial, workers: int) -> dict[str, Any]:
+    """Every policy member under every guidance member: scores (S, S'), and what they say of same and other seeds."""
+    import numpy as np
+
+    from data import normalized_score
+
+    if trial.guidance is None:
+        raise MdptError(f"{trial.path}: holds no guidance to swap; name one with --guidance")
+    title = f"{trial.path} x {trial.guidance_name}"
+    returns, _ = score(
+        trial.bundle,
+        trial.guidance,
+        trial.how,
+        trial.section,
+        device=trial.device,
+        workers=workers,
+        title=title,
+        crossed=True,
+    )
+    rows, columns = trial.bundle["seeds"], trial.guidance["seeds"]
+    scores = normalized_score(returns.mean(1), trial.bundle["reference"]).reshape(len(rows), len(columns))
+    same = np.equal.outer(rows, columns)
+    groups = {"same seed": scores[same], "other seeds": scores[~same], "all": scores.ravel()}
+    return {
+        "protocol": protocol(trial),
+        "policy_seeds": rows,
+        "guidance_seeds": columns,
+        "scores": scores.tolist(),
+        "returns": returns.reshape(*scores.shape, -1).tolist(),
+        "summary": {name: summarize(values) for name, values in groups.items() if len(values)},
     }
 
 
@@ -1016,16 +1026,63 @@ def quality_table(bundle: Bundle) -> Table:
 
 
 def score_table(report: dict[str, Any]) -> Table:
-    """An evaluation: per member, then over members, then the protocol."""
-    protocol, summary = report["protocol"], report["summary"]
+    """An evaluation: per member, over members, and the dataset on the same scale; the protocol is its caption."""
     table = make_table("scores (0 to 100 between the reference returns)", "seed", "return", "score", "length")
     for member in report["members"]:
         table.add_row(
             str(member["seed"]), number(member["return"]), number(member["score"]), number(member["length"], 0)
         )
     table.add_section()
+    for name, text in summary_cells(report["summary"]).items():
+        table.add_row(name, "", text, "")
+    table.add_section()
+    for kind in KINDS:
+        data = report["dataset"]
+        table.add_row(f"data {kind}", number(data[f"{kind}_return"]), number(data[f"{kind}_score"]), "")
+    return table
+
+
+def curve_table(report: dict[str, Any]) -> Table:
+    """Scores over training steps."""
+    columns = summary_cells(report["curve"][0]["summary"])
+    table = make_table("score over training steps (0 to 100)", "step", *columns, "")
+    last = report["curve"][-1]["step"]
+    for point in report["curve"]:
+        note = "best (online selection)" if point["step"] == report["best_step"] else ""
+        note = ", ".join(filter(None, [note, "last" if point["step"] == last else ""]))
+        table.add_row(str(point["step"]), *summary_cells(point["summary"]).values(), note)
+    return table
+
+
+def swap_table(cells: Sequence[dict[str, Any]]) -> Table:
+    """Policies under guidances, members paired by seed, crossed, and all together."""
+    table = make_table("scores (0 to 100), statistics over pairs of members", "policy", "guidance", "seeds", "pairs")
+    for column in ("median", "IQR", "IQM", "IQM 95 %", "mean", "std"):
+        table.add_column(column, justify="right")
+    for cell in cells:
+        for name, summary in cell["summary"].items():
+            table.add_row(
+                cell["protocol"]["policy"],
+                str(cell["protocol"]["guidance"]),
+                name,
+                str(summary["members"]),
+                *summary_cells(summary).values(),
+            )
+    return table
+
+
+def member_table(cell: dict[str, Any]) -> Table:
+    """Scores of each policy member under each guidance member."""
+    columns = [f"guidance {seed}" for seed in cell["guidance_seeds"]]
+    table = make_table(f"{cell['protocol']['policy']} under {cell['protocol']['guidance']}", "policy", *columns)
+    for seed, scores in zip(cell["policy_seeds"], cell["scores"], strict=True):
+        table.add_row(str(seed), *(number(value) for value in scores))
+    return table
+
+
+def summary_cells(summary: dict[str, Any]) -> dict[str, str]:
     interval = summary["iqm_interval"]
-    rows = {
+    return {
         "median": number(summary["median"]),
         "IQR": number(summary["iqr"]),
         "IQM": number(summary["iqm"]),
@@ -1033,28 +1090,44 @@ def score_table(report: dict[str, Any]) -> Table:
         "mean": number(summary["mean"]),
         "std": number(summary["std"]),
     }
-    for name, text in rows.items():
-        table.add_row(name, "", text, "")
-    table.add_section()
-    data = report["dataset"]
-    table.add_row("data mean", number(data["mean_return"]), number(data["mean_score"]), "")
-    table.add_row("data best", number(data["best_return"]), number(data["best_score"]), "")
-    table.caption, table.caption_justify = protocol_line(protocol, summary["members"]), "left"
-    return table
 
 
-def protocol_line(protocol: dict[str, Any], members: int) -> str:
-    how = protocol["inference"]
-    parts = [f"{protocol['environment']}, {members} members x {protocol['episodes']} episodes, seed {protocol['seed']}"]
-    if protocol["guidance"] is None:
+def protocol_line(how: dict[str, Any], members: int) -> str:
+    """The protocol of an evaluation in one line."""
+    parts = [f"{how['environment']}, {members} members x {how['episodes']} episodes, seed {how['seed']}"]
+    if how["guidance"] is None:
         parts.append("ranked by none, 1 candidate")
-    elif protocol["guide"] != "gradient":
-        softmax = f" at {how['weight_temperature']:g}" if how["selection"] == "softmax" else ""
-        parts.append(f"{how['selection']}{softmax} of {how['candidates']} by {protocol['guidance']}")
+    elif how["guide"] != "gradient":
+        softmax = f" at inverse temperature {how['weight_temperature']:g}" if how["selection"] == "softmax" else ""
+        parts.append(f"{how['selection']}{softmax} of {how['candidates']} by {how['guidance']}")
     if how["guidance_weight"] > 0:
-        parts.append(f"gradient of {protocol['guidance']} x {how['guidance_weight']:g}")
+        parts.append(f"{how['guidance_weight']:g} x gradient of {how['guidance']}")
     parts.append(f"temperature {how['temperature']:g}")
     return ", ".join(parts)
+
+
+def plot_curve(path: Path, report: dict[str, Any]) -> None:
+    """Score over training steps as a picture: members, their median, the interquartile range, the dataset."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    curve = report["curve"]
+    steps = [point["step"] for point in curve]
+    scores = np.array([[member["score"] for member in point["members"]] for point in curve])  # (steps, S)
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, scores, color="tab:blue", alpha=0.25, linewidth=1)
+    axes.plot(steps, np.median(scores, 1), color="tab:blue", marker="o", label="median of members")
+    low, high = np.percentile(scores, [25, 75], axis=1)
+    axes.fill_between(steps, low, high, color="tab:blue", alpha=0.15, label="interquartile range")
+    for kind, style in zip(KINDS, (":", "--"), strict=True):
+        axes.axhline(curve[0]["dataset"][f"{kind}_score"], color="gray", linestyle=style, label=f"dataset {kind}")
+    axes.set(xlabel="gradient steps", ylabel="normalized score", title=report["protocol"]["policy"])
+    axes.legend(frameon=False, fontsize="small")
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise MdptError(f"--plot {path}: cannot be written ({error}); name a .png, .svg or .pdf file") from error
 
 
 def describe(bundle: Bundle, path: Path) -> Iterator[Table]:
@@ -1101,15 +1174,17 @@ def describe_guidance(bundle: Bundle | None) -> str:
     return f"{bundle['experiment']['guidance']['algorithm']} guidance, step {bundle['step']}, seeds {seeds}"
 
 
-def write_json(path: Path, report: dict[str, Any], overwrite: bool) -> None:
-    """Write a report whole or not at all."""
-    refuse_to_overwrite(path, overwrite)
+def write_json(path: Path | None, report: dict[str, Any]) -> None:
+    """Write a report, if asked for, whole or not at all."""
+    if path is None:
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         raise MdptError(f"--json {path}: cannot be written ({error.strerror})") from error
+    say(f"wrote {path}")
 
 
 def refuse_to_overwrite(path: Path, overwrite: bool) -> None:
@@ -1250,20 +1325,24 @@ def evaluate(
     seed: EvaluationSeed = None,
     device: Device = None,
     json_file: Json = None,
+    curve: Annotated[bool, typer.Option("--curve", help="score every snapshot")] = False,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="with --curve: draw it, .png, .svg or .pdf")] = None,
     overwrite: Overwrite = False,
     describe_only: Annotated[bool, typer.Option("--describe", help="say what the bundle is; run nothing")] = False,
     workers: Workers = CORES,
 ) -> None:
     """Score a policy in its environment, its candidates ranked by a guidance."""
-    from models import read_bundle, read_policy
+    from models import read_bundle
 
     console = make_console()
     if describe_only:
         for table in describe(read_bundle(bundle), bundle):
             console.print(table)
         return
-    if json_file is not None:
-        refuse_to_overwrite(json_file, overwrite)
+    if plot_file is not None and not curve:
+        raise MdptError("--plot draws the score over training steps; it goes with --curve")
+    for file in filter(None, (json_file, plot_file)):
+        refuse_to_overwrite(file, overwrite)
     options = {
         "episodes": episodes,
         "candidates": candidates,
@@ -1275,11 +1354,48 @@ def evaluate(
         "guidance_weight": guidance_weight,
         "seed": seed,
     }
-    report = evaluate_bundle(read_policy(bundle), bundle, infer_guidance, options, device, workers)
-    console.print(score_table(report))
+    if curve:
+        report = evaluate_curve(bundle, infer_guidance, options, device, workers)
+        console.print(curve_table(report))
+        members = report["curve"][0]["summary"]["members"]
+    else:
+        report = evaluate_trial(prepare(bundle, infer_guidance, options, device), workers)
+        console.print(score_table(report))
+        members = report["summary"]["members"]
+    say(protocol_line(report["protocol"], members))
+    if plot_file is not None:
+        plot_curve(plot_file, report)
+        say(f"wrote {plot_file}")
+    write_json(json_file, report)
+
+
+@app.command()
+def swap(
+    policies: Annotated[list[Path], typer.Argument(help="policy bundles")],
+    guidances: Annotated[
+        list[str] | None, typer.Option("--guidance", help="bundle whose guidance ranks, repeatable; default: their own")
+    ] = None,
+    episodes: Episodes = None,
+    candidates: Candidates = None,
+    seed: EvaluationSeed = None,
+    device: Device = None,
+    json_file: Json = None,
+    overwrite: Overwrite = False,
+    workers: Workers = CORES,
+) -> None:
+    """Score every policy member under every guidance member."""
     if json_file is not None:
-        write_json(json_file, report, overwrite)
-        say(f"wrote {json_file}")
+        refuse_to_overwrite(json_file, overwrite)
+    options = {"episodes": episodes, "candidates": candidates, "seed": seed}
+    names = guidances or [str(path) for path in policies]
+    trials = [prepare(path, name, options, device) for path in policies for name in names]
+    cells = [swap_members(trial, workers) for trial in trials]
+    console = make_console()
+    for cell in cells:
+        console.print(member_table(cell))
+    console.print(swap_table(cells))
+    say(protocol_line(cells[0]["protocol"] | {"guidance": "each guidance"}, len(cells[0]["policy_seeds"])))
+    write_json(json_file, {"swaps": cells})
 
 
 def unfinished(path: Path, overwrite: bool, resume: bool) -> Bundle | None:
@@ -1300,10 +1416,6 @@ def unfinished(path: Path, overwrite: bool, resume: bool) -> Bundle | None:
     if not resume:
         raise MdptError(f"{path}: is unfinished, at step {bundle['step']}; --resume goes on, --overwrite begins anew")
     return bundle
-
-
-def as_reference(reference: str | list[float]) -> str | tuple[float, float]:
-    return reference if isinstance(reference, str) else (reference[0], reference[1])
 
 
 if __name__ == "__main__":

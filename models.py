@@ -147,7 +147,7 @@ class _Mish(torch.autograd.Function):
 def mish(x: Tensor) -> Tensor:
     """Mish (arXiv 1908.08681); the shipped kernel where no gradient is asked for."""
     needs_gradient = torch.is_grad_enabled() and x.requires_grad
-    return _Mish.apply(x) if needs_gradient else functional.mish(x)  # type: ignore[no-any-return, no-untyped-call]
+    return _Mish.apply(x) if needs_gradient else functional.mish(x)  # type: ignore[no-untyped-call]
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "mish": mish}
@@ -916,8 +916,13 @@ def save_bundle(path: Path, bundle: Bundle) -> None:
 def read_bundle(path: Path) -> Bundle:
     """Read a bundle of either kind onto the CPU, opened with weights_only=True.
 
-    Raises: BundleError for a file that is missing, damaged, no bundle, or of another version.
+    FILE@STEP gives the snapshot of that gradient step (a joint run's guidance likewise), FILE@last the last weights.
+
+    Raises: BundleError for a file that is missing, damaged, no bundle, of another version, or without that snapshot.
     """
+    name, at, step = path.name.rpartition("@")
+    if at and not path.exists():
+        return _at_step(read_bundle(path.with_name(name)), path, step)
     if not path.is_file():
         raise BundleError(f"{path}: no such bundle; `mdpt guidance` and `mdpt policy` write them")
     try:
@@ -934,6 +939,19 @@ def read_bundle(path: Path) -> Bundle:
             "train it anew or use the mdpt that wrote it"
         )
     return bundle
+
+
+def _at_step(bundle: Bundle, path: Path, step: str) -> Bundle:
+    if step == "last":
+        return bundle
+    if not step.isdecimal() or int(step) not in bundle["snapshots"]:
+        known = ", ".join(f"@{known}" for known in bundle["snapshots"])
+        raise BundleError(f"{path}: no snapshot @{step}; there are {known or 'none yet'} and @last")
+    inner = bundle["guidance"]
+    if inner is not None and inner["snapshots"] and bundle["experiment"]["policy"]["scheme"] == "joint":
+        bundle["guidance"] = _at_step(inner, path, step)
+    bundle["weights"] |= bundle["snapshots"][int(step)]
+    return bundle | {"step": int(step)}
 
 
 def read_guidance(path: Path) -> Bundle:
@@ -989,22 +1007,29 @@ def pair_members(policy_members: int, guidance: Guidance) -> None:
         )
 
 
-def build_guidance(bundle: Bundle, device: torch.device | str, *, learns: bool = False) -> Guidance:
-    """The guidance of a bundle: frozen and ready for use, or ready to go on learning."""
-    guidance = _build(Guidance, bundle, device, learns=learns)
-    return guidance if learns else guidance.requires_grad_(False)
+def build_guidance(bundle: Bundle, device: torch.device | str) -> Guidance:
+    """The guidance of a bundle, frozen, without what only its training needed."""
+    weights = {name: value for name, value in bundle["weights"].items() if not name.startswith("actor.")}
+    guidance = _build(Guidance, bundle, device, learns=False)
+    guidance.load_state_dict(weights)
+    return guidance.requires_grad_(False)
 
 
 def build_policy(bundle: Bundle, device: torch.device | str) -> Policy:
     """The policy of a bundle, without its guidance."""
-    return _build(Policy, bundle, device)
+    policy = _build(Policy, bundle, device)
+    policy.load_state_dict(bundle["weights"])
+    return policy
+
+
+def build_new(bundle: Bundle, device: torch.device | str) -> Guidance | Policy:
+    """What a bundle describes, with initial weights, ready to learn."""
+    return _build(Guidance, bundle, device) if bundle["kind"] == "guidance" else _build(Policy, bundle, device)
 
 
 def _build(kind: type[Module], bundle: Bundle, device: torch.device | str, **extra: Any) -> Module:
     normalizer = Normalizer(**bundle["normalizer"]).to(device)
-    module = kind(Randomness(bundle["seeds"], "init", device), normalizer, **bundle["architecture"], **extra)
-    module.load_state_dict(bundle["weights"])
-    return module
+    return kind(Randomness(bundle["seeds"], "init", device), normalizer, **bundle["architecture"], **extra)
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
