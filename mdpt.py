@@ -263,16 +263,20 @@ class Part:
 
 
 class Learner:
-    """Modules that learn together: one loss, and for each network Adam with cosine decay and a norm limit per member."""
+    """Modules that learn together under one loss, with Adam, cosine decay and a gradient-norm limit per member.
+
+    frozen: guidance that the loss uses and nothing here changes; it only counts as held.
+    """
 
     def __init__(
         self,
         modules: Sequence[tuple[Guidance | Policy, TrainingSection]],
         loss: Callable[[Batch, Randomness, float], Loss],
+        frozen: Sequence[Guidance] = (),
     ) -> None:
         import torch
 
-        self.modules, self.loss = [module for module, _ in modules], loss
+        self.modules, self.loss, self.frozen = [module for module, _ in modules], loss, frozen
         self.parts = [
             Part(network, section.learning_rate, section.gradient_norm)
             for module, section in modules
@@ -586,10 +590,10 @@ class Meter:
 
         seconds = self.seconds_before + time.perf_counter() - self.began
         state = [value for part in learner.parts for state in part.adam.state.values() for value in state.values()]
-        held = {id(p): p.numel() for module in learner.modules for p in module.parameters()}
+        held = [p.numel() for module in (*learner.modules, *learner.frozen) for p in module.parameters()]
         return {
             "parameters_trained": sum(part.network.vector.numel() for part in learner.parts),
-            "parameters_held": sum(held.values()),
+            "parameters_held": sum(held),
             "optimizer_bytes": sum(value.nbytes for value in state if torch.is_tensor(value)),
             "peak_bytes": max(self.peak_before, memory_now(self.device) - self.base),
             "seconds": seconds,
@@ -623,7 +627,7 @@ def train_guidance(run: Experiment, out: Path, resumed: Bundle | None, workers: 
     device = pick_device(run.device)
     dataset = load_data(run, workers)
     bundle = new_bundle("guidance", run, dataset)
-    guidance: Guidance = new_module(bundle, device, out, resumed)
+    guidance: Guidance = new_module(bundle, device, out, resumed, companion=True)
     learner = Learner([(guidance, run.guidance)], lambda batch, random, _: guidance.loss(batch, random))
     transitions = Transitions(vars(dataset), device)
     train_bundle(bundle, learner, run.guidance, transitions, [(bundle, guidance)], out, resumed)
@@ -642,6 +646,7 @@ def train_policy(run: Experiment, teacher: Bundle | None, out: Path, resumed: Bu
     policy: Policy = new_module(bundle, device, out, resumed)
     transitions = Transitions(vars(dataset), device)
     guidance: Guidance | None = None
+    frozen: list[Guidance] = []
     learning: list[tuple[Bundle, Guidance | Policy]] = [(bundle, policy)]
     if section.scheme == "joint":
         bundle["guidance"] = new_bundle("guidance", run, dataset)
@@ -653,24 +658,25 @@ def train_policy(run: Experiment, teacher: Bundle | None, out: Path, resumed: Bu
         bundle["guidance"] = teacher
         guidance = build_guidance(teacher, device)
         pair_members(policy.members, guidance)
+        frozen.append(guidance)
         if policy.algorithm.labels:
             transitions.label(guidance)
 
     def loss(batch: Batch, random: Randomness, done: float) -> Loss:
         guided = section.guidance_from <= done < section.guidance_until
         own = policy.loss(batch, guidance if guided else None, random)
-        return add(own, guidance.loss(batch, random)) if guidance in learner.modules else own
+        return add(own, guidance.loss(batch, random, policy)) if guidance in learner.modules else own
 
     tables = {"guidance": run.guidance, "policy": section}
-    learner = Learner([(module, tables[target["kind"]]) for target, module in learning], loss)
+    learner = Learner([(module, tables[target["kind"]]) for target, module in learning], loss, frozen)
     train_bundle(bundle, learner, section, transitions, learning, out, resumed)
 
 
-def new_module(bundle: Bundle, device: str, out: Path, resumed: Bundle | None) -> Any:
+def new_module(bundle: Bundle, device: str, out: Path, resumed: Bundle | None, *, companion: bool = False) -> Any:
     """The module a new bundle describes, ready to learn: with initial weights, or those of the resumed bundle."""
     from models import build_new
 
-    module = build_new(bundle, device)
+    module = build_new(bundle, device, companion=companion)
     if resumed is not None:
         check_same_run(bundle, resumed, out)
         bundle["snapshots"] = resumed["snapshots"]
@@ -938,7 +944,12 @@ def evaluate_curve(
         trial = prepare(path.with_name(f"{path.name}@{step}"), infer_guidance, options, device)
         points.append(evaluate_trial(trial, workers, f"evaluate @{step}"))
     best = max(points, key=lambda point: point["summary"]["iqm"])
-    return {"protocol": protocol(trial) | {"policy": str(path)}, "curve": points, "best_step": best["step"]}
+    return {
+        "protocol": protocol(trial) | {"policy": str(path)},
+        "curve": points,
+        "best_step": best["step"],
+        "accounting": trial.bundle["accounting"],
+    }
 
 
 def swap_members(trial: Trial, workers: int) -> dict[str, Any]:
@@ -996,10 +1007,19 @@ def warn(text: str) -> None:
     make_console(stderr=True).print(f"warning: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
+def show_table(table: Table) -> None:
+    """Print a table under its title and over its caption, which may be wider than the table."""
+    title, caption, table.title, table.caption = table.title, table.caption, None, None
+    say(str(title))
+    make_console().print(table)
+    if caption is not None:
+        say(str(caption))
+
+
 def make_table(title: str, *columns: str) -> Table:
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title)
     for column in columns:
         table.add_column(column, justify="left" if column == columns[0] else "right", no_wrap=True)
     return table
@@ -1147,10 +1167,7 @@ def describe(bundle: Bundle, path: Path) -> Iterator[Table]:
             "data": f"{data['source']} {data['name']}, {data['transitions']} transitions, {data['episodes']} episodes",
             "data hash": data["hash"][:16],
             "reward scale": f"{bundle['reward_scale']['rule']}, x {bundle['reward_scale']['multiplier']:.4g}",
-            "parameters": f"{account['parameters_trained']:,} trained, {account['parameters_held']:,} held, all members",
-            "optimizer state": f"{account['optimizer_bytes'] / 2**20:.1f} MiB",
-            "peak memory": f"{account['peak_bytes'] / 2**20:.1f} MiB above the loaded data, {account['device']}",
-            "time": f"{account['seconds']:.1f} s, {account['seconds_per_1000_steps']:.2f} s per 1,000 steps",
+            "training cost": account_line(account),
             "versions": ", ".join(f"{name} {text}" for name, text in bundle["versions"].items()),
             "trained under": describe_guidance(bundle["guidance"]) if bundle["kind"] == "policy" else "data alone",
         }
@@ -1165,6 +1182,16 @@ def describe(bundle: Bundle, path: Path) -> Iterator[Table]:
             log.add_row(str(entry["step"]), *(f"{sum(v) / len(v):.4g}" if (v := entry.get(n)) else "-" for n in names))
         yield log
         bundle = bundle["guidance"]
+
+
+def account_line(account: dict[str, Any]) -> str:
+    """What a training run cost, all members together."""
+    return (
+        f"{account['parameters_trained']:,} parameters trained of {account['parameters_held']:,} held, "
+        f"optimizer {account['optimizer_bytes'] / 2**20:.1f} MiB, "
+        f"peak {account['peak_bytes'] / 2**20:.1f} MiB above the data, {account['seconds']:.1f} s on {account['device']}, "
+        f"{account['seconds_per_1000_steps']:.2f} s per 1,000 steps"
+    )
 
 
 def describe_guidance(bundle: Bundle | None) -> str:
@@ -1271,7 +1298,7 @@ def guidance(
     path = out or Path(f"{run.name}-{run.guidance.algorithm}.guidance.pt")
     bundle = train_guidance(run, path, unfinished(path, overwrite, resume), workers)
     if bundle["quality"]["rows"]:
-        make_console().print(quality_table(bundle))
+        show_table(quality_table(bundle))
     say(f"wrote {path}\nnext: mdpt policy {experiment} --guidance {path}")
 
 
@@ -1334,10 +1361,9 @@ def evaluate(
     """Score a policy in its environment, its candidates ranked by a guidance."""
     from models import read_bundle
 
-    console = make_console()
     if describe_only:
         for table in describe(read_bundle(bundle), bundle):
-            console.print(table)
+            show_table(table)
         return
     if plot_file is not None and not curve:
         raise MdptError("--plot draws the score over training steps; it goes with --curve")
@@ -1356,13 +1382,14 @@ def evaluate(
     }
     if curve:
         report = evaluate_curve(bundle, infer_guidance, options, device, workers)
-        console.print(curve_table(report))
+        show_table(curve_table(report))
         members = report["curve"][0]["summary"]["members"]
     else:
         report = evaluate_trial(prepare(bundle, infer_guidance, options, device), workers)
-        console.print(score_table(report))
+        show_table(score_table(report))
         members = report["summary"]["members"]
     say(protocol_line(report["protocol"], members))
+    say(f"training cost: {account_line(report['accounting'])}")
     if plot_file is not None:
         plot_curve(plot_file, report)
         say(f"wrote {plot_file}")
@@ -1390,10 +1417,9 @@ def swap(
     names = guidances or [str(path) for path in policies]
     trials = [prepare(path, name, options, device) for path in policies for name in names]
     cells = [swap_members(trial, workers) for trial in trials]
-    console = make_console()
     for cell in cells:
-        console.print(member_table(cell))
-    console.print(swap_table(cells))
+        show_table(member_table(cell))
+    show_table(swap_table(cells))
     say(protocol_line(cells[0]["protocol"] | {"guidance": "each guidance"}, len(cells[0]["policy_seeds"])))
     write_json(json_file, {"swaps": cells})
 

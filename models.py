@@ -484,8 +484,8 @@ def add(first: Loss, second: Loss, weight: float = 1.0) -> Loss:
 class Guidance(nn.Module):
     """Values learned from the dataset alone. Whatever trained them, every policy and ranking uses q, v, advantage.
 
-    Twin critics and their Polyak targets, (2 S, ...), and V, (S, ...). `learns=False` leaves out what only training
-    needs (the companion actor of "dql").
+    Twin critics and their Polyak targets, (2 S, ...), and V, (S, ...). `companion=False` leaves out the actor that
+    "dql" needs where it learns alone.
     """
 
     def __init__(
@@ -505,7 +505,7 @@ class Guidance(nn.Module):
         eta: float,
         diffusion_steps: int,
         ema_decay: float,
-        learns: bool = True,
+        companion: bool = True,
     ) -> None:
         super().__init__()
         self.algorithm = GUIDANCES[algorithm]
@@ -516,7 +516,7 @@ class Guidance(nn.Module):
         self.target_q = self.online_q.frozen_copy()
         self.value = ValueNetwork(random, "v", observation_dim, hidden, activation)
         self.actor: Policy | None = None
-        if learns and self.algorithm.has_actor:
+        if companion and self.algorithm.has_actor:
             self.actor = Policy(
                 random,
                 normalizer,
@@ -571,8 +571,9 @@ class Guidance(nn.Module):
         """The networks that learn."""
         return [self.online_q, self.value, *(self.actor.networks() if self.actor else [])]
 
-    def loss(self, batch: Batch, random: Randomness) -> Loss:
-        return self.algorithm.loss(self, batch, random)
+    def loss(self, batch: Batch, random: Randomness, actor: Policy | None = None) -> Loss:
+        """The algorithm's loss. actor: the policy that learns along in a joint run, in place of a companion."""
+        return self.algorithm.loss(self, batch, random, actor)
 
     def follow(self, step: int) -> None:
         """Targets and averages after gradient step `step`: target <- (1 - tau) target + tau online."""
@@ -586,7 +587,7 @@ class Guidance(nn.Module):
             network.pick(members)
 
 
-def implicit_q_loss(guidance: Guidance, batch: Batch, random: Randomness) -> Loss:
+def implicit_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Policy | None) -> Loss:
     """Implicit Q-learning (arXiv 2110.06169, Algorithm 1; arXiv 2304.10573): no action outside the data is valued."""
     with torch.no_grad():
         target_q = guidance.q(batch.observations, batch.actions)
@@ -599,14 +600,16 @@ def implicit_q_loss(guidance: Guidance, batch: Batch, random: Randomness) -> Los
     )
 
 
-def diffusion_q_loss(guidance: Guidance, batch: Batch, random: Randomness) -> Loss:
-    """The critics of Diffusion-QL (arXiv 2208.06193, eq. 4), bootstrapped by a companion actor that learns along.
+def diffusion_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Policy | None) -> Loss:
+    """The critics of Diffusion-QL (arXiv 2208.06193, eq. 4), bootstrapped by the actor, or else by a companion.
 
-    Of `bootstrap_candidates` next actions the best counts. V regresses to Q at the data's actions.
+    Of `bootstrap_candidates` next actions the best counts. V regresses to Q at the data's actions. The companion
+    learns along by the loss of "dql".
     """
-    actor = guidance.actor
+    companion = guidance.actor if actor is None else None
+    actor = actor or companion
     if actor is None:
-        raise RuntimeError("this guidance was built to be used, not to learn")
+        raise RuntimeError("this guidance was built to be used, or to learn beside a policy")
     repeated = batch.next_observations.repeat_interleave(guidance.bootstrap_candidates, dim=1)  # (S, B N, O)
     with torch.no_grad():
         next_actions = actor.sample(repeated, random)
@@ -615,14 +618,15 @@ def diffusion_q_loss(guidance: Guidance, batch: Batch, random: Randomness) -> Lo
     q = guidance.twins(guidance.online_q, batch.observations, batch.actions)
     critic = td_loss(q, batch.rewards, batch.terminals, next_q, guidance.discount)
     value = expectile_loss(target_q, guidance.v(batch.observations), 0.5)
-    return add(add(critic, value), actor.loss(batch, guidance, random))
+    loss = add(critic, value)
+    return loss if companion is None else add(loss, companion.loss(batch, guidance, random))
 
 
 @dataclass(frozen=True)
 class GuidanceAlgorithm:
     """A line of the registry: how a guidance learns, and whether it needs an actor to do so."""
 
-    loss: Callable[[Guidance, Batch, Randomness], Loss]
+    loss: Callable[[Guidance, Batch, Randomness, Policy | None], Loss]
     has_actor: bool = False
 
 
@@ -754,12 +758,14 @@ class Policy(nn.Module):
                 noise = noise - guidance_weight * self.diffusion.noise[t] * gradient
             return noise
 
-        return self.run_chain(denoise, repeated.shape[1], random, temperature)
+        return self.denoise_all(denoise, temperature * self.draw(random, "act", repeated.shape[1]))
 
-    def run_chain(self, denoise: Denoise, rows: int, random: Randomness, temperature: float = 1.0) -> Tensor:
-        """Denoise fresh noise by the policy's sampler: (S, rows, A)."""
-        draws = self.diffusion.steps if self.sampling_steps is None else 1
-        noises = temperature * random.normal("chain", draws, rows, self.action_dim)
+    def draw(self, random: Randomness, name: str, rows: int) -> Tensor:
+        """The noise a chain needs: (S, T, rows, A), or (S, 1, rows, A) for a deterministic solver."""
+        return random.normal(name, self.diffusion.steps if self.sampling_steps is None else 1, rows, self.action_dim)
+
+    def denoise_all(self, denoise: Denoise, noises: Tensor) -> Tensor:
+        """Run the policy's sampler: noises as drawn -> clean actions (S, rows, A)."""
         if self.sampling_steps is None:
             return self.diffusion.reverse(denoise, noises)
         return self.diffusion.solve(denoise, noises, self.sampling_steps)
@@ -798,7 +804,7 @@ def chain_value_loss(policy: Policy, batch: Batch, guidance: Guidance | None, ra
     def denoise(x: Tensor, t: int) -> Tensor:
         return policy.denoiser(x, step.times[:, t : t + 1], step.condition)  # type: ignore[no-any-return]
 
-    actions = policy.run_chain(denoise, batch.rewards.shape[1], random)
+    actions = policy.denoise_all(denoise, policy.draw(random, "chain", batch.rewards.shape[1]))
     q = guidance.one_q(batch.observations, actions, random.integers("twin", 2))
     return add(cloning, value_loss(q), policy.eta)
 
@@ -1010,7 +1016,7 @@ def pair_members(policy_members: int, guidance: Guidance) -> None:
 def build_guidance(bundle: Bundle, device: torch.device | str) -> Guidance:
     """The guidance of a bundle, frozen, without what only its training needed."""
     weights = {name: value for name, value in bundle["weights"].items() if not name.startswith("actor.")}
-    guidance = _build(Guidance, bundle, device, learns=False)
+    guidance = _build(Guidance, bundle, device, companion=False)
     guidance.load_state_dict(weights)
     return guidance.requires_grad_(False)
 
@@ -1022,9 +1028,11 @@ def build_policy(bundle: Bundle, device: torch.device | str) -> Policy:
     return policy
 
 
-def build_new(bundle: Bundle, device: torch.device | str) -> Guidance | Policy:
-    """What a bundle describes, with initial weights, ready to learn."""
-    return _build(Guidance, bundle, device) if bundle["kind"] == "guidance" else _build(Policy, bundle, device)
+def build_new(bundle: Bundle, device: torch.device | str, *, companion: bool) -> Guidance | Policy:
+    """What a bundle describes, with initial weights. companion: a guidance brings the actor it may need to learn."""
+    if bundle["kind"] == "guidance":
+        return _build(Guidance, bundle, device, companion=companion)
+    return _build(Policy, bundle, device)
 
 
 def _build(kind: type[Module], bundle: Bundle, device: torch.device | str, **extra: Any) -> Module:
