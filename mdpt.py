@@ -106,6 +106,8 @@ class GuidanceSection(TrainingSection):
         0.005, description="Polyak: target <- (1 - tau) target + tau online"
     )
     bootstrap_candidates: Positive = Field(1, description="dql: next actions of which the best counts")
+    actor_hidden: Widths = Field([256, 256, 256], description="dql: hidden units of the companion actor")
+    time_features: Annotated[int, Field(ge=2, multiple_of=2)] = Field(64, description="dql: as in [policy]")
     eta: Annotated[float, Field(ge=0)] = Field(1.0, description="dql: value weight in the companion actor's loss")
     diffusion_steps: Positive = Field(5, description="dql: of the companion actor")
     ema_decay: Fraction = Field(0.999, description="dql: of the companion actor's averaged weights, per step")
@@ -561,7 +563,7 @@ def train_bundle(
         train(
             learner,
             transitions,
-            Randomness(bundle["seeds"], "train", transitions.rows.device),
+            Randomness(bundle["seeds"], f"{bundle['kind']} train", transitions.rows.device),
             batch_size=section.batch_size,
             start=bundle["step"],
             steps=section.steps,
@@ -655,6 +657,8 @@ def train_policy(run: Experiment, teacher: Bundle | None, out: Path, resumed: Bu
     elif teacher is not None:
         for warning in check_fit(bundle, teacher):
             warn(warning)
+        if resumed is not None:
+            check_same_guidance(teacher, resumed, out)
         bundle["guidance"] = teacher
         guidance = build_guidance(teacher, device)
         pair_members(policy.members, guidance)
@@ -698,6 +702,13 @@ def check_same_run(bundle: Bundle, resumed: Bundle, out: Path) -> None:
             )
     if resumed["dataset"]["hash"] != bundle["dataset"]["hash"]:
         raise MdptError(f"{out}: was begun on other data; --resume needs the same, --overwrite begins anew")
+
+
+def check_same_guidance(teacher: Bundle, resumed: Bundle, out: Path) -> None:
+    """Raises: MdptError where an unfinished policy was begun under a guidance with other weights."""
+    begun = resumed["guidance"]["weights"]
+    if any(not begun[name].equal(weight) for name, weight in teacher["weights"].items()):
+        raise MdptError(f"{out}: was begun under another guidance; --resume needs the same, --overwrite begins anew")
 
 
 def guidance_quality(guidance: Guidance, dataset: Dataset, discount: float, device: str) -> dict[str, Any]:

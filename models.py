@@ -44,15 +44,17 @@ class Randomness:
 
     def normal(self, name: str, *shape: int) -> Tensor:
         """Standard normal values, (S, *shape)."""
-        return self._draw(name, shape, torch.float32, lambda values, g: values.normal_(generator=g))
+        return self._draw(f"normal {name}", shape, torch.float32, lambda values, g: values.normal_(generator=g))
 
     def uniform(self, name: str, *shape: int) -> Tensor:
         """Uniform values in [0, 1), (S, *shape)."""
-        return self._draw(name, shape, torch.float32, lambda values, g: values.uniform_(generator=g))
+        return self._draw(f"uniform {name}", shape, torch.float32, lambda values, g: values.uniform_(generator=g))
 
     def integers(self, name: str, high: int, *shape: int) -> Tensor:
         """Uniform integers in [0, high), (S, *shape), int64."""
-        return self._draw(name, shape, torch.int64, lambda values, g: values.random_(0, high, generator=g))
+        return self._draw(
+            f"integers {high} {name}", shape, torch.int64, lambda values, g: values.random_(0, high, generator=g)
+        )
 
     def _draw(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, fill: Callable[[Tensor, torch.Generator], Tensor]
@@ -131,7 +133,7 @@ class _Mish(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        e = x.clamp(max=20.0).exp_()  # beyond 20 the factor is 1 in float32, and e^(2x) must not overflow
+        e = x.clamp(max=40.0).exp_()  # beyond 40 the factor is 1, and e^(2x) must not overflow
         rest = torch.addcmul(e, e, e, value=0.5).add_(1.0).reciprocal_()  # 2 / (n + 2) = 1 - factor
         factor = 1.0 - rest
         slope = torch.addcmul(factor, x, rest.square_().mul_(e.addcmul_(e, e)))  # factor + x e (e + 1) (1 - factor)^2
@@ -402,7 +404,7 @@ class Diffusion:
 
     def solve(self, denoise: Denoise, noises: Tensor, steps: int) -> Tensor:
         """DPM-Solver++ 2M (arXiv 2211.01095, Algorithm 2) in `steps` network calls: noises (S, 1, B, A)."""
-        grid = [round((self.steps - 1) * (1 - i / steps)) for i in range(steps)]
+        grid = [round((self.steps - 1) * (1 - i / max(1, steps - 1))) for i in range(steps)]
         log_snr = [math.log(signal / noise) for signal, noise in zip(self.signal, self.noise, strict=True)]
         x, before, h_before = noises[:, 0], None, 0.0
         for s, t in pairwise(grid):
@@ -502,6 +504,8 @@ class Guidance(nn.Module):
         expectile: float,
         tau: float,
         bootstrap_candidates: int,
+        actor_hidden: Sequence[int],
+        time_features: int,
         eta: float,
         diffusion_steps: int,
         ema_decay: float,
@@ -523,10 +527,10 @@ class Guidance(nn.Module):
                 algorithm="dql",
                 observation_dim=observation_dim,
                 action_dim=action_dim,
-                hidden=[256, 256, 256],
+                hidden=actor_hidden,
                 activation=activation,
                 dropout=0.0,
-                time_features=64,
+                time_features=time_features,
                 diffusion_steps=diffusion_steps,
                 noise_schedule="vp",
                 sampler="ddpm",
@@ -909,14 +913,17 @@ def save_bundle(path: Path, bundle: Bundle) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            torch.save(bundle, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise BundleError(f"{path}: cannot write the bundle ({error.strerror}); choose another --out") from error
+        try:
+            with temporary.open("wb") as file:
+                torch.save(bundle, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)  # still there only if something failed, or Ctrl-C came
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where the disk is full
+        reason = getattr(error, "strerror", None) or "torch could not store it; is the disk full?"
+        raise BundleError(f"{path}: cannot write the bundle ({reason}); choose another --out") from error
 
 
 def read_bundle(path: Path) -> Bundle:
@@ -939,9 +946,9 @@ def read_bundle(path: Path) -> Bundle:
         ) from error
     if not isinstance(bundle, dict) or bundle.get("format") != BUNDLE_FORMAT:
         raise BundleError(f"{path}: is no mdpt bundle; expected a file written by `mdpt guidance` or `mdpt policy`")
-    if bundle["version"] != BUNDLE_VERSION:
+    if bundle.get("version") != BUNDLE_VERSION:
         raise BundleError(
-            f"{path}: bundle version {bundle['version']}, this mdpt reads version {BUNDLE_VERSION}; "
+            f"{path}: bundle version {bundle.get('version')}, this mdpt reads version {BUNDLE_VERSION}; "
             "train it anew or use the mdpt that wrote it"
         )
     return bundle
@@ -1037,7 +1044,8 @@ def build_new(bundle: Bundle, device: torch.device | str, *, companion: bool) ->
 
 def _build(kind: type[Module], bundle: Bundle, device: torch.device | str, **extra: Any) -> Module:
     normalizer = Normalizer(**bundle["normalizer"]).to(device)
-    return kind(Randomness(bundle["seeds"], "init", device), normalizer, **bundle["architecture"], **extra)
+    random = Randomness(bundle["seeds"], f"{bundle['kind']} init", device)
+    return kind(random, normalizer, **bundle["architecture"], **extra)
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,1451 @@
+"""Tests of models.py: hand-computed losses, independent implementations, and a problem solved in closed form.
+
+The closed-form problem has one state and one action dimension. The data's actions are two Gaussians, 70 % around -0.5
+and 30 % around +0.5, deviation 0.05; every transition is terminal and pays 1 - (action - 0.5)^2, so Q is known.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make busy cores 100 times slower
+
+import copy
+import inspect
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import models
+from mdpt import GuidanceSection, Learner, PolicySection
+from models import (
+    ACTIVATIONS,
+    Batch,
+    BundleError,
+    Denoiser,
+    Diffusion,
+    Guidance,
+    Inference,
+    Linear,
+    Normalizer,
+    Policy,
+    Randomness,
+    ResidualBlock,
+    Transitions,
+    ValueNetwork,
+    act,
+    build_guidance,
+    build_policy,
+    check_fit,
+    make_schedule,
+    pair_members,
+    read_bundle,
+    read_guidance,
+    read_policy,
+    save_bundle,
+    weights_of,
+)
+
+DOUBLE = torch.float64
+POLICY_ALGORITHMS = ["bc", "idql", "dql", "edp", "cfg"]
+
+
+def near(got: Tensor, expected: Any, tolerance: float = 1e-6) -> None:
+    expected = torch.as_tensor(expected, dtype=got.dtype)
+    assert got.shape == expected.shape
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+def architecture(kind: type[nn.Module], section: Any, observation_dim: int, action_dim: int) -> dict[str, Any]:
+    known = inspect.signature(kind).parameters
+    fields = {name: value for name, value in section.model_dump().items() if name in known}
+    return {"observation_dim": observation_dim, "action_dim": action_dim, **fields}
+
+
+def make_guidance(
+    seeds: Sequence[int] = (0, 1), o: int = 1, a: int = 1, **settings: Any
+) -> tuple[Guidance, GuidanceSection]:
+    section = GuidanceSection(**({"hidden": [32, 32], "learning_rate": 3e-3} | settings))
+    normalizer = Normalizer(torch.zeros(o), torch.ones(o))
+    built = Guidance(Randomness(seeds, "init"), normalizer, **architecture(Guidance, section, o, a))
+    return built, section
+
+
+def make_policy(seeds: Sequence[int] = (0, 1), o: int = 1, a: int = 1, **settings: Any) -> tuple[Policy, PolicySection]:
+    section = PolicySection(**({"hidden": [32, 32], "time_features": 16, "learning_rate": 3e-3} | settings))
+    normalizer = Normalizer(torch.zeros(o), torch.ones(o))
+    return Policy(Randomness(seeds, "init"), normalizer, **architecture(Policy, section, o, a)), section
+
+
+def train(
+    module: Any,
+    section: Any,
+    data: Transitions,
+    seeds: Sequence[int],
+    guidance: Any = None,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    states: Any = None,
+) -> Learner:
+    """The loop of mdpt.train, without its progress and its files."""
+
+    def loss(batch: Batch, random: Randomness, done: float) -> models.Loss:
+        if isinstance(module, Guidance):
+            return module.loss(batch, random)
+        return module.loss(batch, guidance, random)  # type: ignore[no-any-return]
+
+    learner, random = Learner([(module, section)], loss), Randomness(seeds, "train")
+    if states is not None:
+        learner.restore(states)
+    for step in range(start, section.steps if stop is None else stop):
+        random.step = step
+        learner.update(learner.loss(data.sample(random, section.batch_size), random, 0.0)[0], step, section.steps)
+    return learner
+
+
+def noisy_data(n: int = 200, o: int = 3, a: int = 2) -> Transitions:
+    g = torch.Generator().manual_seed(3)
+    return Transitions(
+        {
+            "observations": torch.randn(n, o, generator=g),
+            "actions": torch.rand(n, a, generator=g) * 2 - 1,
+            "rewards": torch.randn(n, generator=g),
+            "next_observations": torch.randn(n, o, generator=g),
+            "terminals": (torch.rand(n, generator=g) < 0.3),
+        },
+        "cpu",
+    )
+
+
+class KnownQ:
+    """A guidance whose Q is a given function of observation and action, (S, B, O), (S, B, A) -> (S, B)."""
+
+    def __init__(self, q: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.q = q
+
+    def one_q(self, observations: Tensor, actions: Tensor, twin: Tensor) -> Tensor:
+        return self.q(observations, actions)
+
+
+# ---------------------------------------------------------------------------------------------------- losses
+
+
+def test_expectile_loss_by_hand() -> None:
+    target = torch.tensor([[1.0, 0.0], [2.0, 2.0]], requires_grad=True)
+    v = torch.tensor([[0.0, 1.0], [2.0, 0.0]], requires_grad=True)
+    loss, metrics = models.expectile_loss(target, v, 0.7)
+    near(loss, [(0.7 + 0.3) / 2, 0.7 * 4 / 2])
+    loss.sum().backward()
+    near(v.grad, [[-0.7, 0.3], [0.0, -1.4]])
+    assert target.grad is None
+    near(metrics["v"], [0.5, 1.0])
+    near(metrics["v_loss"], [0.5, 1.4])
+
+
+def test_td_loss_by_hand_with_terminal_and_time_limit() -> None:
+    q = torch.tensor([[[0.0, 11.0], [1.0, 12.0]]], requires_grad=True)
+    next_v = torch.tensor([[10.0, 10.0]], requires_grad=True)
+    loss, metrics = models.td_loss(q, torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0]]), next_v, 0.9)
+    near(loss, [0.5 + 0.5])  # targets 1 and 2 + 0.9 * 10
+    loss.sum().backward()
+    near(q.grad, [[[-1.0, 0.0], [0.0, 1.0]]])
+    assert next_v.grad is None
+    near(metrics["q"], [6.0])
+    near(metrics["q_loss"], [1.0])
+
+
+def test_noise_loss_by_hand() -> None:
+    predicted = torch.tensor([[[1.0, 1.0], [0.0, 2.0]]], requires_grad=True)
+    near(models.noise_loss(predicted, torch.zeros(1, 2, 2))[0], [1.5])
+    loss, metrics = models.noise_loss(predicted, torch.zeros(1, 2, 2), torch.tensor([[3.0, 0.5]]))
+    near(loss, [(3 * 1 + 0.5 * 2) / 2])
+    loss.sum().backward()
+    near(predicted.grad, [[[1.5, 1.5], [0.0, 0.5]]])
+    near(metrics["noise_loss"], [2.0])
+
+
+def test_value_loss_raises_q_and_its_scale_has_no_gradient() -> None:
+    q = torch.tensor([[1.0, -3.0], [0.5, 0.5]], requires_grad=True)
+    loss, metrics = models.value_loss(q)
+    near(loss, [0.5, -1.0])  # -mean / mean absolute value
+    loss.sum().backward()
+    near(q.grad, [[-0.25, -0.25], [-1.0, -1.0]])  # -1 / (B scale): descent raises every q
+    near(metrics["policy_q"], [-1.0, 0.5])
+    assert models.value_loss(torch.zeros(1, 2))[0].tolist() == [0.0]
+
+
+def test_advantage_weights_by_hand() -> None:
+    advantage = torch.tensor([[-1.0, 0.0, 2.0, 9.0]])
+    assert models.advantage_weights(advantage, "none", 0.7, 1.0) is None
+    near(models.advantage_weights(advantage, "expectile", 0.7, 1.0), [[0.3, 0.7, 0.7, 0.7]])
+    expected = [[math.exp(-0.5), 1.0, math.e, math.exp(4.5)]]
+    near(models.advantage_weights(advantage, "exponential", 0.7, 0.5), expected, 1e-5)
+    assert models.advantage_weights(advantage, "exponential", 0.7, 1.0)[0, 3] == 100.0
+
+
+def test_add_weighs_the_second() -> None:
+    first, second = (torch.tensor([1.0]), {"a": torch.zeros(1)}), (torch.tensor([2.0]), {"b": torch.ones(1)})
+    loss, metrics = models.add(first, second, 3.0)
+    assert loss.tolist() == [7.0] and set(metrics) == {"a", "b"}
+
+
+@pytest.mark.parametrize("algorithm", ["idql", "dql"])
+def test_guidance_members_learn_apart(algorithm: str) -> None:
+    guidance, _ = make_guidance((0, 1, 2), 3, 2, algorithm=algorithm)
+    random = Randomness((0, 1, 2), "train")
+    loss, metrics = guidance.loss(noisy_data().sample(random, 16), random)
+    assert loss.shape == (3,) and all(value.shape == (3,) for value in metrics.values())
+    check_only_member_one_learns(loss, guidance.networks())
+
+
+@pytest.mark.parametrize("algorithm", POLICY_ALGORITHMS)
+def test_policy_members_learn_apart(algorithm: str) -> None:
+    guidance, _ = make_guidance((0, 1, 2), 3, 2)
+    guidance.requires_grad_(False)
+    policy, _ = make_policy((0, 1, 2), 3, 2, algorithm=algorithm)
+    random = Randomness((0, 1, 2), "train")
+    loss, metrics = policy.loss(noisy_data().sample(random, 16), guidance, random)
+    assert loss.shape == (3,) and all(value.shape == (3,) for value in metrics.values())
+    check_only_member_one_learns(loss, policy.networks())
+
+
+def check_only_member_one_learns(loss: Tensor, networks: Sequence[models.Stack]) -> None:
+    for network in networks:
+        gradients = torch.autograd.grad(loss[1], list(network.parameters()), retain_graph=True)
+        norms = torch.stack([g.view(network.members, -1).norm(dim=1) for g in gradients])
+        assert norms[:, 0].abs().max() == 0 and norms[:, 2].abs().max() == 0
+        assert (norms[:, 1] > 0).sum() >= len(norms) - 1
+
+
+def test_implicit_q_loss_bootstraps_time_limits_only() -> None:
+    guidance, _ = make_guidance((4,), discount=0.9, expectile=0.8)
+    with torch.no_grad():
+        guidance.target_q.vector.mul_(-3.0)  # so that targets and online critics differ
+    data = Transitions(
+        {
+            "observations": [[0.1], [0.2], [0.3]],
+            "actions": [[0.5], [-0.5], [0.9]],
+            "rewards": [1.0, 2.0, 3.0],
+            "next_observations": [[0.2], [0.7], [-0.6]],
+            "terminals": [False, True, False],
+            "timeouts": [False, False, True],
+        },
+        "cpu",
+    )
+    batch = data.take(torch.arange(3)[None])
+    loss, _ = guidance.loss(batch, Randomness((4,), "train"))
+    with torch.no_grad():
+        v, next_v = guidance.v(batch.observations)[0], guidance.v(batch.next_observations)[0]
+        target = [1 + 0.9 * next_v[0], 2.0, 3 + 0.9 * next_v[2]]
+        online = guidance.twins(guidance.online_q, batch.observations, batch.actions)[0]
+        least = guidance.twins(guidance.target_q, batch.observations, batch.actions)[0].min(0).values
+        expected = sum((online[k, i] - target[i]) ** 2 / 3 for k in range(2) for i in range(3))
+        for i in range(3):
+            u = float(least[i] - v[i])
+            expected += (0.8 if u > 0 else 0.2) * u * u / 3
+    assert abs(next_v).min() > 1e-3
+    near(loss, [float(expected)], 1e-5)
+
+
+def test_diffusion_q_loss_takes_the_best_of_the_next_actions() -> None:
+    guidance, _ = make_guidance((4,), algorithm="dql", bootstrap_candidates=3, discount=0.9)
+    with torch.no_grad():
+        guidance.target_q.vector.mul_(-3.0)
+    next_actions = torch.tensor([[0.9, -0.9, 0.1, 0.2, 0.7, -0.3]])[..., None]  # three of each state, side by side
+    seen = []
+    actor: Any = SimpleNamespace(sample=lambda observations, random: seen.append(observations) or next_actions)
+    batch = Batch(
+        observations=torch.tensor([[[0.1], [0.2]]]),
+        actions=torch.tensor([[[0.5], [-0.5]]]),
+        rewards=torch.tensor([[1.0, 2.0]]),
+        next_observations=torch.tensor([[[0.3], [0.4]]]),
+        terminals=torch.tensor([[0.0, 0.0]]),
+    )
+    random = Randomness((4,), "train")
+    loss, _ = guidance.loss(batch, random, actor)
+    near(seen[0], [[[0.3], [0.3], [0.3], [0.4], [0.4], [0.4]]])
+    with torch.no_grad():
+        expected = 0.0
+        v, data_q = guidance.v(batch.observations)[0], guidance.q(batch.observations, batch.actions)[0]
+        online = guidance.twins(guidance.online_q, batch.observations, batch.actions)[0]
+        for i in range(2):
+            state = batch.next_observations[:, i : i + 1]
+            next_q = max(float(guidance.q(state, next_actions[:, j : j + 1])) for j in range(3 * i, 3 * i + 3))
+            target = float(batch.rewards[0, i]) + 0.9 * next_q
+            expected += sum((float(online[k, i]) - target) ** 2 / 2 for k in range(2))
+            expected += 0.5 * float(data_q[i] - v[i]) ** 2 / 2
+    near(loss.detach(), [expected], 1e-5)
+    companion = guidance.actor
+    assert companion is not None  # it learns by the policy loss of "dql", on top of what the critics learn from it
+    apart = guidance.loss(batch, random, companion)[0] + companion.loss(batch, guidance, random)[0]
+    near(guidance.loss(batch, random)[0].detach(), apart.detach(), 1e-5)
+
+
+def test_dql_and_edp_losses_are_cloning_plus_eta_times_value() -> None:
+    guidance, _ = make_guidance((0, 1), 3, 2)
+    batch = noisy_data().sample(Randomness((0, 1), "x"), 16)
+    for algorithm in ("dql", "edp"):
+        policy, _ = make_policy((0, 1), 3, 2, algorithm=algorithm, eta=2.0)
+        random = Randomness((0, 1), "train")
+        step = policy.predict(batch, random)
+        if algorithm == "dql":
+            noises = random.normal("chain", 5, 16, 2)
+            times = policy.denoiser.times()
+            online = lambda x, t: policy.denoiser(x, times[:, t : t + 1], step.condition)  # noqa: B023
+            actions = policy.diffusion.reverse(online, noises)
+        else:
+            alpha_bar = torch.cumprod(1 - make_schedule("vp", 5), 0)[step.t][..., None].float()
+            actions = ((step.noisy - (1 - alpha_bar).sqrt() * step.predicted) / alpha_bar.sqrt()).clamp(-1, 1)
+        both = guidance.twins(guidance.target_q, batch.observations, actions)
+        twin = random.integers("twin", 2)
+        q = torch.stack([both[s, twin[s]] for s in range(2)])
+        value = -q.mean(1) / q.abs().mean(1)
+        cloning = (step.predicted - step.noise).square().mean((1, 2))
+        near(policy.loss(batch, guidance, random)[0], (cloning + 2.0 * value).detach(), 1e-5)
+        near(policy.loss(batch, None, random)[0], cloning.detach(), 1e-6)
+
+
+def test_edp_and_dql_send_gradient_through_the_actions() -> None:
+    """With only the value term, a step of descent raises the known Q of the policy's own actions."""
+    rising = KnownQ(lambda observations, actions: 5.0 + actions[..., 0])
+    batch = noisy_data(o=1, a=1).sample(Randomness((0,), "x"), 64)
+    for algorithm in ("dql", "edp"):
+        policy, _ = make_policy((0,), algorithm=algorithm, eta=1.0)
+        random = Randomness((0,), "train")
+        parameters = list(policy.denoiser.parameters())
+
+        full, before = policy.loss(batch, rising, random)  # type: ignore[arg-type]
+        value = full - policy.loss(batch, None, random)[0]
+        for parameter, gradient in zip(parameters, torch.autograd.grad(value.sum(), parameters), strict=True):
+            parameter.data -= 0.5 * gradient
+        after = policy.loss(batch, rising, random)[1]  # type: ignore[arg-type]
+        assert after["policy_q"] > before["policy_q"] + 1e-3
+
+
+def test_weighted_cloning_and_labels_reach_the_loss() -> None:
+    guidance, _ = make_guidance((0, 1), 3, 2)
+    data = noisy_data()
+    data.label(guidance)
+    batch = data.sample(Randomness((0, 1), "x"), 32)
+    advantage = guidance.advantage(batch.observations, batch.actions)
+    assert torch.equal(batch.labels, advantage > 0) and 0 < batch.labels.float().mean() < 1
+    random = Randomness((0, 1), "train")
+
+    policy, _ = make_policy((0, 1), 3, 2, algorithm="bc", advantage_weight="expectile", advantage_expectile=0.9)
+    step = policy.predict(batch, random)
+    weight = torch.where(advantage > 0, 0.9, 0.1)
+    expected = (weight[..., None] * (step.predicted - step.noise) ** 2).mean((1, 2))
+    near(policy.loss(batch, guidance, random)[0], expected.detach(), 1e-5)
+
+    unlabelled = copy.copy(batch)
+    object.__setattr__(unlabelled, "labels", None)
+    for dropout in (0.0, 1.0, 0.5):
+        policy, _ = make_policy((0, 1), 3, 2, algorithm="cfg", label_dropout=dropout)
+        kept = random.uniform("label", 32) >= dropout
+        labels = torch.where(kept, torch.where(advantage > 0, 2, 1), 0)
+        step = policy.predict(batch, random, labels)
+        expected = ((step.predicted - step.noise) ** 2).mean((1, 2)).detach()
+        near(policy.loss(batch, guidance, random)[0], expected)
+        near(policy.loss(unlabelled, guidance, random)[0], expected)  # as in a joint run
+        if dropout < 1:
+            assert (policy.loss(batch, None, random)[0] - expected).abs().min() > 1e-6
+    near(policy.loss(batch, None, random)[0], noise_error(policy.predict(batch, random, 0 * labels)))
+
+
+def noise_error(step: models.Prediction) -> Tensor:
+    return ((step.predicted - step.noise) ** 2).mean((1, 2)).detach()
+
+
+# ------------------------------------------------------------------------------------------------ randomness
+
+
+DRAWS: dict[str, Callable[[Randomness], Tensor]] = {
+    "normal": lambda random: random.normal("a", 4, 2),
+    "uniform": lambda random: random.uniform("b", 5),
+    "integers": lambda random: random.integers("c", 1000, 3),
+    "scalar": lambda random: random.integers("d", 1_000_000),
+    "large": lambda random: random.normal("e", 40_000),  # blocks of fewer steps
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_draws_depend_on_seed_purpose_name_and_step_alone(draw: Callable[[Randomness], Tensor]) -> None:
+    three, alone = Randomness([5, 6, 7], "p"), Randomness([7], "p")
+    in_order = []
+    for step in range(70):
+        three.step = alone.step = step
+        drawn = draw(three)
+        three.normal("other", 3)  # of no effect on what follows
+        assert torch.equal(drawn[2:], draw(alone))
+        assert torch.equal(drawn, draw(three))
+        in_order.append(drawn)
+    assert not torch.equal(in_order[0][0], in_order[0][1])
+    assert len({tuple(drawn.flatten().tolist()) for drawn in in_order}) == 70
+    for step in (69, 13, 64, 26, 63, 0):  # a resumed run jumps
+        jumped = Randomness([5, 6, 7], "p")
+        jumped.step = step
+        assert torch.equal(draw(jumped), in_order[step])
+    assert not torch.equal(draw(Randomness([5, 6, 7], "q")), in_order[0])
+
+
+def test_names_differ_and_values_have_their_distribution() -> None:
+    random = Randomness([5], "p")
+    assert not torch.equal(random.normal("a", 8), random.normal("b", 8))
+    normal, uniform, integers = random.normal("x", 40_000), random.uniform("y", 40_000), random.integers("z", 3, 40_000)
+    assert abs(normal.mean()) < 0.02 and abs(normal.std() - 1) < 0.02
+    assert 0 <= uniform.min() and uniform.max() < 1 and abs(uniform.mean() - 0.5) < 0.01
+    shares = torch.bincount(integers[0], minlength=3) / 40_000
+    assert len(shares) == 3 and (shares - 1 / 3).abs().max() < 0.01
+
+
+def test_transitions_give_whole_rows_and_each_member_its_own() -> None:
+    data = noisy_data()
+    batch = data.take(torch.tensor([[5, 0], [199, 5]]))
+    assert batch.observations.shape == (2, 2, 3) and batch.actions.shape == (2, 2, 2)
+    for s, b, row in ((0, 0, 5), (0, 1, 0), (1, 0, 199), (1, 1, 5)):
+        fields = [batch.observations, batch.actions, batch.rewards, batch.next_observations, batch.terminals]
+        got = torch.cat([part[s, b].flatten() for part in fields])
+        assert torch.equal(got, data.rows[row])
+    many, alone = Randomness([5, 6, 7], "train"), Randomness([7], "train")
+    assert torch.equal(data.sample(many, 32).actions[2], data.sample(alone, 32).actions[0])
+    assert not torch.equal(data.sample(many, 32).actions[2], data.sample(many, 32).actions[1])
+
+
+# -------------------------------------------------------------------------------------------------- networks
+
+
+def perceptron(network: ValueNetwork, row: int, x: Tensor) -> Tensor:
+    for i, layer in enumerate(network.layers):
+        x = x @ layer.weight[row] + layer.bias[row, 0]
+        if i < len(network.layers) - 1:
+            x = x.relu() if network.activation is torch.relu else x * torch.tanh(functional.softplus(x))
+    return x[:, 0]
+
+
+@pytest.mark.parametrize("activation", ["relu", "mish"])
+def test_value_network_is_its_members_side_by_side(activation: str) -> None:
+    network = ValueNetwork(Randomness([5, 6, 7], "init"), "v", 4, [8, 6], activation).double()
+    x = torch.randn(3, 5, 4, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        got = network(x)
+        near(got, torch.stack([perceptron(network, s, x[s]) for s in range(3)]), 1e-12)
+    alone = ValueNetwork(Randomness([6], "init"), "v", 4, [8, 6], activation)
+    assert torch.equal(alone.vector[0], network.vector[1])
+
+
+def test_twins_are_two_separate_networks() -> None:
+    guidance, _ = make_guidance((0, 1, 2), 3, 2)
+    guidance.normalizer = Normalizer(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 1.0, 2.0]))
+    with torch.no_grad():
+        guidance.target_q.vector.mul_(1.5)
+    guidance.double()
+    g = torch.Generator().manual_seed(0)
+    observations, actions = torch.randn(3, 4, 3, generator=g).double(), torch.rand(3, 4, 2, generator=g).double()
+    inputs = torch.cat([(observations - torch.tensor([1, 2, 3])) / torch.tensor([0.5, 1, 2]), actions], dim=-1)
+    with torch.no_grad():
+        for network in (guidance.online_q, guidance.target_q):
+            rows = [[perceptron(network, 2 * s + k, inputs[s]) for k in (0, 1)] for s in range(3)]
+            expected = torch.stack([torch.stack(pair) for pair in rows])  # (S, 2, B)
+            near(guidance.twins(network, observations, actions), expected, 1e-12)
+        least = expected.min(1).values
+        near(guidance.q(observations, actions), least, 1e-12)
+        twin = torch.tensor([1, 0, 1])
+        chosen = torch.stack([expected[s, twin[s]] for s in range(3)])
+        near(guidance.one_q(observations, actions, twin), chosen, 1e-12)
+        v = torch.stack([perceptron(guidance.value, s, inputs[s, :, :3]) for s in range(3)])
+        near(guidance.v(observations), v, 1e-12)
+        near(guidance.advantage(observations, actions), least - v, 1e-12)
+    assert not torch.equal(guidance.online_q.vector[0], guidance.online_q.vector[1])
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("network", ["mlp", "resnet"])
+def test_denoiser_is_its_members_with_one_concatenated_first_layer(network: str, labels: bool) -> None:
+    random = Randomness([5, 6, 7], "init")
+    settings: dict[str, Any] = {"network": network, "labels": labels, "hidden": [8, 8], "activation": "mish"}
+    denoiser = Denoiser(
+        random, observation_dim=3, action_dim=2, diffusion_steps=7, dropout=0.25, time_features=6, **settings
+    )
+    for name, parameter in denoiser.named_parameters():
+        if "scale" in name or "shift" in name:
+            parameter.data += 0.1 * random.normal(name, *parameter.shape[1:])  # so that they matter
+    exact: Any = copy.deepcopy(denoiser).double()
+    g = torch.Generator().manual_seed(0)
+    observations, actions = torch.randn(3, 5, 3, generator=g), torch.randn(3, 5, 2, generator=g)
+    t, label = torch.tensor([0, 6, 3, 3, 1]), torch.tensor([0, 1, 2, 2, 1])
+    dropout = Randomness([5, 6, 7], "train")
+
+    def plain(s: int, kept: Callable[[str], Tensor] | None) -> Tensor:
+        def weight(layer: Any) -> tuple[Tensor, Tensor]:
+            return layer.weight[s], layer.bias[s, 0]
+
+        def affine(x: Tensor, *layers: Any) -> Tensor:
+            matrix = torch.cat([weight(layer)[0] for layer in layers])
+            return x @ matrix + sum(weight(layer)[1] for layer in layers)
+
+        frequencies = [10_000 ** (-i / 2) for i in range(3)]
+        rows = [[math.sin(n * f) for f in frequencies] + [math.cos(n * f) for f in frequencies] for n in t.tolist()]
+        time = functional.mish(affine(torch.tensor(rows, dtype=DOUBLE), exact.time_in))
+        time = affine(time, exact.time_out)
+        parts, layers = (
+            [actions[s].double(), time, observations[s].double()],
+            [exact.action, exact.time, exact.observation],
+        )
+        if labels:
+            parts, layers = [*parts, torch.eye(3, dtype=DOUBLE)[label]], [*layers, exact.label]
+        x = affine(torch.cat(parts, dim=1), *layers)
+        if network == "mlp":
+            x = functional.mish(x)
+            for layer in exact.trunk:
+                x = functional.mish(affine(x, layer))
+            return affine(x, exact.out)
+        for block in exact.trunk:
+            y = x if kept is None else x * kept(block.name)[s] / 0.75
+            deviation = (y.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+            y = (y - y.mean(1, keepdim=True)) / deviation * block.scale[s] + block.shift[s]
+            x = x + affine(functional.mish(affine(y, block.widen)), block.narrow)
+        return affine(functional.mish(x), exact.out)
+
+    with torch.no_grad():
+        condition = denoiser.condition(observations, label.expand(3, 5) if labels else None)
+        got = denoiser(actions, denoiser.times()[:, t], condition)
+        near(got.double(), torch.stack([plain(s, None) for s in range(3)]), 3e-6)
+        trained = denoiser(actions, denoiser.times()[:, t], condition, dropout)
+        if network == "resnet":
+            masks = lambda name: dropout.uniform(f"{name}.dropout", 5, 8) >= 0.25
+            near(trained.double(), torch.stack([plain(s, masks) for s in range(3)]), 3e-6)
+            assert (trained - got).abs().max() > 1e-3
+        else:
+            assert torch.equal(trained, got)
+
+
+def test_initial_weights_are_uniform_within_the_fan_in() -> None:
+    layer = Linear(Randomness([5, 6], "init"), "x", 25, 100, copies=2, fan_in=100)
+    for values in (layer.weight, layer.bias):
+        assert values.shape[0] == 4
+        assert 0.09 < values.max() <= 0.1 and -0.1 <= values.min() < -0.09
+    assert abs(layer.weight.mean()) < 0.002 and abs(layer.weight.std() - 0.1 / math.sqrt(3)) < 0.001
+    with torch.no_grad():
+        x = torch.randn(4, 3, 25, generator=torch.Generator().manual_seed(0))
+        near(layer(x), torch.stack([x[k] @ layer.weight[k] + layer.bias[k] for k in range(4)]), 1e-5)
+        near(
+            layer(x[:2], torch.tensor([3, 0])),
+            torch.stack([layer(x[:1].expand(4, 3, 25))[3], layer(x[1:2].expand(4, 3, 25))[0]]),
+            1e-6,
+        )
+
+
+def every_network() -> list[models.Stack]:
+    random = Randomness([5, 6, 7], "init")
+    policies = [make_policy((5, 6, 7), 3, 2, algorithm=name)[0].denoiser for name in ("dql", "idql", "cfg")]
+    return [ValueNetwork(random, "v", 4, [8], "relu"), ValueNetwork(random, "q", 4, [8], "relu", 2), *policies]
+
+
+def test_parameters_are_views_of_one_vector() -> None:
+    for network in every_network():
+        assert network.members == 3
+        assert network.vector.numel() == sum(p.numel() for p in network.parameters())
+        flat = torch.cat([p.detach().flatten(1) for p in network.parameters()], dim=1)
+        assert torch.equal(flat, network.vector)
+        with torch.no_grad():
+            network.vector.copy_(torch.arange(network.vector.numel()).view_as(network.vector))
+        assert torch.equal(torch.cat([p.detach().flatten(1) for p in network.parameters()], dim=1), network.vector)
+        network.load_state_dict({name: value + 1 for name, value in network.state_dict().items()})
+        assert network.vector[0, 0] == 1
+
+
+def test_follow_moves_the_target_a_little_towards_online() -> None:
+    for online in every_network():
+        target = online.frozen_copy()
+        assert not any(p.requires_grad for p in target.parameters()) and all(
+            p.requires_grad for p in online.parameters()
+        )
+        assert target.vector.data_ptr() != online.vector.data_ptr()
+        with torch.no_grad():
+            target.vector.fill_(1.0)
+            online.vector.fill_(2.0)
+        target.follow(online, 0.005)
+        for parameter in target.parameters():
+            near(parameter, torch.full(parameter.shape, 1.005), 1e-7)
+        assert (online.vector == 2.0).all()
+
+
+def test_guidance_and_policy_follow_at_their_rates() -> None:
+    guidance, _ = make_guidance(tau=0.25)
+    policy, _ = make_policy(ema_decay=0.9)
+    for network in (guidance.online_q, policy.denoiser):
+        network.vector.fill_(2.0)
+    for network in (guidance.target_q, policy.average):
+        network.vector.fill_(1.0)
+    guidance.follow(0)
+    near(guidance.target_q.vector, torch.full_like(guidance.target_q.vector, 0.75 * 1 + 0.25 * 2))
+    for step, decay in ((0, 0.1), (10, 11 / 20), (1000, 0.9)):
+        policy.average.vector.fill_(1.0)
+        policy.follow(step)
+        near(policy.average.vector, torch.full_like(policy.average.vector, decay * 1 + (1 - decay) * 2))
+
+
+def test_pick_keeps_and_repeats_whole_members() -> None:
+    guidance, _ = make_guidance((5, 6, 7), 3, 2)
+    observations, actions = torch.randn(1, 4, 3).expand(3, -1, -1), torch.rand(1, 4, 2).expand(3, -1, -1)
+    with torch.no_grad():
+        q, v, both = guidance.q(observations, actions), guidance.v(observations), guidance.online_q.vector.clone()
+        guidance.pick([2, 0, 2])
+        assert guidance.members == 3
+        near(guidance.q(observations, actions), q[[2, 0, 2]], 1e-6)
+        near(guidance.v(observations), v[[2, 0, 2]], 1e-6)
+    assert torch.equal(guidance.online_q.vector, both[[4, 5, 0, 1, 4, 5]])
+    guidance.pick([1])
+    assert guidance.members == 1 and torch.equal(guidance.online_q.vector, both[[0, 1]])
+
+    policy, _ = make_policy((5, 6, 7), 3, 2)
+    online, average = policy.denoiser.vector.clone(), policy.average.vector.mul_(2.0).clone()
+    policy.pick([2, 1])
+    assert policy.members == 2
+    assert torch.equal(policy.denoiser.vector, online[[2, 1]]) and torch.equal(policy.average.vector, average[[2, 1]])
+    policy.average.vector.zero_()
+    assert all((p == 0).all() for p in policy.average.parameters())  # still views
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+def test_mish_is_torchs_in_value_and_gradient(dtype: torch.dtype) -> None:
+    points = [0.0, 1e-8, 0.5, 1.0, 3.0, 10.0, 19.9, 20.1, 30.0, 88.0, 100.0, 1e4]
+    grid = torch.cat([torch.linspace(-30, 30, 2001), torch.tensor(points), -torch.tensor(points)])
+    x = grid.to(dtype).requires_grad_()
+    exact = grid.to(dtype).double().requires_grad_()
+    value, expected = models.mish(x), functional.mish(exact)
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-12
+    (gradient,) = torch.autograd.grad((value * 2).sum(), x)
+    (expected_gradient,) = torch.autograd.grad((expected * 2).sum(), exact)
+    near(value.detach().double(), expected.detach(), tolerance)
+    near(gradient.double(), expected_gradient, 2 * tolerance)
+    with torch.no_grad():
+        assert torch.equal(models.mish(x), functional.mish(x))
+    assert ACTIVATIONS["mish"] is models.mish
+
+
+def test_normalizer_by_hand() -> None:
+    normalize = Normalizer(torch.tensor([1.0, -2.0]), torch.tensor([2.0, 0.5]))
+    near(normalize(torch.tensor([[[3.0, -1.0]]])), [[[1.0, 2.0]]])
+    assert not normalize.state_dict() and not list(normalize.parameters())
+
+
+def test_residual_block_adds_to_its_input() -> None:
+    block = ResidualBlock(Randomness([0], "init"), "b", 4, "relu", 0.0)
+    for parameter in block.narrow.parameters():
+        parameter.data.zero_()
+    x = torch.randn(1, 3, 4)
+    assert torch.equal(block(x, None), x)
+
+
+# ------------------------------------------------------------------------------------------------- diffusion
+
+
+@pytest.mark.parametrize("steps", [1, 5, 50])
+def test_schedules_against_their_formulas(steps: int) -> None:
+    vp, cosine, linear = (make_schedule(name, steps) for name in ("vp", "cosine", "linear"))
+    assert vp.dtype == cosine.dtype == linear.dtype == DOUBLE
+    for i, t in enumerate(range(1, steps + 1)):
+        assert abs(float(vp[i]) - (1 - math.exp(-0.1 / steps - 9.9 * (2 * t - 1) / (2 * steps**2)))) < 1e-14
+        level = [math.cos((n / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for n in (t - 1, t)]
+        assert abs(float(cosine[i]) - min(0.999, 1 - level[1] / level[0])) < 1e-12
+    # what is left of the signal after the last step: the integral of b(t) from 0.1 to 10 is 5.05
+    assert abs(float(torch.log(1 - vp).sum()) + 5.05) < 1e-12
+    assert abs(float(linear[0]) - 0.1 / steps) < 1e-12
+    if steps > 20:
+        assert abs(float(linear[-1]) - 20 / steps) < 1e-12
+
+
+def test_diffuse_is_the_chain_of_small_steps_and_clean_undoes_it() -> None:
+    betas = make_schedule("vp", 5)
+    diffusion = Diffusion(betas, "cpu")
+    actions, noise = torch.tensor([[[0.3], [-0.8], [1.0], [0.0], [0.5]]]), torch.ones(1, 5, 1)
+    t = torch.arange(5)[None]
+    mean, variance = actions[0, :, 0].double(), 0.0
+    noisy = diffusion.diffuse(actions, noise, t)
+    for step, beta in enumerate(betas.tolist()):
+        mean, variance = math.sqrt(1 - beta) * mean, (1 - beta) * variance + beta
+        near(noisy[0, step, 0], mean[step] + math.sqrt(variance), 1e-6)
+    near(diffusion.clean(noisy, noise, t), actions, 1e-5)
+    for step in range(5):
+        near(diffusion.clean(noisy[:, step : step + 1], noise[:, :1], step), actions[:, step : step + 1], 1e-5)
+    out = torch.tensor([[[9.0], [-9.0]]])
+    assert diffusion.clean(out, 0 * out, 3).flatten().tolist() == [1.0, -1.0]
+    assert diffusion.clean(out, 0 * out, torch.tensor([[3, 3]])).flatten().tolist() == [1.0, -1.0]
+
+
+def some_denoiser(x: Tensor, t: int) -> Tensor:
+    return torch.sin(3 * x) + 0.3 * x + 0.1 * t
+
+
+@pytest.mark.parametrize(("name", "steps"), [("vp", 5), ("vp", 1), ("vp", 50), ("cosine", 10), ("linear", 30)])
+def test_reverse_against_the_definitions(name: str, steps: int) -> None:
+    """Bayes' rule: the posterior of x_(t-1) given x_t and x_0, from the prior q(x_(t-1) | x_0) and q(x_t | x_(t-1))."""
+    betas = make_schedule(name, steps)
+    noises = torch.randn(2, steps, 40, 3, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
+    x, clipped = noises[:, 0], False
+    for t in reversed(range(steps)):
+        beta = float(betas[t])
+        alpha_bar, before = float((1 - betas[: t + 1]).prod()), float((1 - betas[:t]).prod())
+        estimate = (x - math.sqrt(1 - alpha_bar) * some_denoiser(x, t)) / math.sqrt(alpha_bar)
+        clipped = clipped or bool((estimate.abs() > 1).any())
+        estimate = estimate.clamp(-1, 1)
+        if t == 0:
+            x = estimate
+            break
+        precision = 1 / (1 - before) + (1 - beta) / beta
+        mean = (math.sqrt(before) * estimate / (1 - before) + math.sqrt(1 - beta) * x / beta) / precision
+        x = mean + noises[:, steps - t] / math.sqrt(precision)
+    near(Diffusion(betas, "cpu").reverse(some_denoiser, noises), x, 1e-9)
+    assert clipped and x.abs().max() <= 1
+
+
+@pytest.mark.parametrize("steps", [5, 50])
+def test_reverse_against_diffusers(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.schedulers import scheduling_ddpm
+
+    betas = make_schedule("vp", steps)
+    scheduler = scheduling_ddpm.DDPMScheduler(
+        num_train_timesteps=steps,
+        trained_betas=betas.tolist(),
+        clip_sample=True,
+        variance_type="fixed_small",
+        prediction_type="epsilon",
+    )
+    scheduler.betas, scheduler.alphas, scheduler.one = betas, 1 - betas, torch.tensor(1.0, dtype=DOUBLE)
+    scheduler.alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # it keeps them in float32
+    noises = torch.randn(1, steps, 40, 3, dtype=DOUBLE, generator=torch.Generator().manual_seed(1))
+    x, seen = noises[:, 0], []
+    for i, t in enumerate(scheduler.timesteps.tolist(), start=1):
+        monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, i=i, **__: noises[:, i])
+        seen.append(x)
+        x = scheduler.step(some_denoiser(x, t), t, x).prev_sample
+    ours: list[Tensor] = []
+    got = Diffusion(betas, "cpu").reverse(lambda x, t: ours.append(x) or some_denoiser(x, t), noises)
+    for mine, theirs in zip(ours, seen, strict=True):
+        near(mine, theirs, 1e-10)
+    near(got, x, 1e-10)
+
+
+def test_reverse_of_an_exact_score_gives_the_distribution() -> None:
+    """Ancestral sampling in many steps with the exact noise of a Gaussian ends in that Gaussian."""
+    diffusion = Diffusion(make_schedule("vp", 1000), "cpu")
+    noises = torch.randn(1, 1000, 5000, 1, generator=torch.Generator().manual_seed(0))
+    x = diffusion.reverse(gaussian_denoiser(diffusion, 0.3, 0.1), noises)
+    assert abs(x.mean() - 0.3) < 0.006 and abs(x.std() - 0.1) < 0.006
+
+
+def gaussian_denoiser(diffusion: Diffusion, mean: float, deviation: float) -> models.Denoise:
+    """The expected noise in x_t where clean actions are Gaussian."""
+
+    def denoise(x: Tensor, t: int) -> Tensor:
+        signal, noise = diffusion.signal[t], diffusion.noise[t]
+        return noise * (x - signal * mean) / (signal**2 * deviation**2 + noise**2)
+
+    return denoise
+
+
+def solver_grid(diffusion_steps: int, steps: int) -> list[int]:
+    seen: list[int] = []
+    diffusion = Diffusion(make_schedule("vp", diffusion_steps), "cpu")
+    diffusion.solve(lambda x, t: seen.append(t) or x, torch.randn(1, 1, 2, 1), steps)
+    return seen
+
+
+@pytest.mark.parametrize("diffusion_steps", [1, 2, 3, 4, 5, 10, 20, 23, 50])
+def test_solver_calls_the_network_at_falling_steps(diffusion_steps: int) -> None:
+    for steps in range(1, diffusion_steps + 1):
+        grid = solver_grid(diffusion_steps, steps)
+        assert len(grid) == steps and grid[0] == diffusion_steps - 1 and grid[-1] >= 0, (diffusion_steps, steps)
+        assert all(a > b for a, b in pairwise(grid)), (diffusion_steps, steps, grid)
+
+
+def test_solver_against_diffusers() -> None:
+    from diffusers import DPMSolverMultistepScheduler
+
+    betas = make_schedule("vp", 50)
+    diffusion = Diffusion(betas, "cpu")
+    denoise = gaussian_denoiser(diffusion, 0.2, 0.1)
+    noises = torch.randn(2, 1, 40, 3, dtype=DOUBLE, generator=torch.Generator().manual_seed(2)).clamp(-2, 2)
+    scheduler = DPMSolverMultistepScheduler(
+        num_train_timesteps=50,
+        trained_betas=betas.tolist(),
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        solver_type="midpoint",
+        final_sigmas_type="zero",
+        lower_order_final=True,
+    )
+    for steps in (15, 16, 8, 2, 1):
+        scheduler.set_timesteps(timesteps=solver_grid(50, steps))
+        x = noises[:, 0]
+        for t in scheduler.timesteps.tolist():
+            estimate = (x - diffusion.noise[t] * denoise(x, t)) / diffusion.signal[t]
+            assert estimate.abs().max() < 1  # so that clipping plays no part
+            x = scheduler.step(denoise(x, t), t, x).prev_sample
+        near(diffusion.solve(denoise, noises, steps), x, 2e-5)
+
+
+def test_solver_converges_to_the_exact_flow() -> None:
+    """The probability flow of a Gaussian keeps each point's quantile; more steps come closer to it."""
+    diffusion = Diffusion(make_schedule("vp", 50), "cpu")
+    deviation = 0.3
+    noises = torch.linspace(-2, 2, 101, dtype=DOUBLE).view(1, 1, -1, 1)
+    exact = deviation * noises[:, 0] / math.sqrt(diffusion.signal[-1] ** 2 * deviation**2 + diffusion.noise[-1] ** 2)
+    denoise, errors = gaussian_denoiser(diffusion, 0.0, deviation), []
+    for steps in (2, 3, 5, 10, 40):
+        errors.append(float((diffusion.solve(denoise, noises, steps) - exact).abs().max()))
+    assert all(after < 0.9 * before for before, after in pairwise(errors)), errors
+    assert errors[-1] < 0.05, errors
+
+
+# --------------------------------------------------------------------------------------- the closed-form problem
+
+SEEDS = (0, 1)
+
+
+def reward(action: Tensor) -> Tensor:
+    return 1 - (action - 0.5) ** 2
+
+
+def one_state(actions: Tensor, rewards: Tensor) -> Transitions:
+    n = len(actions)
+    columns = {"observations": torch.zeros(n, 1), "actions": actions[:, None], "rewards": rewards}
+    return Transitions(columns | {"next_observations": torch.zeros(n, 1), "terminals": torch.ones(n)}, "cpu")
+
+
+@pytest.fixture(scope="module")
+def mixture() -> Transitions:
+    n = 10_000
+    modes = torch.where(torch.arange(n) < 0.7 * n, -0.5, 0.5)
+    actions = modes + 0.05 * torch.randn(n, generator=torch.Generator().manual_seed(0))
+    return one_state(actions, reward(actions))
+
+
+@pytest.fixture(scope="module")
+def trained_idql(mixture: Transitions) -> Guidance:
+    guidance, section = make_guidance(SEEDS, steps=1000, batch_size=128, activation="mish", tau=0.02)
+    train(guidance, section, mixture, SEEDS)
+    return guidance.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def trained_dql(mixture: Transitions) -> Guidance:
+    guidance, section = make_guidance(SEEDS, algorithm="dql", steps=200, batch_size=64, activation="mish", tau=0.05)
+    train(guidance, section, mixture, SEEDS)
+    return guidance.requires_grad_(False)
+
+
+def trained(data: Transitions, guidance: Any, **settings: Any) -> Policy:
+    policy, section = make_policy(SEEDS, **({"ema_decay": 0.99} | settings))
+    data = copy.copy(data)
+    if policy.algorithm.labels:
+        data.label(guidance)
+    train(policy, section, data, SEEDS, guidance)
+    return policy
+
+
+@pytest.fixture(scope="module")
+def trained_bc(mixture: Transitions) -> Policy:
+    """50 diffusion steps: with 5 the two modes blur into each other and the weights come out near 0.8 and 0.2."""
+    settings = {"algorithm": "bc", "diffusion_steps": 50, "ema_decay": 0.995}
+    return trained(mixture, None, steps=3000, learning_rate=1e-2, **settings)
+
+
+@pytest.fixture(scope="module")
+def trained_cfg(mixture: Transitions, trained_idql: Guidance) -> Policy:
+    settings = {"algorithm": "cfg", "diffusion_steps": 20, "label_dropout": 0.3, "ema_decay": 0.995}
+    return trained(mixture, trained_idql, steps=2500, learning_rate=1e-2, **settings)
+
+
+def actions_of(policy: Policy, guidance: Any = None, n: int = 8000, **how: Any) -> Tensor:
+    """n actions of each member, (S, n)."""
+    observations = torch.zeros(policy.members, n, 1)
+    return act(policy, guidance, observations, Randomness(range(policy.members), "try"), Inference(**how))[..., 0]
+
+
+def never_falls(means: Sequence[Tensor], tolerance: float = 0.01) -> None:
+    """Each setting's mean reward, (S,), is no lower than the one before it; the last is clearly above the first."""
+    assert all((after >= before - tolerance).all() for before, after in pairwise(means)), means
+    assert (means[-1] > means[0] + 0.1).all(), means
+
+
+@pytest.mark.parametrize("name", ["trained_idql", "trained_dql"])
+def test_guidance_learns_the_true_q(name: str, mixture: Transitions, request: pytest.FixtureRequest) -> None:
+    guidance = request.getfixturevalue(name)
+    batch = mixture.take(torch.arange(len(mixture)).expand(2, -1))
+    with torch.no_grad():
+        error = (guidance.q(batch.observations, batch.actions) - batch.rewards).abs()
+        modes = torch.tensor([-0.5, 0.5])[None, :, None].expand(2, 2, 1)
+        q = guidance.q(torch.zeros(2, 2, 1), modes)
+        advantage = guidance.advantage(torch.zeros(2, 2, 1), modes)
+        v = guidance.v(torch.zeros(2, 1, 1))
+    close = (0.03, 0.15) if name == "trained_idql" else (0.1, 0.3)
+    assert (error.mean(1) < close[0]).all() and (error.amax(1) < close[1]).all()
+    near(q, [[0.0, 1.0]] * 2, 2 * close[0])
+    assert (advantage[:, 0] < -0.1).all() and (advantage[:, 1] > 0.1).all()
+    # expectile e of a two-point reward, 0 and 1 with weights 0.7 and 0.3: 0.3 e / (0.3 e + 0.7 (1 - e))
+    expectile = 0.5 if name == "trained_idql" else 0.3
+    near(v, [[expectile]] * 2, 2 * close[0])
+
+
+def test_bc_recovers_the_mode_weights(trained_bc: Policy) -> None:
+    actions = actions_of(trained_bc)
+    right = actions > 0
+    assert ((right.float().mean(1) - 0.3).abs() < 0.05).all(), right.float().mean(1)
+    for s in range(2):
+        for chosen, mode in ((actions[s][right[s]], 0.5), (actions[s][~right[s]], -0.5)):
+            assert abs(chosen.mean() - mode) < 0.03 and chosen.std() < 0.12
+
+
+@pytest.mark.parametrize("algorithm", ["dql", "edp"])
+def test_value_policies_move_to_the_better_mode(algorithm: str, mixture: Transitions, trained_idql: Guidance) -> None:
+    policy = trained(mixture, trained_idql, algorithm=algorithm, steps=500, batch_size=128, eta=1.0)
+    actions = actions_of(policy)
+    assert ((actions > 0).float().mean(1) > 0.6).all()  # of the data: 0.3
+    assert (reward(actions).mean(1) > 0.7).all()  # of the data: 0.3
+
+
+@pytest.mark.parametrize("algorithm", ["dql", "edp"])
+def test_more_eta_never_lowers_the_reward(algorithm: str, mixture: Transitions) -> None:
+    known, means = KnownQ(lambda observations, actions: reward(actions[..., 0])), []
+    for eta in (0.0, 0.5, 3.0):
+        policy = trained(mixture, known, algorithm=algorithm, steps=300, batch_size=128, eta=eta)
+        means.append(reward(actions_of(policy)).mean(1))
+    never_falls(means)
+
+
+def test_cfg_without_weight_is_the_data_and_more_weight_never_lowers_the_reward(trained_cfg: Policy) -> None:
+    unguided = actions_of(trained_cfg, w=0.0)
+    assert (((unguided > 0).float().mean(1) - 0.3).abs() < 0.07).all(), (unguided > 0).float().mean(1)
+    means = [reward(unguided).mean(1)] + [reward(actions_of(trained_cfg, w=w)).mean(1) for w in (0.25, 0.5, 1.0, 1.5)]
+    never_falls(means)
+    assert (means[-1] > 0.95).all()
+
+
+def test_cfg_without_weight_is_the_unconditional_prediction(trained_cfg: Policy) -> None:
+    network, random = trained_cfg.average, Randomness(SEEDS, "try")
+    observations = torch.zeros(2, 7, 1)
+    times = network.times()
+    chains = {}
+    with torch.no_grad():
+        for label in (0, 2):
+            shares = network.condition(observations, torch.full((2, 7), label))
+            chain = lambda x, t: network(x, times[:, t : t + 1], shares)  # noqa: B023
+            chains[label] = trained_cfg.denoise_all(chain, trained_cfg.draw(random, "act", 7))
+        assert torch.equal(trained_cfg.sample(observations, random, w=0.0), chains[0])
+        near(trained_cfg.sample(observations, random, w=1.0), chains[2], 1e-4)
+
+
+def test_gradient_guidance_by_hand() -> None:
+    """One diffusion step without noise: the action is moved by weight (1 - alpha_bar) / sqrt(alpha_bar) dQ/da."""
+    policy, _ = make_policy(SEEDS, diffusion_steps=1)
+    rising = KnownQ(lambda observations, actions: 2.0 * actions[..., 0])
+    plain = actions_of(policy, rising, 3, temperature=0.0)
+    alpha_bar = 1 - float(make_schedule("vp", 1)[0])
+    shift = 0.01 * (1 - alpha_bar) / math.sqrt(alpha_bar) * 2.0
+    assert plain.abs().max() + shift < 1 or plain.abs().max() == 1
+    policy.average.vector.mul_(0.01)  # predictions small enough for no clipping
+    plain = actions_of(policy, rising, 3, temperature=0.0)
+    assert plain.abs().max() + shift < 1
+    near(actions_of(policy, rising, 3, temperature=0.0, guidance_weight=0.01), plain + shift, 1e-5)
+
+
+def test_more_guidance_weight_never_lowers_the_reward(trained_bc: Policy, trained_idql: Guidance) -> None:
+    weights = (0.0, 0.3, 1.0, 3.0)
+    for guidance in (KnownQ(lambda observations, actions: reward(actions[..., 0])), trained_idql):
+        means = [reward(actions_of(trained_bc, guidance, 2000, guidance_weight=w)).mean(1) for w in weights]
+        never_falls(means, 0.02)
+
+
+@pytest.mark.parametrize("candidates", [1, 4])
+def test_no_guidance_weight_changes_nothing_to_the_bit(
+    candidates: int, trained_cfg: Policy, trained_idql: Guidance
+) -> None:
+    observations = torch.zeros(2, 6, 1)
+    plain, steered, moved = (
+        trained_cfg.sample(observations, Randomness(SEEDS, "try"), candidates=candidates, **settings)
+        for settings in (
+            {},
+            {"guidance": trained_idql, "guidance_weight": 0.0},
+            {"guidance": trained_idql, "guidance_weight": 1.0},
+        )
+    )
+    assert torch.equal(plain, steered) and not torch.equal(plain, moved)
+
+
+def test_best_of_n_is_the_argmax_and_raises_the_reward(trained_bc: Policy, trained_idql: Guidance) -> None:
+    observations = torch.zeros(2, 50, 1)
+    candidates = trained_bc.sample(observations, Randomness(SEEDS, "try"), candidates=5)  # (S, 50 * 5, 1)
+    chosen = act(trained_bc, trained_idql, observations, Randomness(SEEDS, "try"), Inference(candidates=5))
+    assert chosen.shape == (2, 50, 1)
+    with torch.no_grad():
+        q = trained_idql.q(torch.zeros(2, 250, 1), candidates)
+    for s in range(2):
+        for e in range(50):
+            best = max(range(5 * e, 5 * e + 5), key=lambda row: float(q[s, row]))
+            assert chosen[s, e, 0] == candidates[s, best, 0]
+    means = [reward(actions_of(trained_bc, trained_idql, 1500, candidates=n)).mean(1) for n in (1, 3, 10)]
+    never_falls(means)
+    assert (means[-1] > 0.9).all()  # at least one of ten from the better mode: 97 %
+
+
+def test_candidates_are_ranked_in_their_own_state() -> None:
+    """Each state prefers another action, so mixing up states or candidates would show."""
+    policy, _ = make_policy((0, 1, 2), 3, 2)
+    known = KnownQ(lambda observations, actions: -(actions - observations[..., :2]).square().sum(-1))
+    g = torch.Generator().manual_seed(0)
+    observations = torch.rand(3, 4, 3, generator=g) * 2 - 1
+    random = Randomness((0, 1, 2), "try")
+    options = policy.sample(observations, random, candidates=6).detach().view(3, 4, 6, 2)
+    chosen = act(policy, known, observations, random, Inference(candidates=6))  # type: ignore[arg-type]
+    for s in range(3):
+        for e in range(4):
+            distances = [float((option - observations[s, e, :2]).norm()) for option in options[s, e]]
+            assert torch.equal(chosen[s, e], options[s, e, distances.index(min(distances))])
+
+
+@pytest.mark.parametrize("inverse_temperature", [0.0, 2.0, 20.0])
+def test_softmax_selects_with_its_probabilities(inverse_temperature: float) -> None:
+    policy, _ = make_policy((0,))
+    known = KnownQ(lambda observations, actions: 3.0 - actions[..., 0])
+    observations = torch.zeros(1, 20_000, 1)
+    random = Randomness((0,), "try")
+    options = policy.sample(observations, random, candidates=3).detach().view(20_000, 3)
+    how = Inference(candidates=3, selection="softmax", weight_temperature=inverse_temperature)
+    chosen = act(policy, known, observations, random, how)[0]  # type: ignore[arg-type]
+    weight = torch.exp(inverse_temperature * (3.0 - options).double())
+    probability, order = (weight / weight.sum(1, keepdim=True)), options.argsort(1)
+    options, probability = options.gather(1, order), probability.gather(1, order)  # lowest, middle, highest action
+    picked = (options == chosen).double()
+    distinct = (options.diff(dim=1) > 0).all(1)  # clipped actions may coincide
+    assert distinct.float().mean() > 0.2
+    difference = (picked - probability)[distinct].sum(0)
+    spread = (probability * (1 - probability))[distinct].sum(0).sqrt()
+    assert (difference.abs() < 4 * spread + 1).all(), difference / spread
+    if inverse_temperature:
+        assert picked[distinct].sum(0)[0] > 1.3 * picked[distinct].sum(0)[2]
+
+
+def test_temperature_scales_the_sampling_noise() -> None:
+    policy, _ = make_policy((0,))
+    random = Randomness((0,), "try")
+    zero = lambda x, t: torch.zeros_like(x)
+    drawn = policy.draw(random, "act", 9)
+    one, two = (policy.denoise_all(zero, scale * drawn) for scale in (1e-3, 2e-3))
+    near(two, 2 * one, 1e-6)
+    for network in policy.average.parameters():
+        network.data.zero_()  # predicts no noise
+    near(policy.sample(torch.zeros(1, 9, 1), random, temperature=1e-3), one, 1e-6)
+    assert one.abs().max() > 1e-4
+    policy, _ = make_policy((0,))
+    still = actions_of(policy, n=5, temperature=0.0)
+    near(still, still[:, :1].expand(1, 5))
+    assert actions_of(policy, n=5).std() > 0.1
+
+
+def test_dql_finds_the_known_optimum() -> None:
+    """Actions uniform in [-1, 1] and a known Q with its top at 0.2: the policy gathers there."""
+    g = torch.Generator().manual_seed(0)
+    data = one_state(torch.rand(5000, generator=g) * 2 - 1, torch.zeros(5000))
+    known = KnownQ(lambda observations, actions: 0.3 - (actions[..., 0] - 0.2) ** 2)
+    policy = trained(data, known, algorithm="dql", steps=400, batch_size=128, eta=5.0)
+    actions = actions_of(policy)
+    assert ((actions.mean(1) - 0.2).abs() < 0.05).all(), actions.mean(1)
+    assert ((actions - 0.2).square().mean(1).sqrt() < 0.2).all(), actions.std(1)  # of the data: 0.61
+
+
+# ------------------------------------------------------------------------------------------------ invariants
+
+
+def frozen_guidance(seeds: Sequence[int]) -> Guidance:
+    guidance, section = make_guidance(seeds, 3, 2, steps=20, batch_size=32)
+    train(guidance, section, noisy_data(), seeds)
+    return guidance.requires_grad_(False)
+
+
+@pytest.mark.parametrize("algorithm", POLICY_ALGORITHMS)
+def test_frozen_guidance_is_bit_identical_after_policy_training(algorithm: str, tmp_path: Path) -> None:
+    path = tmp_path / "g.pt"
+    save_bundle(path, guidance_bundle(frozen_guidance(SEEDS), SEEDS))
+    guidance = build_guidance(read_guidance(path), "cpu")
+    before = weights_of(guidance)
+    weighted = {"advantage_weight": "exponential"} if algorithm in ("bc", "idql") else {}
+    policy, section = make_policy(SEEDS, 3, 2, algorithm=algorithm, steps=20, batch_size=32, **weighted)
+    own = weights_of(policy)
+    train(policy, section, noisy_data(), SEEDS, guidance)
+    observations = torch.randn(2, 5, 3)
+    act(policy, guidance, observations, Randomness(SEEDS, "try"), Inference(candidates=4, guidance_weight=1.0))
+    after = weights_of(guidance)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert {name.split(".")[0] for name in before} == {"online_q", "target_q", "value"}
+    assert not any(p.requires_grad or p.grad is not None for p in guidance.parameters())
+    changed = [not torch.equal(own[name], value) for name, value in weights_of(policy).items()]
+    assert all(changed)
+
+
+def test_acting_changes_nothing() -> None:
+    guidance, policy = frozen_guidance(SEEDS), make_policy(SEEDS, 3, 2, algorithm="idql")[0]
+    before = weights_of(policy)
+    chosen = [
+        act(policy, guidance, torch.ones(2, 5, 3), Randomness(SEEDS, "try"), Inference(candidates=4)) for _ in range(2)
+    ]
+    assert torch.equal(*chosen) and not chosen[0].requires_grad
+    assert all(torch.equal(before[name], value) for name, value in weights_of(policy).items())
+
+
+@pytest.mark.parametrize("kind", ["guidance idql", "guidance dql", *(f"policy {name}" for name in POLICY_ALGORITHMS)])
+def test_member_two_of_three_seeds_is_that_seed_alone(kind: str) -> None:
+    """Equal draws and equal mathematics; batched and single matrix products round differently, and Adam divides by
+    the gradient's size, so that after 50 steps the weights agree to 5e-5 and not to the bit."""
+    trained = {}
+    for seeds in ((5, 6, 7), (7,)):
+        name, algorithm = kind.split()
+        steps = {"algorithm": algorithm, "steps": 50, "batch_size": 32, "learning_rate": 1e-3}
+        if name == "guidance":
+            module: Any = make_guidance(seeds, 3, 2, **steps)
+            train(*module, noisy_data(), seeds)
+        else:
+            guidance, data = frozen_guidance(seeds), noisy_data()
+            data.label(guidance)
+            module = make_policy(seeds, 3, 2, dropout=0.2, **steps)
+            train(*module, data, seeds, guidance)
+        trained[seeds] = weights_of(module[0])
+    make: Any = make_guidance if name == "guidance" else make_policy
+    initial = weights_of(make((7,), 3, 2, **steps)[0])
+    for key, alone in trained[(7,)].items():
+        member = trained[(5, 6, 7)][key][-len(alone) :]
+        torch.testing.assert_close(member, alone, rtol=0, atol=5e-5, msg=lambda text, key=key: f"{key}: {text}")
+        if key.startswith(("online_q", "value", "denoiser")):
+            assert (alone - initial[key]).abs().max() > 20 * 5e-5, key  # it learned far more than the tolerance
+
+
+@pytest.mark.parametrize("kind", ["guidance idql", "guidance dql", *(f"policy {name}" for name in POLICY_ALGORITHMS)])
+def test_resumed_training_is_uninterrupted_training(kind: str, tmp_path: Path) -> None:
+    name, algorithm = kind.split()
+    guidance, data = frozen_guidance(SEEDS), noisy_data()
+    data.label(guidance)
+
+    def fresh() -> Any:
+        settings = {"algorithm": algorithm, "steps": 20, "batch_size": 32}
+        return make_guidance(SEEDS, 3, 2, **settings) if name == "guidance" else make_policy(SEEDS, 3, 2, **settings)
+
+    straight, halves, resumed = fresh(), fresh(), fresh()
+    train(*straight, data, SEEDS, guidance)
+    learner = train(*halves, data, SEEDS, guidance, stop=9)
+    torch.save({"weights": weights_of(halves[0]), "training": learner.state()}, tmp_path / "half.pt")
+    half = torch.load(tmp_path / "half.pt", weights_only=True)
+    resumed[0].load_state_dict(half["weights"])
+    train(*resumed, data, SEEDS, guidance, start=9, states=half["training"])
+    expected, got = weights_of(straight[0]), weights_of(resumed[0])
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+    assert not all(torch.equal(half["weights"][key], got[key]) for key in expected)
+
+
+def test_averaged_weights_and_target_critics_act() -> None:
+    guidance = frozen_guidance(SEEDS)
+    policy, section = make_policy(SEEDS, 3, 2, steps=20, batch_size=32)
+    train(policy, section, noisy_data(), SEEDS, guidance)
+    observations = torch.randn(2, 40, 3, generator=torch.Generator().manual_seed(0))
+
+    def chosen() -> Tensor:
+        return act(policy, guidance, observations, Randomness(SEEDS, "try"), Inference(candidates=5))
+
+    before = chosen()
+    policy.denoiser.vector.add_(1.0)
+    guidance.online_q.vector.add_(1.0)
+    guidance.value.vector.add_(1.0)  # V does not depend on the action
+    assert torch.equal(chosen(), before)
+    guidance.target_q.vector.mul_(-1.0)
+    assert not torch.equal(chosen(), before)
+    guidance.target_q.vector.mul_(-1.0)
+    assert torch.equal(chosen(), before)
+    policy.average.vector.add_(0.1)
+    assert not torch.equal(chosen(), before)
+
+
+# --------------------------------------------------------------------------------------------------- bundles
+
+ENVIRONMENT = {"id": "Toy-v0", "observation_dim": 3, "action_dim": 2, "action_low": [-1, -1], "action_high": [1, 1]}
+
+
+def a_bundle(kind: str, seeds: Sequence[int], section: Any, module: Any) -> dict[str, Any]:
+    return {
+        "format": "mdpt bundle",
+        "version": 1,
+        "kind": kind,
+        "seeds": list(seeds),
+        "environment": dict(ENVIRONMENT),
+        "dataset": {"name": "toy", "hash": "abc"},
+        "normalizer": {"mean": torch.tensor([0.5, -0.5, 0.0]), "deviation": torch.tensor([2.0, 1.0, 0.5])},
+        "architecture": architecture(type(module), section, 3, 2),
+        "weights": weights_of(module),
+        "snapshots": {},
+        "guidance": None,
+    }
+
+
+def guidance_bundle(guidance: Guidance, seeds: Sequence[int]) -> dict[str, Any]:
+    return a_bundle("guidance", seeds, GuidanceSection(hidden=[32, 32]), guidance)
+
+
+def policy_bundle(seeds: Sequence[int], guidance: dict[str, Any] | None, **settings: Any) -> dict[str, Any]:
+    policy, section = make_policy(seeds, 3, 2, **settings)
+    policy.average.vector.mul_(1.5)  # so that online and averaged weights differ
+    return a_bundle("policy", seeds, section, policy) | {"guidance": guidance}
+
+
+ELSEWHERE = """
+import sys, torch
+from pathlib import Path
+from models import Inference, Randomness, act, build_guidance, build_policy, read_guidance, read_policy
+path, out = Path(sys.argv[1]), Path(sys.argv[2])
+policy, guidance = build_policy(read_policy(path), "cpu"), build_guidance(read_guidance(path), "cpu")
+observations = torch.arange(60.0).view(2, 10, 3).cos()
+results = [
+    act(policy, guidance, observations, Randomness((0, 1), "try"), how)
+    for how in (Inference(), Inference(candidates=5), Inference(candidates=5, selection="softmax", guidance_weight=0.1))
+]
+q = guidance.q(observations, results[0])
+torch.save([*results, q, guidance.v(observations)], out)
+"""
+
+
+@pytest.mark.parametrize("algorithm", ["dql", "idql", "cfg"])
+def test_a_new_process_acts_and_ranks_the_same(algorithm: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.pt"
+    teacher, section = make_guidance(SEEDS, 3, 2, algorithm="dql", steps=3, batch_size=8)
+    train(teacher, section, noisy_data(), SEEDS)  # its companion's weights are in the bundle, as in an unfinished run's
+    save_bundle(path, policy_bundle(SEEDS, guidance_bundle(teacher, SEEDS), algorithm=algorithm))
+    arguments = [sys.executable, "-c", ELSEWHERE, str(path), str(tmp_path / "elsewhere.pt")]
+    subprocess.run(
+        arguments, check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(Path(models.__file__).parent)}
+    )
+    elsewhere = torch.load(tmp_path / "elsewhere.pt")
+
+    policy, guidance = build_policy(read_policy(path), "cpu"), build_guidance(read_guidance(path), "cpu")
+    observations = torch.arange(60.0).view(2, 10, 3).cos()
+    plain, ranked, softmax, q, v = elsewhere
+    for expected, how in (
+        (plain, Inference()),
+        (ranked, Inference(candidates=5)),
+        (softmax, Inference(candidates=5, selection="softmax", guidance_weight=0.1)),
+    ):
+        assert torch.equal(act(policy, guidance, observations, Randomness(SEEDS, "try"), how), expected)
+    assert torch.equal(guidance.q(observations, plain), q) and torch.equal(guidance.v(observations), v)
+    teacher.normalizer = guidance.normalizer
+    assert torch.equal(teacher.q(observations, plain), q)  # as before it was saved
+    assert not torch.equal(plain, ranked)
+
+
+def test_loading_restores_every_weight_and_the_normalizer(tmp_path: Path) -> None:
+    teacher = guidance_bundle(frozen_guidance(SEEDS), SEEDS)
+    bundle = policy_bundle(SEEDS, teacher)
+    save_bundle(tmp_path / "p.pt", bundle)
+    policy, guidance = (
+        build_policy(read_policy(tmp_path / "p.pt"), "cpu"),
+        build_guidance(read_guidance(tmp_path / "p.pt"), "cpu"),
+    )
+    for module, saved in ((policy, bundle), (guidance, teacher)):
+        got = weights_of(module)
+        assert got.keys() == saved["weights"].keys()
+        assert all(torch.equal(got[name], value) for name, value in saved["weights"].items())
+        near(module.normalizer(torch.tensor([[[2.5, 0.5, 1.0]]])), [[[1.0, 1.0, 2.0]]])
+        for network in (child for child in module.modules() if isinstance(child, models.Stack)):
+            network.vector.zero_()
+            assert all((p == 0).all() for p in network.parameters())  # still views after loading
+    copies = weights_of(policy)
+    policy.average.vector.add_(1.0)
+    assert all((value == 0).all() for value in copies.values())
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 704 vs 598")])
+def test_failed_write_keeps_the_old_file_and_leaves_nothing(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch turns a full disk into a RuntimeError of its own where the file's last bytes do not fit."""
+    path = tmp_path / "b.pt"
+    save_bundle(path, {"a": 1})
+    before = path.read_bytes()
+
+    def broken(bundle: Any, file: Any) -> None:
+        file.write(b"half")
+        raise error
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(BundleError, match=f"^{path}: cannot write the bundle .*; choose another --out$"):
+        save_bundle(path, {"a": 2})
+    assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["b.pt"]
+
+
+def test_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(bundle: Any, file: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_bundle(tmp_path / "b.pt", {"a": 2})
+    assert not list(tmp_path.iterdir())
+
+
+def test_write_replaces_and_makes_the_folder(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "b.pt"
+    for value in (1, 2):
+        save_bundle(path, {"format": "mdpt bundle", "version": 1, "a": value})
+        assert read_bundle(path)["a"] == value
+    assert [entry.name for entry in path.parent.iterdir()] == ["b.pt"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BundleError) as caught:
+        save_bundle(tmp_path / "file" / "b.pt", {})
+    where = tmp_path / "file" / "b.pt"
+    assert str(caught.value) in (
+        f"{where}: cannot write the bundle ({reason}); choose another --out"
+        for reason in ("File exists", "Not a directory")
+    )
+
+
+def test_bundles_open_with_weights_only(tmp_path: Path) -> None:
+    """A file that would run code when unpickled is refused, and its code does not run."""
+
+    class Harmful:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"format": "mdpt bundle", "version": 1, "kind": Harmful()}, tmp_path / "harmful.pt")
+    with pytest.raises(BundleError, match="cannot be read as a bundle"):
+        read_bundle(tmp_path / "harmful.pt")
+    assert not (tmp_path / "ran").exists()
+    save_bundle(tmp_path / "p.pt", policy_bundle(SEEDS, guidance_bundle(frozen_guidance(SEEDS), SEEDS)))
+    assert torch.load(tmp_path / "p.pt", weights_only=True)["kind"] == "policy"
+
+
+def write_damaged(path: Path) -> None:
+    save_bundle(path, {"format": "mdpt bundle", "version": 1, "weights": torch.zeros(1000)})
+    path.write_bytes(path.read_bytes()[:-600])
+
+
+HEAD = {"format": "mdpt bundle", "version": 1, "guidance": None, "snapshots": {}}
+DAMAGED = "cannot be read as a bundle, it is damaged or something else; write it anew"
+FOREIGN = "is no mdpt bundle; expected a file written by `mdpt guidance` or `mdpt policy`"
+BAD_FILES: dict[str, tuple[Callable[..., Any], Callable[[Path], Any], str]] = {
+    "missing": (read_bundle, lambda path: None, "no such bundle; `mdpt guidance` and `mdpt policy` write them"),
+    "a folder": (
+        read_bundle,
+        lambda path: path.mkdir(),
+        "no such bundle; `mdpt guidance` and `mdpt policy` write them",
+    ),
+    "empty": (read_bundle, lambda path: path.write_bytes(b""), DAMAGED),
+    "text": (read_bundle, lambda path: path.write_text("[data]"), DAMAGED),
+    "truncated": (read_bundle, write_damaged, DAMAGED),
+    "a module": (read_bundle, lambda path: torch.save(nn.Linear(1, 1), path), DAMAGED),
+    "foreign list": (read_bundle, lambda path: torch.save([1, 2], path), FOREIGN),
+    "foreign weights": (read_bundle, lambda path: torch.save(nn.Linear(1, 1).state_dict(), path), FOREIGN),
+    "other version": (
+        read_bundle,
+        lambda path: torch.save(HEAD | {"version": 2}, path),
+        "bundle version 2, this mdpt reads version 1; train it anew or use the mdpt that wrote it",
+    ),
+    "guidance as policy": (
+        read_policy,
+        lambda path: torch.save(HEAD | {"kind": "guidance"}, path),
+        "is a guidance bundle; expected a policy bundle, written by `mdpt policy`",
+    ),
+    "unguided policy": (
+        read_guidance,
+        lambda path: torch.save(HEAD | {"kind": "policy"}, path),
+        "this policy was trained unguided and holds no guidance; give a guidance bundle",
+    ),
+}
+
+
+@pytest.mark.parametrize(("read", "write", "message"), BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_files(read: Callable[..., Any], write: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "b.pt"
+    write(path)
+    with pytest.raises(BundleError) as caught:
+        read(path)
+    assert str(caught.value) == f"{path}: {message}"
+
+
+def test_snapshots_by_step(tmp_path: Path) -> None:
+    path = tmp_path / "p.pt"
+    bundle = policy_bundle(SEEDS, None)
+    snapshot = {name: value + 1 for name, value in bundle["weights"].items() if name.startswith("average.")}
+    save_bundle(path, bundle | {"step": 20, "snapshots": {10: snapshot, 20: {}}})
+    for name, moved, step in (("p.pt", 0, 20), ("p.pt@last", 0, 20), ("p.pt@10", 1, 10)):
+        read = read_policy(tmp_path / name)
+        assert read["step"] == step
+        for key, value in bundle["weights"].items():
+            assert torch.equal(read["weights"][key], value + moved * key.startswith("average.")), (name, key)
+    for step in ("11", "best"):
+        with pytest.raises(BundleError) as caught:
+            read_bundle(tmp_path / f"p.pt@{step}")
+        assert str(caught.value) == f"{path}@{step}: no snapshot @{step}; there are @10, @20 and @last"
+    with pytest.raises(BundleError) as caught:
+        read_bundle(tmp_path / "q.pt@10")
+    assert str(caught.value) == f"{tmp_path / 'q.pt'}: no such bundle; `mdpt guidance` and `mdpt policy` write them"
+
+
+def test_a_policy_bundle_serves_as_guidance(tmp_path: Path) -> None:
+    teacher = guidance_bundle(frozen_guidance(SEEDS), SEEDS)
+    save_bundle(tmp_path / "g.pt", teacher)
+    save_bundle(tmp_path / "p.pt", policy_bundle(SEEDS, teacher))
+    for name in ("g.pt", "p.pt"):
+        read = read_guidance(tmp_path / name)
+        assert read["kind"] == "guidance"
+        assert all(torch.equal(value, teacher["weights"][key]) for key, value in read["weights"].items())
+
+
+def test_bundles_that_do_not_fit() -> None:
+    ours = {"kind": "policy", "environment": dict(ENVIRONMENT), "dataset": {"name": "one", "hash": "abc"}}
+    theirs = {"kind": "guidance", "environment": dict(ENVIRONMENT), "dataset": {"name": "two", "hash": "abc"}}
+    assert check_fit(ours, theirs) == []
+    theirs["dataset"]["hash"] = "def"
+    assert check_fit(ours, theirs) == [
+        (
+            "the policy learned from one and the guidance learned from two: "
+            "swapping is known to hold only under one data distribution"
+        )
+    ]
+    theirs["environment"] |= {"id": "Other-v0", "action_high": [1, 2]}
+    with pytest.raises(BundleError) as caught:
+        check_fit(ours, theirs)
+    assert str(caught.value) == (
+        "the policy and the guidance do not fit together: id Toy-v0 against Other-v0; "
+        "action_high [1, 1] against [1, 2]; use bundles of one environment"
+    )
+
+
+def test_members_are_paired_by_position() -> None:
+    three = frozen_guidance((0, 1, 2))
+    with pytest.raises(BundleError) as caught:
+        pair_members(2, three)
+    assert str(caught.value) == (
+        "2 policy members cannot be paired with 3 guidance members; use the same number, or a guidance with one member"
+    )
+    before = weights_of(three)
+    pair_members(3, three)
+    assert all(torch.equal(before[name], value) for name, value in weights_of(three).items())
+
+    one, observations, actions = frozen_guidance((7,)), torch.randn(1, 4, 3), torch.rand(1, 4, 2)
+    q = one.q(observations, actions)
+    pair_members(3, one)
+    assert one.members == 3 and not any(p.requires_grad for p in one.parameters())
+    near(one.q(observations.expand(3, -1, -1), actions.expand(3, -1, -1)), q.expand(3, -1), 1e-6)
+    policy, _ = make_policy((0, 1, 2), 3, 2)
+    assert act(policy, one, torch.randn(3, 5, 3), Randomness((0, 1, 2), "try"), Inference(candidates=4)).shape == (
+        3,
+        5,
+        2,
+    )
