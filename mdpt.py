@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import tomli
 import typer
@@ -307,6 +307,14 @@ class Learner:
         for module in self.modules:
             module.follow(step)
 
+    def broken_member(self) -> int | None:
+        """The first member with a weight that is not finite."""
+        import torch
+
+        rows = [part.network.vector.view(part.network.members, -1) for part in self.parts]
+        finite = torch.cat(rows, dim=1).isfinite().all(1)
+        return None if finite.all() else int(finite.int().argmin())
+
     def state(self) -> list[dict[str, Any]]:
         """Optimizer states, one per network, as plain containers."""
         return [part.adam.state_dict() for part in self.parts]
@@ -337,7 +345,7 @@ def train(
         if step + 1 in monitor.milestones or monitor.interrupted:
             monitor.log()
             keep(step + 1)
-        if monitor.interrupted:
+        if monitor.interrupted and step + 1 < steps:
             raise MdptError(f"interrupted after step {step + 1} of {steps}; the same command with --resume goes on")
 
 
@@ -373,10 +381,7 @@ class Monitor:
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
             step, member = done - len(self.pending) + int(bad[0, 0]), int(bad[0, 1])
-            raise MdptError(
-                f"the loss of member {member} (seed {self.seeds[member]}) became {losses[bad[0, 0], member].item()} at "
-                f"step {step}; {self.kept}; lower learning_rate or look at the data"
-            )
+            self.give_up("loss", member, losses[bad[0, 0], member].item(), step)
         names = {name for _, metrics in self.pending for name in metrics}
         means = {
             name: torch.stack([m[name] for _, m in self.pending if name in m]).mean(0).tolist()
@@ -386,6 +391,13 @@ class Monitor:
         self.pending.clear()
         speed = (done - self.start) / (time.perf_counter() - self.began)
         self.show(done, f"loss {losses.mean():.4g}, {speed:.0f} steps/s")
+
+    def give_up(self, what: str, member: int, value: object, step: int) -> NoReturn:
+        """End the run: raises MdptError."""
+        raise MdptError(
+            f"the {what} of member {member} (seed {self.seeds[member]}) became {value} at step {step}; {self.kept}; "
+            "lower learning_rate or look at the data"
+        )
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -521,6 +533,7 @@ def train_bundle(
     kept: Sequence[tuple[Bundle, Guidance | Policy]],
     out: Path,
     resumed: Bundle | None,
+    meter: Meter,
 ) -> None:
     """Train `learner` and write `bundle` to `out` at each snapshot and at the end.
 
@@ -532,6 +545,7 @@ def train_bundle(
     if resumed is not None:
         bundle |= {key: resumed[key] for key in ("step", "history", "accounting")}
         learner.restore(resumed["training"])
+        meter.before = resumed["accounting"]
     milestones = {round(section.steps * (i + 1) / section.snapshots) for i in range(section.snapshots)}
     monitor = Monitor(
         title=f"{bundle['kind']} {section.algorithm}",
@@ -542,9 +556,10 @@ def train_bundle(
         history=bundle["history"],
         kept=f"{out} holds step {bundle['step']}" if resumed else "no snapshot was reached",
     )
-    meter = Meter(transitions.rows.device, bundle["accounting"])
 
     def keep(step: int) -> None:
+        if (member := learner.broken_member()) is not None:
+            monitor.give_up("weights", member, "not finite", step)
         complete = step == section.steps
         account = meter.read(learner, step)
         for target, module in kept:
@@ -578,26 +593,22 @@ ACTING = ("average.", "target_q.", "value.")  # the weights that act or are aske
 class Meter:
     """What a training run costs: time, memory above the loaded dataset, parameters, optimizer state."""
 
-    def __init__(self, device: Any, before: dict[str, Any]) -> None:
-        self.device, self.seconds_before, self.peak_before = (
-            device,
-            before.get("seconds", 0.0),
-            before.get("peak_bytes", 0),
-        )
+    def __init__(self, device: Any) -> None:
+        self.device, self.before = device, {"seconds": 0.0, "peak_bytes": 0}
         self.began, self.base = time.perf_counter(), memory_now(device, restart=True)
 
     def read(self, learner: Learner, step: int) -> dict[str, Any]:
         """The account after `step` gradient steps; counts and bytes are of all members together."""
         import torch
 
-        seconds = self.seconds_before + time.perf_counter() - self.began
+        seconds = self.before["seconds"] + time.perf_counter() - self.began
         state = [value for part in learner.parts for state in part.adam.state.values() for value in state.values()]
         held = [p.numel() for module in (*learner.modules, *learner.frozen) for p in module.parameters()]
         return {
             "parameters_trained": sum(part.network.vector.numel() for part in learner.parts),
             "parameters_held": sum(held),
             "optimizer_bytes": sum(value.nbytes for value in state if torch.is_tensor(value)),
-            "peak_bytes": max(self.peak_before, memory_now(self.device) - self.base),
+            "peak_bytes": max(self.before["peak_bytes"], memory_now(self.device) - self.base),
             "seconds": seconds,
             "seconds_per_1000_steps": 1000 * seconds / step,
             "device": str(self.device),
@@ -629,10 +640,11 @@ def train_guidance(run: Experiment, out: Path, resumed: Bundle | None, workers: 
     device = pick_device(run.device)
     dataset = load_data(run, workers)
     bundle = new_bundle("guidance", run, dataset)
+    transitions = Transitions(vars(dataset), device)
+    meter = Meter(transitions.rows.device)
     guidance: Guidance = new_module(bundle, device, out, resumed, companion=True)
     learner = Learner([(guidance, run.guidance)], lambda batch, random, _: guidance.loss(batch, random))
-    transitions = Transitions(vars(dataset), device)
-    train_bundle(bundle, learner, run.guidance, transitions, [(bundle, guidance)], out, resumed)
+    train_bundle(bundle, learner, run.guidance, transitions, [(bundle, guidance)], out, resumed, meter)
     bundle["quality"] = guidance_quality(guidance, dataset, run.guidance.discount, device)
     save_bundle(out, bundle)
     return bundle
@@ -645,13 +657,15 @@ def train_policy(run: Experiment, teacher: Bundle | None, out: Path, resumed: Bu
     section, device = run.policy, pick_device(run.device)
     dataset = load_data(run, workers)
     bundle = new_bundle("policy", run, dataset)
-    policy: Policy = new_module(bundle, device, out, resumed)
+    if section.scheme == "joint":
+        bundle["guidance"] = new_bundle("guidance", run, dataset)
     transitions = Transitions(vars(dataset), device)
+    meter = Meter(transitions.rows.device)
+    policy: Policy = new_module(bundle, device, out, resumed)
     guidance: Guidance | None = None
     frozen: list[Guidance] = []
     learning: list[tuple[Bundle, Guidance | Policy]] = [(bundle, policy)]
     if section.scheme == "joint":
-        bundle["guidance"] = new_bundle("guidance", run, dataset)
         guidance = new_module(bundle["guidance"], device, out, resumed and resumed["guidance"])
         learning.insert(0, (bundle["guidance"], guidance))
     elif teacher is not None:
@@ -673,7 +687,7 @@ def train_policy(run: Experiment, teacher: Bundle | None, out: Path, resumed: Bu
 
     tables = {"guidance": run.guidance, "policy": section}
     learner = Learner([(module, tables[target["kind"]]) for target, module in learning], loss, frozen)
-    train_bundle(bundle, learner, section, transitions, learning, out, resumed)
+    train_bundle(bundle, learner, section, transitions, learning, out, resumed, meter)
 
 
 def new_module(bundle: Bundle, device: str, out: Path, resumed: Bundle | None, *, companion: bool = False) -> Any:
@@ -706,8 +720,8 @@ def check_same_run(bundle: Bundle, resumed: Bundle, out: Path) -> None:
 
 def check_same_guidance(teacher: Bundle, resumed: Bundle, out: Path) -> None:
     """Raises: MdptError where an unfinished policy was begun under a guidance with other weights."""
-    begun = resumed["guidance"]["weights"]
-    if any(not begun[name].equal(weight) for name, weight in teacher["weights"].items()):
+    begun, given = resumed["guidance"]["weights"], teacher["weights"]
+    if begun.keys() != given.keys() or any(not begun[name].equal(given[name]) for name in given):
         raise MdptError(f"{out}: was begun under another guidance; --resume needs the same, --overwrite begins anew")
 
 
@@ -837,19 +851,25 @@ def pick_inference(
     try:
         section = EvaluationSection.model_validate(run.evaluation.model_dump() | given)
     except ValidationError as error:
-        problem = error.errors()[0]
-        option = "--" + str(problem["loc"][0]).replace("_", "-")
-        message = problem["msg"].replace("Input should", "should")
-        raise MdptError(f"{option} {problem['input']}: {message}") from error
-    if guidance is None:
-        for key in ("candidates", "guide", "guidance_weight", "selection"):
-            if key in given and given[key] not in (1, "rank"):
-                raise MdptError(
-                    f"--{key.replace('_', '-')} {given[key]}: there is no guidance to choose by; "
-                    "name one with --infer-guidance, or leave the option out"
-                )
+        first = error.errors()[0]
+        option = "--" + str(first["loc"][0]).replace("_", "-")
+        raise MdptError(f"{option} {first['input']}: {first['msg'].replace('Input should', 'should')}") from error
     ranked = guidance is not None and section.guide != "gradient"
     steered = guidance is not None and section.guide != "rank"
+    needs = {
+        "candidates": (ranked, "--guide rank or both"),
+        "selection": (ranked, "--guide rank or both"),
+        "weight_temperature": (ranked and section.selection == "softmax", "--selection softmax"),
+        "guidance_weight": (steered, "--guide gradient or both"),
+        "guide": (guidance is not None, "a guidance"),
+        "w": (run.policy.algorithm == "cfg", f"a cfg policy, not {run.policy.algorithm}"),
+    }
+    for key, (acts, need) in needs.items():
+        if key in given and not acts and given[key] not in (1, "rank"):
+            problem = f"acts only with {need}; leave the option out"
+            if guidance is None and key != "w":
+                problem = "there is no guidance to choose by; name one with --infer-guidance, or leave the option out"
+            raise MdptError(f"--{key.replace('_', '-')} {given[key]}: {problem}")
     return section, Inference(
         candidates=section.candidates if ranked else 1,
         selection=section.selection,

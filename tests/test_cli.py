@@ -146,7 +146,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_toy_data(folder / "toy.hdf5")
         (folder / "toy.toml").write_text(TOY)
         run("guidance toy.toml")
-        run("guidance toy.toml --set guidance.algorithm=dql")
+        run("guidance toy.toml --set guidance.algorithm=dql --seeds 8,9")
         for file, options in POLICIES.items():
             result = run(f"policy toy.toml {options}")
             assert result.stdout == f"wrote {file}\nnext: mdpt evaluate {file}\n"
@@ -335,7 +335,7 @@ def test_describe_tells_lineage_and_history_without_running(folder: Path, monkey
     for text in (
         "toy-edp.policy.pt: policy",
         "edp, guidance-first",
-        "dql guidance, step 20, seeds 0, 1",
+        "dql guidance, step 20, seeds 8, 9",
         "toy-edp.policy.pt: guidance",
         "20 of 20",
         "@10, @20",
@@ -757,6 +757,22 @@ MISTAKES = [  # command, message
     (
         "evaluate toy-dql.policy.pt --candidates 4 --infer-guidance none",
         ("--candidates 4: there is no guidance to choose by; name one with --infer-guidance, or leave the option out"),
+    ),
+    (
+        "evaluate toy-cfg.policy.pt --guide gradient --candidates 4",
+        "--candidates 4: acts only with --guide rank or both; leave the option out",
+    ),
+    (
+        "evaluate toy-cfg.policy.pt --guidance-weight 2",
+        "--guidance-weight 2.0: acts only with --guide gradient or both; leave the option out",
+    ),
+    (
+        "evaluate toy-cfg.policy.pt --weight-temperature 2",
+        "--weight-temperature 2.0: acts only with --selection softmax; leave the option out",
+    ),
+    (
+        "evaluate toy-dql.policy.pt --w 2",
+        "--w 2.0: acts only with a cfg policy, not dql; leave the option out",
     ),
     (
         "evaluate toy-bc-unguided.policy.pt --guide both",
