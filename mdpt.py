@@ -450,6 +450,8 @@ def pick_device(name: str) -> str:
     """ "cpu" or "cuda". Raises: MdptError where cuda is asked for and missing."""
     import torch
 
+    if name not in ("auto", "cpu", "cuda"):
+        raise MdptError(f"device {name}: expected auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise MdptError("device cuda: this machine or this torch has none; use --device cpu")
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
@@ -709,7 +711,9 @@ def check_same_run(bundle: Bundle, resumed: Bundle, out: Path) -> None:
     for table, ours in bundle["experiment"].items():
         theirs = resumed["experiment"][table]
         if ours != theirs and table not in ("name", "device", "evaluation"):
-            changed = [key for key in ours if ours[key] != theirs[key]] if isinstance(ours, dict) else [table]
+            changed = [table]
+            if isinstance(ours, dict):
+                changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
             raise MdptError(
                 f"{out}: was begun with another [{table}]: {', '.join(changed)} differ; "
                 "--resume needs the same experiment, --overwrite begins anew"
@@ -990,7 +994,7 @@ def swap_members(trial: Trial, workers: int) -> dict[str, Any]:
     from data import normalized_score
 
     if trial.guidance is None:
-        raise MdptError(f"{trial.path}: holds no guidance to swap; name one with --guidance")
+        raise MdptError(f"{trial.path}: there is no guidance to cross it with; name a bundle with --guidance")
     title = f"{trial.path} x {trial.guidance_name}"
     returns, _ = score(
         trial.bundle,
@@ -1042,7 +1046,9 @@ def show_table(table: Table) -> None:
     """Print a table under its title and over its caption, which may be wider than the table."""
     title, caption, table.title, table.caption = table.title, table.caption, None, None
     say(str(title))
-    make_console().print(table)
+    console = make_console()  # figures are never cut to fit: a narrow terminal wraps the lines
+    console.width = max(console.width, console.measure(table, options=console.options.update(max_width=1000)).maximum)
+    console.print(table)
     if caption is not None:
         say(str(caption))
 
@@ -1177,8 +1183,8 @@ def plot_curve(path: Path, report: dict[str, Any]) -> None:
     axes.legend(frameon=False, fontsize="small")
     try:
         figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise MdptError(f"--plot {path}: cannot be written ({error}); name a .png, .svg or .pdf file") from error
+    except OSError as error:
+        raise MdptError(f"--plot {path}: cannot be written ({error.strerror})") from error
 
 
 def describe(bundle: Bundle, path: Path) -> Iterator[Table]:
@@ -1246,6 +1252,8 @@ def write_json(path: Path | None, report: dict[str, Any]) -> None:
 
 
 def refuse_to_overwrite(path: Path, overwrite: bool) -> None:
+    if not path.absolute().parent.is_dir():
+        raise MdptError(f"{path}: there is no folder {path.parent}; make it or choose another")
     if path.exists() and not overwrite:
         raise MdptError(f"{path}: exists already; choose another name, or --overwrite to replace it")
 
@@ -1362,6 +1370,8 @@ def policy(
     suffix = "" if scheme == "guidance-first" else f"-{scheme}"
     path = out or Path(f"{run.name}-{run.policy.algorithm}{suffix}.policy.pt")
     frozen = read_guidance(teacher) if teacher else None
+    if frozen is not None and not frozen["complete"]:
+        warn(f"{teacher}: this guidance is unfinished, at step {frozen['step']}")
     train_policy(run, frozen, path, unfinished(path, overwrite, resume), workers)
     say(f"wrote {path}\nnext: mdpt evaluate {path}")
 
@@ -1398,6 +1408,8 @@ def evaluate(
         return
     if plot_file is not None and not curve:
         raise MdptError("--plot draws the score over training steps; it goes with --curve")
+    if plot_file is not None and plot_file.suffix not in (".png", ".svg", ".pdf"):
+        raise MdptError(f"--plot {plot_file}: expected a .png, .svg or .pdf file")
     for file in filter(None, (json_file, plot_file)):
         refuse_to_overwrite(file, overwrite)
     options = {
@@ -1421,10 +1433,10 @@ def evaluate(
         members = report["summary"]["members"]
     say(protocol_line(report["protocol"], members))
     say(f"training cost: {account_line(report['accounting'])}")
+    write_json(json_file, report)
     if plot_file is not None:
         plot_curve(plot_file, report)
         say(f"wrote {plot_file}")
-    write_json(json_file, report)
 
 
 @app.command()

@@ -934,7 +934,7 @@ def read_bundle(path: Path) -> Bundle:
     Raises: BundleError for a file that is missing, damaged, no bundle, of another version, or without that snapshot.
     """
     name, at, step = path.name.rpartition("@")
-    if at and not path.exists():
+    if at and name and not path.exists():
         return _at_step(read_bundle(path.with_name(name)), path, step)
     if not path.is_file():
         raise BundleError(f"{path}: no such bundle; `mdpt guidance` and `mdpt policy` write them")
