@@ -540,12 +540,13 @@ class CollectSettings:
     """How to roll out the bundled agent: `transitions` in all, in equal shares over the `levels`.
 
     levels: relative standard deviation of the agent's weights, drawn once per episode.
-    action_noise: standard deviation of what is added to each action, in the environment's unit.
+    action_noise: standard deviation of what is added to each action, in the environment's unit; one for each level,
+    or one for all.
     """
 
     transitions: int
     levels: tuple[float, ...]
-    action_noise: float
+    action_noise: float | tuple[float, ...]
     seed: int
 
 
@@ -700,7 +701,7 @@ class _ShardPlayer:
         while row < size:
             weights = [w * (1 + np.float32(sigma) * random.standard_normal(w.shape, np.float32)) for w in self.agent]
             noise = random.standard_normal((spec.max_episode_steps, spec.action_dim), np.float32)
-            noise *= self.settings.action_noise
+            noise *= np.broadcast_to(self.settings.action_noise, len(self.settings.levels))[level]
             observation, _ = self.environment.reset(seed=int(random.integers(2**31)))
             for step in range(min(spec.max_episode_steps, size - row)):
                 observations[row] = observation

@@ -66,7 +66,9 @@ class DataSection(Section):
     levels: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = Field(
         [0.2, 0.4, 0.6, 0.8], description="perturbation of the agent's weights, drawn per episode; equal shares"
     )
-    action_noise: Annotated[float, Field(ge=0)] = Field(0.1, description="deviation of noise on collected actions")
+    action_noise: Annotated[float, Field(ge=0)] | list[Annotated[float, Field(ge=0)]] = Field(
+        0.1, description="deviation of noise on collected actions; one for all levels, or a list with one for each"
+    )
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of collection and of the choice of held-out episodes")
     held_out: Annotated[float, Field(ge=0, le=0.5)] = Field(0.05, description="fraction of episodes kept from training")
     reward_scale: Literal["none", "return-range", "minus-one"] | Annotated[float, Field(gt=0)] = Field(
@@ -81,6 +83,8 @@ class DataSection(Section):
             raise ValueError("path is only for source 'hdf5'")
         if self.transitions % len(self.levels):
             raise ValueError(f"transitions {self.transitions} cannot be shared equally by {len(self.levels)} levels")
+        if isinstance(self.action_noise, list) and len(self.action_noise) != len(self.levels):
+            raise ValueError(f"action_noise has {len(self.action_noise)} entries for {len(self.levels)} levels")
         return self
 
 
@@ -463,7 +467,8 @@ def load_data(run: Experiment, workers: int) -> Dataset:
 
     section = run.data
     reference_returns(section.reference)  # a mistake in it shall not wait for the collection
-    settings = CollectSettings(section.transitions, tuple(section.levels), section.action_noise, section.seed)
+    noise = section.action_noise if isinstance(section.action_noise, float) else tuple(section.action_noise)
+    settings = CollectSettings(section.transitions, tuple(section.levels), noise, section.seed)
     with progress("collect", section.transitions) as show:
         dataset = load_dataset(
             source=section.source,

@@ -804,7 +804,7 @@ MISTAKES = [  # command, message
     ),
     (
         "swap toy-dql.policy.pt --guidance none",
-        "toy-dql.policy.pt: holds no guidance to swap; name one with --guidance",
+        "toy-dql.policy.pt: there is no guidance to cross it with; name a bundle with --guidance",
     ),
 ]
 

@@ -509,6 +509,17 @@ def test_weights_are_perturbed_once_per_episode() -> None:
     assert not np.array_equal(rows["observations"][0], plain((1, 1, 200))["observations"][0])
 
 
+def test_each_level_may_have_its_own_noise() -> None:
+    agent, spec = data._bundled_agent(HOPPER), data.environment_spec(HOPPER)
+    play = data._ShardPlayer(spec, agent, CollectSettings(200, (0.0, 0.0), (0.0, 0.5), 0))
+    noises = []
+    for level in (0, 1):
+        rows = play((level, 0, 100))
+        difference = rows["actions"] - np.clip(data._agent_action(agent, rows["observations"]), -1, 1)
+        noises.append(np.abs(difference).max())
+    assert noises[0] < 1e-5 and noises[1] > 0.5
+
+
 def test_cache_is_reused_by_settings(collected: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def roll_out(*_: Any) -> Any:
         raise AssertionError("rolled out")
