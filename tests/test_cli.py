@@ -638,6 +638,7 @@ EXPERIMENT_MISTAKES = [  # what stands in the file, or in --set; what is said af
     ("name='a/b'", "name = 'a/b': String should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$'"),
     ("data=3", "[data] = 3: should be a table"),
     ("data.source='collect'", "[data]: path is only for source 'hdf5'"),
+    ("data.action_noise=[0.1]", "[data]: action_noise has 1 entries for 4 levels"),
     ("data.transitions=1001", "[data]: transitions 1001 cannot be shared equally by 4 levels"),
     (
         "policy.algorithm='idql'\npolicy.hidden=[8, 16]",
