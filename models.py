@@ -115,7 +115,7 @@ class Transitions:
         """Label every transition once: 1 where the frozen guidance's advantage is positive, for each member."""
         parts = []
         with torch.no_grad():
-            for rows in torch.split(self.rows, 65_536):
+            for rows in torch.split(self.rows, 8_192):
                 observations, actions, *_ = torch.split(rows.expand(guidance.members, -1, -1), self.sizes, dim=-1)
                 parts.append(guidance.advantage(observations, actions) > 0)
         self.labels = torch.cat(parts, dim=1)
