@@ -1220,7 +1220,7 @@ def describe(bundle: Bundle, path: Path) -> Iterator[Table]:
         history = bundle["history"]
         names = [name for name in history[-1] if name != "step"]
         log = make_table("training history, mean over members", "step", *names)
-        for entry in history[:: max(1, len(history) // 10)][-11:]:
+        for entry in [*history[: -1 : max(1, len(history) // 10)], history[-1]]:
             log.add_row(str(entry["step"]), *(f"{sum(v) / len(v):.4g}" if (v := entry.get(n)) else "-" for n in names))
         yield log
         bundle = bundle["guidance"]
