@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import platform
 import signal
@@ -295,8 +296,6 @@ class Learner:
 
     def update(self, loss: Tensor, step: int, steps: int) -> None:
         """One gradient step of every network, then targets and averages follow. loss: (S,)."""
-        import math
-
         import torch
 
         gradients = iter(torch.autograd.grad(loss.sum(), self.parameters))
