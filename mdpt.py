@@ -105,6 +105,7 @@ class GuidanceSection(TrainingSection):
     algorithm: Literal["idql", "dql"] = Field("idql", description="implicit Q-learning, or Diffusion-QL's critic")
     hidden: Widths = Field([256, 256], description="hidden units of each layer")
     activation: Activation = Field("relu", description="of critics, V and companion actor")
+    layer_norm: bool = Field(False, description="before each activation, of critics and V")
     discount: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="per environment step")
     expectile: Annotated[float, Field(gt=0, lt=1)] = Field(0.7, description="of V, for idql (2110.06169, eq. 5)")
     tau: Annotated[float, Field(gt=0, le=1)] = Field(

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -178,6 +178,19 @@ class Linear(nn.Module):
         return torch.baddbmm(self.bias[rows], x, self.weight[rows])
 
 
+class LayerNorm(nn.Module):
+    """Independent layer norms (arXiv 1607.06450), one for each of `rows` networks: (rows, B, width) -> the same."""
+
+    def __init__(self, rows: int, width: int, device: torch.device) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(rows, 1, width, device=device))
+        self.shift = nn.Parameter(torch.zeros(rows, 1, width, device=device))
+
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        scale, shift = (self.scale, self.shift) if rows is None else (self.scale[rows], self.shift[rows])
+        return torch.addcmul(shift, functional.layer_norm(x, x.shape[-1:]), scale)
+
+
 class Stack(nn.Module):
     """Base of the networks: all parameters of a network are views into one tensor `vector`, (S copies, P).
 
@@ -219,10 +232,21 @@ class Stack(nn.Module):
 
 
 class ValueNetwork(Stack):
-    """Multilayer perceptron to one value: (S copies, B, inputs) -> (S copies, B)."""
+    """Multilayer perceptron to one value: (S copies, B, inputs) -> (S copies, B).
+
+    layer_norm: normalize before each activation, which keeps values of unseen inputs near seen ones (RLPD,
+    arXiv 2302.02948).
+    """
 
     def __init__(
-        self, random: Randomness, name: str, inputs: int, hidden: Sequence[int], activation: str, copies: int = 1
+        self,
+        random: Randomness,
+        name: str,
+        inputs: int,
+        hidden: Sequence[int],
+        activation: str,
+        layer_norm: bool,
+        copies: int = 1,
     ) -> None:
         super().__init__()
         sizes = [inputs, *hidden, 1]
@@ -230,12 +254,15 @@ class ValueNetwork(Stack):
         self.layers = nn.ModuleList(
             Linear(random, f"{name}.{i}", sizes[i], sizes[i + 1], copies=copies) for i in range(len(sizes) - 1)
         )
+        rows = copies * len(random.seeds)
+        self.norms = nn.ModuleList(LayerNorm(rows, width, random.device) for width in hidden if layer_norm)
         self.pack()
 
     def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         *hidden, last = self.layers
-        for layer in hidden:
-            x = self.activation(layer(x, rows))
+        for layer, norm in zip_longest(hidden, self.norms):
+            x = layer(x, rows)
+            x = self.activation(x if norm is None else norm(x, rows))
         return last(x, rows).squeeze(-1)  # type: ignore[no-any-return]
 
 
@@ -245,8 +272,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, random: Randomness, name: str, width: int, activation: str, dropout: float) -> None:
         super().__init__()
         self.name, self.dropout, self.activation = name, dropout, ACTIVATIONS[activation]
-        self.scale = nn.Parameter(torch.ones(len(random.seeds), 1, width, device=random.device))
-        self.shift = nn.Parameter(torch.zeros(len(random.seeds), 1, width, device=random.device))
+        self.norm = LayerNorm(len(random.seeds), width, random.device)
         self.widen = Linear(random, f"{name}.widen", width, 4 * width)
         self.narrow = Linear(random, f"{name}.narrow", 4 * width, width)
 
@@ -255,8 +281,7 @@ class ResidualBlock(nn.Module):
         if random is not None and self.dropout > 0:
             kept = random.uniform(f"{self.name}.dropout", *x.shape[1:]) >= self.dropout
             y = x * (kept / (1.0 - self.dropout))
-        y = torch.addcmul(self.shift, functional.layer_norm(y, y.shape[-1:]), self.scale)
-        return x + self.narrow(self.activation(self.widen(y)))  # type: ignore[no-any-return]
+        return x + self.narrow(self.activation(self.widen(self.norm(y))))  # type: ignore[no-any-return]
 
 
 class Denoiser(Stack):
@@ -500,6 +525,7 @@ class Guidance(nn.Module):
         action_dim: int,
         hidden: Sequence[int],
         activation: str,
+        layer_norm: bool,
         discount: float,
         expectile: float,
         tau: float,
@@ -516,9 +542,11 @@ class Guidance(nn.Module):
         self.normalizer = normalizer
         self.discount, self.expectile, self.tau = discount, expectile, tau
         self.bootstrap_candidates = bootstrap_candidates
-        self.online_q = ValueNetwork(random, "q", observation_dim + action_dim, hidden, activation, copies=2)
+        self.online_q = ValueNetwork(
+            random, "q", observation_dim + action_dim, hidden, activation, layer_norm, copies=2
+        )
         self.target_q = self.online_q.frozen_copy()
-        self.value = ValueNetwork(random, "v", observation_dim, hidden, activation)
+        self.value = ValueNetwork(random, "v", observation_dim, hidden, activation, layer_norm)
         self.actor: Policy | None = None
         if companion and self.algorithm.has_actor:
             self.actor = Policy(
@@ -901,7 +929,7 @@ def act(policy: Policy, guidance: Guidance | None, observations: Tensor, random:
 
 # --- bundles ----------------------------------------------------------------------------------------------------
 
-BUNDLE_FORMAT, BUNDLE_VERSION = "mdpt bundle", 1
+BUNDLE_FORMAT, BUNDLE_VERSION = "mdpt bundle", 2
 
 
 class BundleError(Exception):

@@ -718,7 +718,7 @@ MISTAKES = [  # command, message
     ),
     (
         "policy toy.toml --guidance future.pt --out p.pt",
-        ("future.pt: bundle version 99, this mdpt reads version 1; train it anew or use the mdpt that wrote it"),
+        ("future.pt: bundle version 99, this mdpt reads version 2; train it anew or use the mdpt that wrote it"),
     ),
     (
         "policy toy.toml --guidance toy-bc-unguided.policy.pt --out p.pt",
@@ -978,7 +978,7 @@ def allowed(schema: dict[str, Any]) -> str:
         return f"list of {allowed(schema['items'])}"
     if "pattern" in schema:
         return f"text of the form `{schema['pattern']}`"
-    words = [{"integer": "integer", "number": "number", "string": "text"}[schema["type"]]]
+    words = [{"integer": "integer", "number": "number", "string": "text", "boolean": "boolean"}[schema["type"]]]
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     words += [f"{sign} {schema[key]:g}" for key, sign in signs.items() if key in schema]
     words += [f"multiple of {schema['multipleOf']}"] if "multipleOf" in schema else []

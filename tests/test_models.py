@@ -428,24 +428,33 @@ def test_transitions_give_whole_rows_and_each_member_its_own() -> None:
 def perceptron(network: ValueNetwork, row: int, x: Tensor) -> Tensor:
     for i, layer in enumerate(network.layers):
         x = x @ layer.weight[row] + layer.bias[row, 0]
+        if len(network.norms) > i:
+            norm = network.norms[i]
+            x = functional.layer_norm(x, x.shape[1:], norm.scale[row, 0], norm.shift[row, 0])
         if i < len(network.layers) - 1:
             x = x.relu() if network.activation is torch.relu else x * torch.tanh(functional.softplus(x))
     return x[:, 0]
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "mish"])
-def test_value_network_is_its_members_side_by_side(activation: str) -> None:
-    network = ValueNetwork(Randomness([5, 6, 7], "init"), "v", 4, [8, 6], activation).double()
+def test_value_network_is_its_members_side_by_side(activation: str, layer_norm: bool) -> None:
+    network = ValueNetwork(Randomness([5, 6, 7], "init"), "v", 4, [8, 6], activation, layer_norm).double()
     x = torch.randn(3, 5, 4, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         got = network(x)
         near(got, torch.stack([perceptron(network, s, x[s]) for s in range(3)]), 1e-12)
-    alone = ValueNetwork(Randomness([6], "init"), "v", 4, [8, 6], activation)
+    alone = ValueNetwork(Randomness([6], "init"), "v", 4, [8, 6], activation, layer_norm)
     assert torch.equal(alone.vector[0], network.vector[1])
 
 
-def test_twins_are_two_separate_networks() -> None:
-    guidance, _ = make_guidance((0, 1, 2), 3, 2)
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_twins_are_two_separate_networks(layer_norm: bool) -> None:
+    guidance, _ = make_guidance((0, 1, 2), 3, 2, layer_norm=layer_norm)
+    with torch.no_grad():
+        for norm in [*guidance.online_q.norms, *guidance.value.norms]:  # fresh ones would all be alike
+            norm.scale.copy_(torch.rand(norm.scale.shape, generator=torch.Generator().manual_seed(1)) + 0.5)
+            norm.shift.copy_(torch.randn(norm.shift.shape, generator=torch.Generator().manual_seed(2)))
     guidance.normalizer = Normalizer(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 1.0, 2.0]))
     with torch.no_grad():
         guidance.target_q.vector.mul_(1.5)
@@ -513,7 +522,7 @@ def test_denoiser_is_its_members_with_one_concatenated_first_layer(network: str,
         for block in exact.trunk:
             y = x if kept is None else x * kept(block.name)[s] / 0.75
             deviation = (y.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-            y = (y - y.mean(1, keepdim=True)) / deviation * block.scale[s] + block.shift[s]
+            y = (y - y.mean(1, keepdim=True)) / deviation * block.norm.scale[s] + block.norm.shift[s]
             x = x + affine(functional.mish(affine(y, block.widen)), block.narrow)
         return affine(functional.mish(x), exact.out)
 
@@ -549,7 +558,8 @@ def test_initial_weights_are_uniform_within_the_fan_in() -> None:
 def every_network() -> list[models.Stack]:
     random = Randomness([5, 6, 7], "init")
     policies = [make_policy((5, 6, 7), 3, 2, algorithm=name)[0].denoiser for name in ("dql", "idql", "cfg")]
-    return [ValueNetwork(random, "v", 4, [8], "relu"), ValueNetwork(random, "q", 4, [8], "relu", 2), *policies]
+    values = [ValueNetwork(random, "v", 4, [8], "relu", True), ValueNetwork(random, "q", 4, [8], "relu", True, 2)]
+    return [*values, *policies]
 
 
 def test_parameters_are_views_of_one_vector() -> None:
@@ -1183,7 +1193,7 @@ ENVIRONMENT = {"id": "Toy-v0", "observation_dim": 3, "action_dim": 2, "action_lo
 def a_bundle(kind: str, seeds: Sequence[int], section: Any, module: Any) -> dict[str, Any]:
     return {
         "format": "mdpt bundle",
-        "version": 1,
+        "version": 2,
         "kind": kind,
         "seeds": list(seeds),
         "environment": dict(ENVIRONMENT),
@@ -1302,7 +1312,7 @@ def test_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 def test_write_replaces_and_makes_the_folder(tmp_path: Path) -> None:
     path = tmp_path / "new" / "b.pt"
     for value in (1, 2):
-        save_bundle(path, {"format": "mdpt bundle", "version": 1, "a": value})
+        save_bundle(path, {"format": "mdpt bundle", "version": 2, "a": value})
         assert read_bundle(path)["a"] == value
     assert [entry.name for entry in path.parent.iterdir()] == ["b.pt"]
     (tmp_path / "file").write_text("")
@@ -1322,7 +1332,7 @@ def test_bundles_open_with_weights_only(tmp_path: Path) -> None:
         def __reduce__(self) -> Any:
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    torch.save({"format": "mdpt bundle", "version": 1, "kind": Harmful()}, tmp_path / "harmful.pt")
+    torch.save({"format": "mdpt bundle", "version": 2, "kind": Harmful()}, tmp_path / "harmful.pt")
     with pytest.raises(BundleError, match="cannot be read as a bundle"):
         read_bundle(tmp_path / "harmful.pt")
     assert not (tmp_path / "ran").exists()
@@ -1331,11 +1341,11 @@ def test_bundles_open_with_weights_only(tmp_path: Path) -> None:
 
 
 def write_damaged(path: Path) -> None:
-    save_bundle(path, {"format": "mdpt bundle", "version": 1, "weights": torch.zeros(1000)})
+    save_bundle(path, {"format": "mdpt bundle", "version": 2, "weights": torch.zeros(1000)})
     path.write_bytes(path.read_bytes()[:-600])
 
 
-HEAD = {"format": "mdpt bundle", "version": 1, "guidance": None, "snapshots": {}}
+HEAD = {"format": "mdpt bundle", "version": 2, "guidance": None, "snapshots": {}}
 DAMAGED = "cannot be read as a bundle, it is damaged or something else; write it anew"
 FOREIGN = "is no mdpt bundle; expected a file written by `mdpt guidance` or `mdpt policy`"
 BAD_FILES: dict[str, tuple[Callable[..., Any], Callable[[Path], Any], str]] = {
@@ -1353,8 +1363,8 @@ BAD_FILES: dict[str, tuple[Callable[..., Any], Callable[[Path], Any], str]] = {
     "foreign weights": (read_bundle, lambda path: torch.save(nn.Linear(1, 1).state_dict(), path), FOREIGN),
     "other version": (
         read_bundle,
-        lambda path: torch.save(HEAD | {"version": 2}, path),
-        "bundle version 2, this mdpt reads version 1; train it anew or use the mdpt that wrote it",
+        lambda path: torch.save(HEAD | {"version": 3}, path),
+        "bundle version 3, this mdpt reads version 2; train it anew or use the mdpt that wrote it",
     ),
     "guidance as policy": (
         read_policy,
