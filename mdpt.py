@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import sys
 import time
@@ -959,6 +960,8 @@ def protocol(trial: Trial) -> dict[str, Any]:
     """What an evaluation did, in full."""
     return {
         "policy": str(trial.path),
+        "step": trial.bundle["step"],
+        "steps": trial.bundle["experiment"]["policy"]["steps"],
         "guidance": trial.guidance_name,
         "guide": trial.section.guide,
         **asdict(trial.how),
@@ -985,7 +988,7 @@ def evaluate_curve(
         points.append(evaluate_trial(trial, workers, f"evaluate @{step}"))
     best = max(points, key=lambda point: point["summary"]["iqm"])
     return {
-        "protocol": protocol(trial) | {"policy": str(path)},
+        "protocol": protocol(trial) | {"policy": str(path), "step": None},
         "curve": points,
         "best_step": best["step"],
         "accounting": trial.bundle["accounting"],
@@ -1165,6 +1168,9 @@ def protocol_line(how: dict[str, Any], members: int) -> str:
     if how["guidance_weight"] > 0:
         parts.append(f"{how['guidance_weight']:g} x gradient of {how['guidance']}")
     parts.append(f"temperature {how['temperature']:g}")
+    if how["step"] is not None:
+        early = f"weights of step {how['step']} of {how['steps']} (online selection, if chosen by score)"
+        parts.append("last weights" if how["step"] == how["steps"] else early)
     return ", ".join(parts)
 
 
@@ -1203,7 +1209,7 @@ def describe(bundle: Bundle, path: Path) -> Iterator[Table]:
             "experiment": bundle["experiment"]["name"],
             "seeds": ", ".join(map(str, bundle["seeds"])),
             "steps": f"{bundle['step']} of {section['steps']}" + ("" if bundle["complete"] else " (unfinished)"),
-            "snapshots": ", ".join(f"@{step}" for step in bundle["snapshots"]) or "-",
+            "snapshots": "".join(f"@{step}, " for step in bundle["snapshots"]) + "@last",
             "environment": f"{bundle['environment']['id']}, O {bundle['environment']['observation_dim']}, "
             f"A {bundle['environment']['action_dim']}",
             "data": f"{data['source']} {data['name']}, {data['transitions']} transitions, {data['episodes']} episodes",
@@ -1213,6 +1219,8 @@ def describe(bundle: Bundle, path: Path) -> Iterator[Table]:
             "versions": ", ".join(f"{name} {text}" for name, text in bundle["versions"].items()),
             "trained under": describe_guidance(bundle["guidance"]) if bundle["kind"] == "policy" else "data alone",
         }
+        if bundle["kind"] == "policy":
+            facts["best snapshot"] = "for evaluate --curve to tell (online selection)"
         for name, text in facts.items():
             table.add_row(name, text)
         table.columns[1].justify, table.columns[1].no_wrap = "left", False
@@ -1343,7 +1351,11 @@ def guidance(
     bundle = train_guidance(run, path, unfinished(path, overwrite, resume), workers)
     if bundle["quality"]["rows"]:
         show_table(quality_table(bundle))
-    say(f"wrote {path}\nnext: mdpt policy {experiment} --guidance {path}")
+    same = [part for override in overrides or [] for part in ("--set", override)] + (
+        ["--seeds", seeds] if seeds else []
+    )
+    command = ["mdpt", "policy", str(experiment), "--guidance", str(path), *same]
+    say(f"wrote {path}\nnext: {shlex.join(command)}")
 
 
 @app.command()
@@ -1378,7 +1390,7 @@ def policy(
     if frozen is not None and not frozen["complete"]:
         warn(f"{teacher}: this guidance is unfinished, at step {frozen['step']}")
     train_policy(run, frozen, path, unfinished(path, overwrite, resume), workers)
-    say(f"wrote {path}\nnext: mdpt evaluate {path}")
+    say(f"wrote {path}\nnext: {shlex.join(['mdpt', 'evaluate', str(path)])}")
 
 
 @app.command()

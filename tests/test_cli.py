@@ -185,6 +185,8 @@ def test_version_is_that_of_pyproject() -> None:
 def test_guidance_tells_its_quality_and_what_comes_next(folder: Path) -> None:
     result = run("guidance toy.toml --out g.pt")
     assert result.stdout.endswith("wrote g.pt\nnext: mdpt policy toy.toml --guidance g.pt\n")
+    varied = run("guidance toy.toml --out h.pt --seeds 8 --set policy.hidden=[8]")
+    assert varied.stdout.endswith("next: mdpt policy toy.toml --guidance h.pt --set 'policy.hidden=[8]' --seeds 8\n")
     quality = models.read_bundle(Path("g.pt"))["quality"]
     for row, seed in enumerate((0, 1)):
         assert re.search(rf"│ {seed} +│ +{quality['correlation'][row]:.3f} │", result.stdout)
@@ -247,6 +249,7 @@ def test_the_table_holds_the_figures_of_the_report(folder: Path) -> None:
     for name, value in (("mean", episodes.mean()), ("best", episodes.max())):
         assert re.search(rf"│ data {name} +│ +{value:.1f} │ +{value - 10:.1f} │", result.stdout), name
     line = "conftest:Gentle-v0, 2 members x 3 episodes, seed 0, max of 4 by its own idql guidance, temperature 1"
+    line += ", last weights"
     assert line in result.stdout.splitlines()
     assert result.stdout.endswith("wrote report.json\n") and "…" not in result.stdout
 
@@ -305,6 +308,7 @@ def test_snapshots_have_names(folder: Path) -> None:
     last, middle = scores("toy-dql.policy.pt@last"), scores("toy-dql.policy.pt@10")
     assert (middle["step"], last["step"]) == (10, 20)
     assert returns(last) == returns(scores("toy-dql.policy.pt")) != returns(middle)
+    assert "temperature 1, weights of step 10 of 20 (online" in run("evaluate toy-dql.policy.pt@10").stdout
     assert returns(last) == returns(scores("toy-dql.policy.pt@20"))
     joint, middle = (models.read_policy(Path(f"toy-dql-joint.policy.pt{at}")) for at in ("", "@10"))
     for whole, part in ((joint, middle), (joint["guidance"], middle["guidance"])):  # its guidance of that step, too
