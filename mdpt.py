@@ -6,6 +6,7 @@ Commands, experiment file, training loop, reports. Heavy imports wait until a co
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
     from data import Dataset
     from models import Batch, Bundle, Guidance, Inference, Loss, Policy, Randomness, Stack, Transitions
+
+    Pairs = list[tuple[int, int | None]]  # policy member, guidance member
 
 
 class MdptError(Exception):
@@ -770,51 +773,56 @@ def guidance_quality(guidance: Guidance, dataset: Dataset, discount: float, devi
 # --- evaluation -------------------------------------------------------------------------------------------------
 
 
-def score(
-    bundle: Bundle,
-    teacher: Bundle | None,
-    how: Inference,
-    section: EvaluationSection,
-    *,
-    device: str,
-    workers: int,
-    title: str = "evaluate",
-    crossed: bool = False,
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Play episodes with every member: raw returns and lengths, both (S, E). The bundles are not changed.
+def pair_up(trial: Trial) -> Pairs:
+    """The members of policy and guidance that act together: each with each if crossed, else by position."""
+    policies = range(len(trial.bundle["seeds"]))
+    if trial.guidance is None:
+        return [(i, None) for i in policies]
+    count = len(trial.guidance["seeds"])
+    return [(i, j) for i in policies for j in (range(count) if trial.crossed else [min(i, count - 1)])]
 
-    Guidance members are paired with policy members by position, or each with each (crossed; then S * S' rows, the
-    guidance's members side by side).
+
+def actor(trial: Trial) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+    """What chooses actions in a trial: observations (pairs, E, O) -> actions (pairs, E, A).
+
+    The noise belongs to the policy's member, so that its pairs differ by guidance alone.
     """
     import torch
 
-    from data import EnvironmentSpec, rollout
     from models import Randomness, act, build_guidance, build_policy, pair_members
 
-    policy, seeds = build_policy(bundle, device), bundle["seeds"]
-    guidance = None if teacher is None else build_guidance(teacher, device)
-    if guidance is not None and crossed:
-        pairs = [(i, j) for i in range(policy.members) for j in range(guidance.members)]
+    pairs = pair_up(trial)
+    policy = build_policy(trial.bundle, trial.device)
+    guidance = None if trial.guidance is None else build_guidance(trial.guidance, trial.device)
+    if guidance is not None and trial.crossed:
         policy.pick([i for i, _ in pairs])
-        guidance.pick([j for _, j in pairs])
-        seeds = [seeds[i] for i, _ in pairs]
+        guidance.pick([j or 0 for _, j in pairs])
     elif guidance is not None:
         pair_members(policy.members, guidance)
-    random = Randomness(seeds, f"evaluate {section.seed}", device)
+    seeds = [trial.bundle["seeds"][i] for i, _ in pairs]
+    random = Randomness(seeds, f"evaluate {trial.section.seed}", trial.device)
 
     def choose(observations: NDArray[np.float32]) -> NDArray[np.float32]:
-        states = torch.from_numpy(observations).to(device)
-        actions: NDArray[np.float32] = act(policy, guidance, states, random, how).cpu().numpy()
+        states = torch.from_numpy(observations).to(trial.device)
+        actions: NDArray[np.float32] = act(policy, guidance, states, random, trial.how).cpu().numpy()
         random.step += 1
         return actions
 
-    with progress(title, len(seeds) * section.episodes) as show:
+    return choose
+
+
+def play(trial: Trial, workers: int, title: str = "evaluate") -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Play a trial's episodes: raw returns and lengths, both (pairs, E)."""
+    from data import EnvironmentSpec, rollout
+
+    members = len(pair_up(trial))
+    with progress(title, members * trial.section.episodes) as show:
         return rollout(
-            choose,
-            EnvironmentSpec(**bundle["environment"]),
-            members=len(seeds),
-            episodes=section.episodes,
-            seed=section.seed,
+            actor(trial),
+            EnvironmentSpec(**trial.bundle["environment"]),
+            members=members,
+            episodes=trial.section.episodes,
+            seed=trial.section.seed,
             workers=workers,
             progress=lambda done, _: show(done, "episodes"),
         )
@@ -902,6 +910,7 @@ class Trial:
     how: Inference
     device: str
     warnings: list[str]
+    crossed: bool = False  # every member of the policy with every one of the guidance
 
 
 def prepare(path: Path, infer_guidance: str | None, options: dict[str, Any], device: str | None) -> Trial:
@@ -927,9 +936,7 @@ def evaluate_trial(trial: Trial, workers: int, title: str = "evaluate") -> dict[
     from data import normalized_score
 
     bundle, data = trial.bundle, trial.bundle["dataset"]
-    returns, lengths = score(
-        bundle, trial.guidance, trial.how, trial.section, device=trial.device, workers=workers, title=title
-    )
+    returns, lengths = play(trial, workers, title)
     scores = normalized_score(returns.mean(1), bundle["reference"])
     return {
         "protocol": protocol(trial),
@@ -995,37 +1002,243 @@ def evaluate_curve(
     }
 
 
-def swap_members(trial: Trial, workers: int) -> dict[str, Any]:
-    """Every policy member under every guidance member: scores (S, S'), and what they say of same and other seeds."""
-    import numpy as np
+# --- swapping ---------------------------------------------------------------------------------------------------
 
+OWN = "its own"  # the guidance a policy was trained under
+MANY_ROLLOUTS = 2_000  # beyond this, members are paired by position unless asked otherwise
+
+
+def plan_swap(
+    policies: Sequence[Path], guidances: Sequence[str], pairs: str | None, options: dict[str, Any], device: str | None
+) -> list[Trial]:
+    """Every policy under its own guidance, under none, and under each one named; a name twice counts once.
+
+    pairs: "all" crosses the members under a named guidance, "matched" pairs them by position; None crosses them as
+    long as that is at most MANY_ROLLOUTS.
+
+    Raises: BundleError before anything runs if two of the bundles belong to different environments.
+    """
+    from models import check_fit
+
+    trials: list[Trial] = []
+    for path in dict.fromkeys(policies):
+        first = prepare(path, None, options, device)
+        if trials:
+            check_fit(trials[0].bundle, first.bundle)
+        bare = {key: value for key, value in options.items() if key != "candidates"}  # nothing would rank them
+        own = [] if first.guidance is None else [first]
+        named = [prepare(path, name, options, device) for name in dict.fromkeys(guidances)]
+        trials += [*own, prepare(path, "none", bare, device), *(replace(trial, crossed=True) for trial in named)]
+    if pairs == "matched" or (pairs is None and count_rollouts(trials) > MANY_ROLLOUTS):
+        trials = [replace(trial, crossed=False) for trial in trials]
+    return trials
+
+
+def count_rollouts(trials: Sequence[Trial]) -> int:
+    return sum(len(pair_up(trial)) * trial.section.episodes for trial in trials)
+
+
+def play_cell(trial: Trial, workers: int, title: str) -> dict[str, Any]:
+    """A policy under a guidance: which they are, and score, returns and lengths of every pair of members."""
     from data import normalized_score
 
-    if trial.guidance is None:
-        raise MdptError(f"{trial.path}: there is no guidance to cross it with; name a bundle with --guidance")
-    title = f"{trial.path} x {trial.guidance_name}"
-    returns, _ = score(
-        trial.bundle,
-        trial.guidance,
-        trial.how,
-        trial.section,
-        device=trial.device,
-        workers=workers,
-        title=title,
-        crossed=True,
-    )
-    rows, columns = trial.bundle["seeds"], trial.guidance["seeds"]
-    scores = normalized_score(returns.mean(1), trial.bundle["reference"]).reshape(len(rows), len(columns))
-    same = np.equal.outer(rows, columns)
-    groups = {"same seed": scores[same], "other seeds": scores[~same], "all": scores.ravel()}
+    returns, lengths = play(trial, workers, title)
+    scores = normalized_score(returns.mean(1), trial.bundle["reference"])
+    teacher, inner = trial.guidance, trial.bundle["guidance"]
     return {
+        "policy": str(trial.path),
+        "guidance": trial_name(trial),
+        "algorithm": trial.bundle["experiment"]["policy"]["algorithm"],
+        "guidance_algorithm": None if teacher is None else teacher["experiment"]["guidance"]["algorithm"],
+        "own_algorithm": None if inner is None else inner["experiment"]["guidance"]["algorithm"],
+        "warnings": trial.warnings,
         "protocol": protocol(trial),
-        "policy_seeds": rows,
-        "guidance_seeds": columns,
-        "scores": scores.tolist(),
-        "returns": returns.reshape(*scores.shape, -1).tolist(),
-        "summary": {name: summarize(values) for name, values in groups.items() if len(values)},
+        "pairs": [
+            {
+                "policy_member": i,
+                "policy_seed": trial.bundle["seeds"][i],
+                "guidance_seed": None if teacher is None or j is None else teacher["seeds"][j],
+                "score": float(scores[row]),
+                "returns": returns[row].tolist(),
+                "lengths": lengths[row].tolist(),
+            }
+            for row, (i, j) in enumerate(pair_up(trial))
+        ],
     }
+
+
+def trial_name(trial: Trial) -> str:
+    """The guidance of a trial as reports name it."""
+    if trial.guidance is None:
+        return "none"
+    return OWN if trial.guidance is trial.bundle["guidance"] else str(trial.guidance_name)
+
+
+def compare(own: NDArray[np.float64], swapped: NDArray[np.float64]) -> dict[str, Any]:
+    """How scores change against those under the guidance of training.
+
+    own: (S,), the baseline of each policy member. swapped: (S, K), that member's scores under other guidance members,
+    nan where there is none. Changes of median, IQR and standard deviation are swapped minus own, in points of score;
+    iqr_percent is 100 (IQR swapped - IQR own) / IQR own; improvement is the probability that a swapped score beats an
+    own one, ties counting half (arXiv 2108.13264). Intervals are 95 % percentile bootstrap over policy members, whose
+    own and swapped scores are drawn together.
+    """
+    import numpy as np
+    from scipy import stats
+
+    def changes(members: NDArray[np.int64], axis: int = -1) -> NDArray[np.float64]:
+        mine, other = own[members], swapped[members].reshape(*members.shape[:-1], -1)
+        wins = (np.sign(other[..., :, None] - mine[..., None, :]) + 1) / 2
+        spread = np.nanpercentile(other, 75, axis=-1) - np.nanpercentile(other, 25, axis=-1)
+        return np.stack(
+            [
+                np.nanmedian(other, axis=-1) - np.median(mine, axis=-1),
+                spread - stats.iqr(mine, axis=-1),
+                np.nanstd(other, axis=-1, ddof=1) - np.std(mine, axis=-1, ddof=1),
+                np.nanmean(wins, axis=(-2, -1)),
+            ]
+        )
+
+    names, members = ("median", "iqr", "std", "improvement"), np.arange(len(own))
+    if len(own) < 2:
+        return {"median": float(np.nanmedian(swapped) - own[0])}
+    interval = stats.bootstrap(
+        (members,), changes, vectorized=True, method="percentile", n_resamples=2_000, rng=np.random.default_rng(0)
+    ).confidence_interval
+    found = dict(zip(names, changes(members).tolist(), strict=True))
+    base = float(stats.iqr(own))
+    return {
+        **found,
+        "iqr_percent": 100 * found["iqr"] / base if base > 0 else None,
+        "intervals": dict(zip(names, np.stack([interval.low, interval.high], axis=1).tolist(), strict=True)),
+    }
+
+
+def judge_swap(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What each (policy, guidance) says: statistics over pairs of members, and changes against the baseline.
+
+    The baseline is the policy under its own guidance, or under none if it was trained unguided. Pairs are told apart
+    by whether policy and guidance grew from the same seed.
+    """
+    import numpy as np
+
+    baselines: dict[str, NDArray[np.float64]] = {}
+    for cell in sorted(cells, key=lambda cell: cell["guidance"] != OWN):  # own first; none stays where there is no own
+        if cell["guidance"] in (OWN, "none"):
+            baselines.setdefault(cell["policy"], np.array([pair["score"] for pair in cell["pairs"]]))
+    found = []
+    for cell in cells:
+        own = baselines[cell["policy"]]
+        for group, pairs in seed_groups(cell["pairs"]).items():
+            by_member = [[pair["score"] for pair in pairs if pair["policy_member"] == i] for i in range(len(own))]
+            table = np.full((len(own), max(map(len, by_member))), np.nan)
+            for i, scores in enumerate(by_member):
+                table[i, : len(scores)] = scores
+            complete = all(by_member)  # every policy member has a pair in this group
+            found.append(
+                {
+                    **{key: cell[key] for key in ("policy", "guidance", "warnings")},
+                    "pairs": group,
+                    "summary": summarize(table[~np.isnan(table)]),
+                    "change": compare(own, table) if complete and cell["guidance"] != OWN else None,
+                }
+            )
+    return found
+
+
+def seed_groups(pairs: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Pairs grown from the same seed, from different ones, and all, where these differ."""
+    same = [pair for pair in pairs if pair["guidance_seed"] == pair["policy_seed"]]
+    other = [pair for pair in pairs if pair["guidance_seed"] not in (None, pair["policy_seed"])]
+    groups = {name: chosen for name, chosen in (("same seed", same), ("other seeds", other)) if chosen}
+    return groups if len(groups) == 1 else groups | {"all": list(pairs)}
+
+
+def judge_algorithms(cells: Sequence[dict[str, Any]]) -> list[str]:
+    """For each policy under a guidance of another algorithm than its own: how it compares with the stronger of the two.
+
+    The two are the policy under its own guidance, and the best other policy here whose own guidance is of the
+    swapped-in algorithm.
+    """
+    import numpy as np
+
+    def median(cell: dict[str, Any]) -> float:
+        return float(np.median([pair["score"] for pair in cell["pairs"]]))
+
+    home = {cell["policy"]: cell for cell in cells if cell["guidance"] == OWN}
+    lines = []
+    for cell in cells:
+        algorithm, mine = cell["guidance_algorithm"], home.get(cell["policy"])
+        others = [other for other in home.values() if other["guidance_algorithm"] == algorithm]
+        if mine is None or not others or algorithm in (None, mine["guidance_algorithm"]):
+            continue
+        stronger = max([mine, max(others, key=median)], key=median)
+        value, best = median(cell), median(stronger)
+        lines.append(
+            f"{cell['policy']} under {cell['guidance']} ({algorithm}): median {value:.1f}, compared with the stronger "
+            f"of the two, {stronger['policy']} under its own guidance: {best:.1f} ({value - best:+.1f})"
+        )
+    return lines
+
+
+def estimate_seconds(trials: Sequence[Trial], workers: int) -> float:
+    """How long the trials take at most, if every episode runs its full length: a few steps of each are timed."""
+    import numpy as np
+
+    from data import EnvironmentSpec, step_seconds
+
+    spec = EnvironmentSpec(**trials[0].bundle["environment"])
+    each, seconds = step_seconds(spec), 0.0
+    for trial in trials:
+        choose, rows = actor(trial), len(pair_up(trial))
+        observations = np.zeros((rows, trial.section.episodes, spec.observation_dim), dtype=np.float32)
+        choose(observations)  # the first call is slower
+        began = time.perf_counter()
+        choose(observations)
+        seconds += time.perf_counter() - began + each * math.ceil(rows * trial.section.episodes / workers)
+    return spec.max_episode_steps * seconds
+
+
+def begin_swap(trials: Sequence[Trial], file: Path | None, overwrite: bool) -> dict[str, Any]:
+    """The report of a swap without cells yet, or with those that a run cut short has stored in the file.
+
+    Raises: MdptError where the file holds something else, or a swap of other bundles or with other options.
+    """
+    report: dict[str, Any] = {
+        "settings": {
+            "bundles": {name: digest(Path(name)) for name in sorted(bundle_files(trials))},
+            "cells": [[str(trial.path), trial_name(trial), trial.crossed] for trial in trials],
+            "evaluation": [trial.section.model_dump() for trial in trials],
+            "device": trials[0].device,
+            "version": version(),
+        },
+        "cells": [],
+    }
+    if file is None or not file.exists() or overwrite:
+        return report
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        settings, cells = stored["settings"], stored["cells"]
+        changed = [name for name, value in report["settings"].items() if settings.get(name) != value]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise MdptError(f"{file}: exists already and is no swap; choose another name, or --overwrite") from error
+    if changed:
+        raise MdptError(
+            f"{file}: holds a swap with other {', '.join(changed)}; repeat its options to go on, "
+            "choose another name, or --overwrite to begin anew"
+        )
+    return report | {"cells": cells}
+
+
+def bundle_files(trials: Sequence[Trial]) -> set[str]:
+    """The files, without @STEP, that a swap reads."""
+    names = {str(trial.path) for trial in trials} | {trial_name(trial) for trial in trials} - {OWN, "none"}
+    return {name if Path(name).exists() else name.rpartition("@")[0] for name in names}
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- reports ----------------------------------------------------------------------------------------------------
@@ -1119,29 +1332,40 @@ def curve_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def swap_table(cells: Sequence[dict[str, Any]]) -> Table:
-    """Policies under guidances, members paired by seed, crossed, and all together."""
-    table = make_table("scores (0 to 100), statistics over pairs of members", "policy", "guidance", "seeds", "pairs")
+def swap_tables(report: dict[str, Any]) -> Iterator[Table]:
+    """Scores over pairs of members, and their change against the guidance of training."""
+    scores = make_table("scores (0 to 100), statistics over pairs of members", "policy", "guidance", "seeds", "pairs")
     for column in ("median", "IQR", "IQM", "IQM 95 %", "mean", "std"):
-        table.add_column(column, justify="right")
-    for cell in cells:
-        for name, summary in cell["summary"].items():
-            table.add_row(
-                cell["protocol"]["policy"],
-                str(cell["protocol"]["guidance"]),
-                name,
-                str(summary["members"]),
-                *summary_cells(summary).values(),
-            )
-    return table
+        scores.add_column(column, justify="right")
+    columns = ("median, 95 %", "IQR, 95 %", "IQR in %", "std, 95 %", "P(better), 95 %")
+    changes = make_table("change against the policy's own guidance (or none)", "policy", "guidance", "seeds", *columns)
+    for entry in report["summary"]:
+        name = [entry["policy"], entry["guidance"] + (" *" if entry["warnings"] else ""), entry["pairs"]]
+        scores.add_row(*name, str(entry["summary"]["members"]), *summary_cells(entry["summary"]).values())
+        if (change := entry["change"]) and "intervals" in change:
+            cells = {
+                key: f"{change[key]:+.1f} ({low:+.1f} .. {high:+.1f})"
+                for key, (low, high) in change["intervals"].items()
+            }
+            low, high = change["intervals"]["improvement"]
+            better = f"{change['improvement']:.2f} ({low:.2f} .. {high:.2f})"
+            percent = "-" if change["iqr_percent"] is None else f"{change['iqr_percent']:+.0f} %"
+            changes.add_row(*name, cells["median"], cells["iqr"], percent, cells["std"], better)
+    if any(entry["warnings"] for entry in report["summary"]):
+        scores.caption = "* this guidance saw other data than the policy: the paper's guarantee does not hold there"
+    yield scores
+    yield changes
 
 
 def member_table(cell: dict[str, Any]) -> Table:
     """Scores of each policy member under each guidance member."""
-    columns = [f"guidance {seed}" for seed in cell["guidance_seeds"]]
-    table = make_table(f"{cell['protocol']['policy']} under {cell['protocol']['guidance']}", "policy", *columns)
-    for seed, scores in zip(cell["policy_seeds"], cell["scores"], strict=True):
-        table.add_row(str(seed), *(number(value) for value in scores))
+    columns = list(dict.fromkeys(pair["guidance_seed"] for pair in cell["pairs"]))
+    table = make_table(
+        f"{cell['policy']} under {cell['guidance']}", "policy", *(f"guidance {seed}" for seed in columns)
+    )
+    for member in dict.fromkeys((pair["policy_member"], pair["policy_seed"]) for pair in cell["pairs"]):
+        found = {pair["guidance_seed"]: pair["score"] for pair in cell["pairs"] if pair["policy_member"] == member[0]}
+        table.add_row(str(member[1]), *(number(found.get(seed)) for seed in columns))
     return table
 
 
@@ -1253,15 +1477,18 @@ def describe_guidance(bundle: Bundle | None) -> str:
 
 def write_json(path: Path | None, report: dict[str, Any]) -> None:
     """Write a report, if asked for, whole or not at all."""
-    if path is None:
-        return
+    if path is not None:
+        store_json(path, report)
+        say(f"wrote {path}")
+
+
+def store_json(path: Path, report: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         raise MdptError(f"--json {path}: cannot be written ({error.strerror})") from error
-    say(f"wrote {path}")
 
 
 def refuse_to_overwrite(path: Path, overwrite: bool) -> None:
@@ -1460,7 +1687,12 @@ def evaluate(
 def swap(
     policies: Annotated[list[Path], typer.Argument(help="policy bundles")],
     guidances: Annotated[
-        list[str] | None, typer.Option("--guidance", help="bundle whose guidance ranks, repeatable; default: their own")
+        list[str] | None,
+        typer.Option("--guidance", help="bundle whose guidance ranks, repeatable; default: those inside the policies"),
+    ] = None,
+    pairs: Annotated[
+        str | None,
+        typer.Option(help="matched: members by position; all: each with each; default: all, if not too many"),
     ] = None,
     episodes: Episodes = None,
     candidates: Candidates = None,
@@ -1470,18 +1702,35 @@ def swap(
     overwrite: Overwrite = False,
     workers: Workers = CORES,
 ) -> None:
-    """Score every policy member under every guidance member."""
-    if json_file is not None:
+    """Score every policy member under every guidance member, under none, and under its own."""
+    if pairs not in (None, "matched", "all"):
+        raise MdptError(f"--pairs {pairs}: expected matched or all")
+    if json_file is not None and not json_file.exists():
         refuse_to_overwrite(json_file, overwrite)
     options = {"episodes": episodes, "candidates": candidates, "seed": seed}
-    names = guidances or [str(path) for path in policies]
-    trials = [prepare(path, name, options, device) for path in policies for name in names]
-    cells = [swap_members(trial, workers) for trial in trials]
-    for cell in cells:
-        show_table(member_table(cell))
-    show_table(swap_table(cells))
-    say(protocol_line(cells[0]["protocol"] | {"guidance": "each guidance"}, len(cells[0]["policy_seeds"])))
-    write_json(json_file, {"swaps": cells})
+    trials = plan_swap(policies, guidances or [str(path) for path in policies], pairs, options, device)
+    report = begin_swap(trials, json_file, overwrite)
+    left = trials[len(report["cells"]) :]
+    if left:
+        kind = "each member with each" if any(trial.crossed for trial in trials) else "members paired by position"
+        minutes = estimate_seconds(left, workers) / 60
+        say(f"{len(left)} cells, {kind}: {count_rollouts(left)} rollouts, at most {minutes:.1f} min")
+    for trial in left:
+        title = f"cell {len(report['cells']) + 1}/{len(trials)}"
+        report["cells"].append(play_cell(trial, workers, title))
+        if json_file is not None:
+            store_json(json_file, report)
+    report |= {"summary": judge_swap(report["cells"]), "verdicts": judge_algorithms(report["cells"])}
+    for trial, cell in zip(trials, report["cells"], strict=True):
+        if trial.crossed:
+            show_table(member_table(cell))
+    for table in swap_tables(report):
+        show_table(table)
+    for line in report["verdicts"]:
+        say(line)
+    how = report["cells"][0]["protocol"] | {"guidance": "each guidance", "step": None}
+    say(protocol_line(how, len(trials[0].bundle["seeds"])))
+    write_json(json_file, report)
 
 
 def unfinished(path: Path, overwrite: bool, resume: bool) -> Bundle | None:

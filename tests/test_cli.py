@@ -21,8 +21,10 @@ import numpy as np
 import pytest
 import torch
 import typer
+from scipy import stats
 from typer.testing import CliRunner, Result
 
+import mdpt
 import models
 from mdpt import Experiment, Monitor, Section, app
 
@@ -352,35 +354,163 @@ def test_describe_tells_lineage_and_history_without_running(folder: Path, monkey
     assert "idql" in run("evaluate toy-idql.guidance.pt --describe").stdout
 
 
+def swapped(command: str) -> dict[str, Any]:
+    """The report that `mdpt swap COMMAND` writes as JSON."""
+    run(f"swap {command} --workers 1 --json swap.json")
+    report: dict[str, Any] = json.loads(Path("swap.json").read_text())
+    return report
+
+
+def pair_scores(cell: dict[str, Any]) -> list[float]:
+    return [pair["score"] for pair in cell["pairs"]]
+
+
 def test_swap_crosses_all_members(folder: Path) -> None:
     run("guidance toy.toml --seeds 1,2,3 --out three.pt")
     command = "swap toy-dql.policy.pt --guidance toy-idql.guidance.pt --guidance three.pt --workers 1 --json swap.json"
     result = run(command)
-    own, three = json.loads(Path("swap.json").read_text())["swaps"]
-    assert np.shape(own["scores"]) == (2, 2) and np.shape(three["scores"]) == (2, 3)
-    assert np.shape(three["returns"]) == (2, 3, 3)
-    assert np.allclose(np.mean(three["returns"], 2) - 10, three["scores"])
-    (pair,) = (three["scores"][1][0],)  # seed 1 is policy member 1 and guidance member 0
-    assert three["summary"]["same seed"]["members"] == 1 and three["summary"]["same seed"]["median"] == pair
-    others = [score for i, row in enumerate(three["scores"]) for j, score in enumerate(row) if (i, j) != (1, 0)]
-    assert three["summary"]["other seeds"]["mean"] == pytest.approx(np.mean(others))
-    assert three["summary"]["all"]["members"] == 6 and set(own["summary"]) == {"same seed", "other seeds", "all"}
-    rows = [line for line in result.stdout.splitlines() if re.search("same seed|other seeds| all ", line)]
-    summaries = [summary for cell in (own, three) for summary in cell["summary"].values()]
-    assert len(rows) == len(summaries)
-    for row, summary in zip(rows, summaries, strict=True):
-        assert all(f" {summary[key]:.1f} " in row for key in ("median", "iqr", "iqm", "mean")), row
+    report = json.loads(Path("swap.json").read_text())
+    own, none, same, three = report["cells"]
+    assert [cell["guidance"] for cell in report["cells"]] == ["its own", "none", "toy-idql.guidance.pt", "three.pt"]
+    assert [len(cell["pairs"]) for cell in report["cells"]] == [2, 2, 4, 6]
+    assert "4 cells, each member with each: 42 rollouts, at most " in result.stdout
+    seeds = [(pair["policy_seed"], pair["guidance_seed"]) for pair in three["pairs"]]
+    assert seeds == [(i, j) for i in (0, 1) for j in (1, 2, 3)]
+    for pair in three["pairs"]:
+        assert pair["score"] == pytest.approx(np.mean(pair["returns"]) - 10) and len(pair["lengths"]) == 3
+    for evaluated, cell in (("", own), (" --infer-guidance none", none)):  # the rollouts of `evaluate`
+        assert returns(scores(f"toy-dql.policy.pt{evaluated}")) == [pair["returns"] for pair in cell["pairs"]]
+    assert pair_scores(own) == pytest.approx([pair_scores(same)[0], pair_scores(same)[3]], abs=1e-6)
+    groups = [(entry["guidance"], entry["pairs"], entry["summary"]["members"]) for entry in report["summary"]]
+    assert groups == [
+        ("its own", "same seed", 2),
+        ("none", "all", 2),
+        *[("toy-idql.guidance.pt", name, count) for name, count in (("same seed", 2), ("other seeds", 2), ("all", 4))],
+        *[("three.pt", name, count) for name, count in (("same seed", 1), ("other seeds", 5), ("all", 6))],
+    ]
+    for entry in report["summary"]:
+        (row,) = [
+            line
+            for line in result.stdout.splitlines()
+            if re.search(rf"{entry['guidance']} │ +{entry['pairs']} │ +{entry['summary']['members']} │", line)
+        ]
+        assert all(f" {entry['summary'][key]:.1f} " in row for key in ("median", "iqr", "iqm", "mean")), row
     assert "…" not in result.stdout
 
 
+def test_swap_compares_with_the_guidance_of_training(folder: Path) -> None:
+    report = swapped("toy-dql.policy.pt toy-bc-unguided.policy.pt --guidance toy-dql.guidance.pt")
+    cells = {(cell["policy"], cell["guidance"]): pair_scores(cell) for cell in report["cells"]}
+    dql, bc = "toy-dql.policy.pt", "toy-bc-unguided.policy.pt"
+    assert list(cells) == [*[(dql, g) for g in ("its own", "none", "toy-dql.guidance.pt")]] + [
+        (bc, g) for g in ("none", "toy-dql.guidance.pt")
+    ]
+    for entry in report["summary"]:
+        baseline = np.array(cells[entry["policy"], "its own" if entry["policy"] == dql else "none"])
+        values = np.array(cells[entry["policy"], entry["guidance"]])
+        if entry["guidance"] == "its own":
+            assert entry["change"] is None
+            continue
+        change = entry["change"]
+        assert change["median"] == pytest.approx(np.median(values) - np.median(baseline))
+        wins = stats.mannwhitneyu(values, baseline).statistic / (len(values) * len(baseline))
+        assert change["improvement"] == pytest.approx(wins)
+
+
+def test_swap_pairs_members_by_position(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = swapped("toy-dql.policy.pt toy-dql.policy.pt --guidance toy-idql.guidance.pt@10 --pairs matched")
+    assert [cell["guidance"] for cell in report["cells"]] == ["its own", "none", "toy-idql.guidance.pt@10"]
+    assert [(p["policy_seed"], p["guidance_seed"]) for p in report["cells"][2]["pairs"]] == [(0, 0), (1, 1)]
+    monkeypatch.setattr(mdpt, "MANY_ROLLOUTS", 7)  # 2 + 2 + 4 pairs are more
+    out = run("swap toy-dql.policy.pt --guidance toy-idql.guidance.pt --episodes 1 --workers 1").stdout
+    assert "3 cells, members paired by position: 6 rollouts" in out
+
+
 def test_swap_takes_the_policies_own_guidance_by_default(folder: Path) -> None:
-    run("swap toy-dql.policy.pt toy-cfg.policy.pt --workers 1 --episodes 1 --candidates 2 --seed 3 --json swap.json")
-    cells = json.loads(Path("swap.json").read_text())["swaps"]
-    names = [(cell["protocol"]["policy"], cell["protocol"]["guidance"]) for cell in cells]
-    files = ("toy-dql.policy.pt", "toy-cfg.policy.pt")
-    assert names == [(policy, guidance) for policy in files for guidance in files]
-    expected = {"episodes": 1, "candidates": 2, "seed": 3}
-    assert all({key: cell["protocol"][key] for key in expected} == expected for cell in cells)
+    report = swapped("toy-dql.policy.pt toy-cfg.policy.pt --episodes 1 --candidates 2 --seed 3")
+    files = ["toy-dql.policy.pt", "toy-cfg.policy.pt"]
+    names = [(cell["policy"], cell["guidance"]) for cell in report["cells"]]
+    assert names == [(policy, guidance) for policy in files for guidance in ("its own", "none", *files)]
+    for cell in report["cells"]:
+        expected = {"episodes": 1, "candidates": 1 if cell["guidance"] == "none" else 2, "seed": 3}
+        assert {key: cell["protocol"][key] for key in expected} == expected
+
+
+def test_swap_judges_a_foreign_algorithm_by_the_stronger_of_the_two(folder: Path) -> None:
+    run("policy toy.toml --guidance toy-dql.guidance.pt --set policy.algorithm=edp --out home.pt --seeds 8,9")
+    result = run("swap toy-dql.policy.pt home.pt --guidance toy-dql.guidance.pt --workers 1 --json swap.json")
+    cells = json.loads(Path("swap.json").read_text())["cells"]
+    middle = {(cell["policy"], cell["guidance"]): float(np.median(pair_scores(cell))) for cell in cells}
+    value = middle["toy-dql.policy.pt", "toy-dql.guidance.pt"]
+    home = {policy: middle[policy, "its own"] for policy in ("toy-dql.policy.pt", "home.pt")}
+    stronger = max(home, key=lambda policy: home[policy])
+    lines = [line for line in result.stdout.splitlines() if "stronger of the two" in line]
+    expected = (
+        f"toy-dql.policy.pt under toy-dql.guidance.pt (dql): median {value:.1f}, compared with the stronger of the two"
+        f", {stronger} under its own guidance: {home[stronger]:.1f} ({value - home[stronger]:+.1f})"
+    )
+    assert lines == [expected]  # home.pt grew under that algorithm itself: nothing to judge
+
+
+def test_swap_marks_other_data(folder: Path) -> None:
+    write_toy_data(Path("other.hdf5"), seed=1)
+    run("guidance toy.toml --set data.path=other.hdf5 --out other.pt")
+    result = run("swap toy-dql.policy.pt --guidance other.pt --episodes 1 --workers 1")
+    assert "other.pt *" in result.stdout and "toy-idql" not in result.stdout
+    assert "* this guidance saw other data than the policy: the paper's guarantee does not hold there" in result.stdout
+
+
+def test_swap_goes_on_where_it_was_cut_short(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = "swap toy-dql.policy.pt toy-cfg.policy.pt --guidance toy-idql.guidance.pt --workers 1"
+    run(f"{command} --json whole.json")
+    play, played = mdpt.play_cell, []
+
+    def breaks(*arguments: Any) -> Any:
+        if len(played) == 3:
+            raise KeyboardInterrupt
+        played.append(arguments[2])
+        return play(*arguments)
+
+    monkeypatch.setattr(mdpt, "play_cell", breaks)
+    CliRunner().invoke(app, shlex.split(f"{command} --json part.json"))
+    assert len(json.loads(Path("part.json").read_text())["cells"]) == 3
+    monkeypatch.setattr(mdpt, "play_cell", lambda *arguments: (played.append(arguments[2]), play(*arguments))[1])
+    assert run(f"{command} --json part.json").stdout.endswith("wrote part.json\n")
+    assert played == [f"cell {i}/6" for i in range(1, 7)]  # none twice
+    assert Path("part.json").read_bytes() == Path("whole.json").read_bytes()
+    run(f"{command} --json part.json")  # finished: nothing is played again
+    assert len(played) == 6
+    assert fail(f"{command} --json part.json --episodes 2") == (
+        "part.json: holds a swap with other evaluation; repeat its options to go on, choose another name, "
+        "or --overwrite to begin anew"
+    )
+    run("guidance toy.toml --seeds 5,6 --out toy-idql.guidance.pt --overwrite")
+    assert fail(f"{command} --json part.json").startswith("part.json: holds a swap with other bundles; ")
+    Path("foreign.json").write_text("[]")
+    assert fail(f"{command} --json foreign.json").startswith("foreign.json: exists already and is no swap; ")
+
+
+def test_comparisons_agree_with_an_independent_computation() -> None:
+    random = np.random.default_rng(1)
+    own, table = random.normal(50, 20, 6), random.normal(60, 5, (6, 5))
+    found = mdpt.compare(own, table)
+    assert found["iqr"] == pytest.approx(stats.iqr(table) - stats.iqr(own))
+    assert found["std"] == pytest.approx(table.std(ddof=1) - own.std(ddof=1))
+    assert found["iqr_percent"] == pytest.approx(100 * (stats.iqr(table) / stats.iqr(own) - 1))
+    wins = stats.mannwhitneyu(table.ravel(), own).statistic / (table.size * own.size)
+    assert found["improvement"] == pytest.approx(wins)
+    draws = random.integers(0, 6, (4_000, 6))  # member by member, own and swapped together
+    for name, low, high in (
+        ("median", *np.quantile([np.median(table[d]) - np.median(own[d]) for d in draws], [0.025, 0.975])),
+        ("iqr", *np.quantile([stats.iqr(table[d]) - stats.iqr(own[d]) for d in draws], [0.025, 0.975])),
+    ):
+        assert found["intervals"][name] == pytest.approx([low, high], abs=0.15 * (high - low)), name
+    holes = table.copy()
+    holes[:, 3:] = np.nan
+    assert mdpt.compare(own, holes) == mdpt.compare(own, table[:, :3])
+    same = mdpt.compare(own, own[:, None])
+    assert same["median"] == same["iqr"] == same["std"] == 0 and same["improvement"] == 0.5
+    assert mdpt.compare(own[:1], table[:1]) == {"median": float(np.median(table[0]) - own[0])}
 
 
 def test_collecting_through_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -807,10 +937,7 @@ MISTAKES = [  # command, message
         "swap toy-bc-unguided.policy.pt",
         ("toy-bc-unguided.policy.pt: this policy was trained unguided and holds no guidance; give a guidance bundle"),
     ),
-    (
-        "swap toy-dql.policy.pt --guidance none",
-        "toy-dql.policy.pt: there is no guidance to cross it with; name a bundle with --guidance",
-    ),
+    ("swap toy-dql.policy.pt --pairs some", "--pairs some: expected matched or all"),
 ]
 
 
