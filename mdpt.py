@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version as installed_version
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -29,6 +30,8 @@ from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from numpy.typing import NDArray
     from rich.console import Console
     from rich.table import Table
@@ -1398,28 +1401,138 @@ def protocol_line(how: dict[str, Any], members: int) -> str:
     return ", ".join(parts)
 
 
-def plot_curve(path: Path, report: dict[str, Any]) -> None:
-    """Score over training steps as a picture: members, their median, the interquartile range, the dataset."""
-    import numpy as np
+# --- pictures ---------------------------------------------------------------------------------------------------
+
+INK, SHADE = "black", "0.75"  # pictures read alike in black and white, and by colour-blind people
+MARKERS = "osD^vP*X"
+
+
+@contextmanager
+def picture(path: Path, title: str, width: float, height: float) -> Iterator[Figure]:
+    """A figure under a title, written as PNG, SVG or PDF by the ending of `path`."""
+    import textwrap
+
     from matplotlib.figure import Figure
 
-    curve = report["curve"]
-    steps = [point["step"] for point in curve]
-    scores = np.array([[member["score"] for member in point["members"]] for point in curve])  # (steps, S)
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(steps, scores, color="tab:blue", alpha=0.25, linewidth=1)
-    axes.plot(steps, np.median(scores, 1), color="tab:blue", marker="o", label="median of members")
-    low, high = np.percentile(scores, [25, 75], axis=1)
-    axes.fill_between(steps, low, high, color="tab:blue", alpha=0.15, label="interquartile range")
-    for kind, style in zip(KINDS, (":", "--"), strict=True):
-        axes.axhline(curve[0]["dataset"][f"{kind}_score"], color="gray", linestyle=style, label=f"dataset {kind}")
-    axes.set(xlabel="gradient steps", ylabel="normalized score", title=report["protocol"]["policy"])
-    axes.legend(frameon=False, fontsize="small")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(textwrap.fill(title, int(width * 14)), fontsize=9)
+    yield figure
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:
         raise MdptError(f"--plot {path}: cannot be written ({error.strerror})") from error
+    say(f"wrote {path}")
+
+
+def check_picture(path: Path | None) -> None:
+    if path is not None and path.suffix not in (".png", ".svg", ".pdf"):
+        raise MdptError(f"--plot {path}: expected a .png, .svg or .pdf file")
+
+
+def draw_dataset(axes: Axes, dataset: dict[str, Any]) -> None:
+    for kind, style in zip(KINDS, (":", "--"), strict=True):
+        axes.axhline(dataset[f"{kind}_score"], color="0.5", linestyle=style, label=f"dataset {kind}")
+
+
+def plot_scores(path: Path, report: dict[str, Any]) -> None:
+    """Score of each member, an episode a dot, beside the median of members and the dataset."""
+    import numpy as np
+
+    from data import normalized_score
+
+    members, reference = report["members"], report["protocol"]["reference"]
+    title = f"{report['protocol']['policy']}: {protocol_line(report['protocol'], len(members))}"
+    with picture(path, title, 7, 4.2) as figure:
+        axes = figure.add_subplot()
+        for x, member in enumerate(members):
+            episodes = normalized_score(np.array(member["returns"]), reference)
+            axes.plot(np.full(len(episodes), x), episodes, ".", color=SHADE, label=None if x else "episode")
+            axes.plot(x, member["score"], "D", color=INK, label=None if x else "member (mean of its episodes)")
+        axes.axhline(report["summary"]["median"], color=INK, linewidth=1, label="median of members")
+        draw_dataset(axes, report["dataset"])
+        axes.set_xticks(range(len(members)), [str(member["seed"]) for member in members])
+        axes.set(xlabel="seed", ylabel="normalized score")
+        axes.legend(frameon=False, fontsize="small")
+
+
+def plot_curve(path: Path, report: dict[str, Any]) -> None:
+    """Score over training steps: members, their median, the interquartile range, the dataset."""
+    import numpy as np
+
+    curve = report["curve"]
+    steps = [point["step"] for point in curve]
+    scores = np.array([[member["score"] for member in point["members"]] for point in curve])  # (steps, S)
+    title = f"{report['protocol']['policy']}: {protocol_line(report['protocol'], scores.shape[1])}"
+    with picture(path, title, 7, 4.2) as figure:
+        axes = figure.add_subplot()
+        axes.plot(steps, scores, color=SHADE, linewidth=1)
+        axes.plot(steps, np.median(scores, 1), color=INK, marker="o", label="median of members")
+        low, high = np.percentile(scores, [25, 75], axis=1)
+        axes.fill_between(steps, low, high, color="0.9", label="interquartile range")
+        draw_dataset(axes, curve[0]["dataset"])
+        axes.set(xlabel="gradient steps", ylabel="normalized score")
+        axes.legend(frameon=False, fontsize="small")
+
+
+def plot_history(path: Path, bundle: Bundle, name: Path) -> None:
+    """Training history of a bundle: each metric over gradient steps, members and their mean."""
+    import numpy as np
+
+    history, section = bundle["history"], bundle["experiment"][bundle["kind"]]
+    names = [key for key in history[-1] if key != "step"]
+    rows = math.ceil(len(names) / 2)
+    title = (
+        f"{name}: training of {section['algorithm']} {bundle['kind']} on {bundle['environment']['id']}, "
+        f"{len(bundle['seeds'])} members (grey) and their mean"
+    )
+    with picture(path, title, 8, 0.8 + 2 * rows) as figure:
+        for place, key in enumerate(names, start=1):
+            axes = figure.add_subplot(rows, 2, place)
+            entries = [entry for entry in history if key in entry]
+            steps = [entry["step"] for entry in entries]
+            values = np.array([entry[key] for entry in entries])
+            axes.plot(steps, values, color=SHADE, linewidth=0.8)
+            axes.plot(steps, values.mean(1), color=INK, linewidth=1.2)
+            axes.set(xlabel="gradient steps" if place > len(names) - 2 else "", ylabel=key)
+
+
+def plot_swap(path: Path, report: dict[str, Any]) -> None:
+    """The matrix of medians with their IQR, policies by guidances, and every pair's score as a dot over box plots."""
+    import numpy as np
+
+    cells = {(cell["policy"], cell["guidance"]): cell for cell in report["cells"]}
+    policies = list(dict.fromkeys(policy for policy, _ in cells))
+    guidances = list(dict.fromkeys(guidance for _, guidance in cells))
+    scores = {key: np.array([pair["score"] for pair in cell["pairs"]]) for key, cell in cells.items()}
+    middle = np.array([[np.median(scores.get((p, g), np.nan)) for g in guidances] for p in policies])
+    how = report["cells"][0]["protocol"] | {"guidance": "each guidance", "step": None}
+    title = protocol_line(how, len({pair["policy_member"] for pair in report["cells"][0]["pairs"]}))
+    with picture(path, title, 3 + 2.4 * len(guidances), 3.4 + 0.6 * len(policies)) as figure:
+        matrix, boxes = figure.subplots(1, 2)
+        matrix.imshow(middle, cmap="cividis", aspect="auto")
+        middling = (np.nanmin(middle) + np.nanmax(middle)) / 2
+        for (row, p), (column, g) in product(enumerate(policies), enumerate(guidances)):
+            if (p, g) in scores:
+                low, high = np.percentile(scores[p, g], [25, 75])
+                mark = " *" if cells[p, g]["warnings"] else ""
+                text, ink = f"{middle[row, column]:.1f}{mark}\nIQR {high - low:.1f}", middle[row, column] > middling
+                matrix.text(column, row, text, ha="center", va="center", fontsize=8, color="black" if ink else "white")
+        matrix.set_xticks(range(len(guidances)), guidances, rotation=20, ha="right", fontsize=7)
+        matrix.set_yticks(range(len(policies)), policies, fontsize=7)
+        matrix.set_title("median score (IQR) by policy and guidance", fontsize=8)
+        wide = 0.8 / len(policies)
+        for (row, p), (column, g) in product(enumerate(policies), enumerate(guidances)):
+            if (values := scores.get((p, g))) is not None:
+                x = column - 0.4 + wide * (row + 0.5)
+                boxes.boxplot(values, positions=[x], widths=wide * 0.8, showfliers=False, medianprops={"color": INK})
+                spread = x + np.linspace(-0.25, 0.25, len(values)) * wide
+                marker = MARKERS[row % len(MARKERS)]
+                label = p if g == guidances[0] or (p, guidances[0]) not in scores and g == guidances[1] else None
+                boxes.plot(spread, values, marker, color="0.4", markersize=3, markerfacecolor="white", label=label)
+        boxes.set_xticks(range(len(guidances)), guidances, rotation=20, ha="right", fontsize=7)
+        boxes.set_title("score of every pair of members", fontsize=8)
+        boxes.set(ylabel="normalized score")
+        boxes.legend(frameon=False, fontsize=7)
 
 
 def describe(bundle: Bundle, path: Path) -> Iterator[Table]:
@@ -1546,6 +1659,7 @@ Temperature = Annotated[float | None, typer.Option(help="scale of the sampling n
 W = Annotated[float | None, typer.Option("--w", help="classifier-free guidance weight, for cfg")]
 Guide = Annotated[str | None, typer.Option(help="rank, gradient or both")]
 GuidanceWeight = Annotated[float | None, typer.Option(help="weight of the gradient, for gradient and both")]
+Plot = Annotated[Path | None, typer.Option("--plot", help="draw it: .png, .svg or .pdf")]
 EvaluationSeed = Annotated[int | None, typer.Option("--seed", help="of start states and sampling noise")]
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -1638,7 +1752,7 @@ def evaluate(
     device: Device = None,
     json_file: Json = None,
     curve: Annotated[bool, typer.Option("--curve", help="score every snapshot")] = False,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="with --curve: draw it, .png, .svg or .pdf")] = None,
+    plot_file: Plot = None,
     overwrite: Overwrite = False,
     describe_only: Annotated[bool, typer.Option("--describe", help="say what the bundle is; run nothing")] = False,
     workers: Workers = CORES,
@@ -1646,16 +1760,16 @@ def evaluate(
     """Score a policy in its environment, its candidates ranked by a guidance."""
     from models import read_bundle
 
-    if describe_only:
-        for table in describe(read_bundle(bundle), bundle):
-            show_table(table)
-        return
-    if plot_file is not None and not curve:
-        raise MdptError("--plot draws the score over training steps; it goes with --curve")
-    if plot_file is not None and plot_file.suffix not in (".png", ".svg", ".pdf"):
-        raise MdptError(f"--plot {plot_file}: expected a .png, .svg or .pdf file")
+    check_picture(plot_file)
     for file in filter(None, (json_file, plot_file)):
         refuse_to_overwrite(file, overwrite)
+    if describe_only:
+        described = read_bundle(bundle)
+        for table in describe(described, bundle):
+            show_table(table)
+        if plot_file is not None:
+            plot_history(plot_file, described, bundle)
+        return
     options = {
         "episodes": episodes,
         "candidates": candidates,
@@ -1679,8 +1793,7 @@ def evaluate(
     say(f"training cost: {account_line(report['accounting'])}")
     write_json(json_file, report)
     if plot_file is not None:
-        plot_curve(plot_file, report)
-        say(f"wrote {plot_file}")
+        (plot_curve if curve else plot_scores)(plot_file, report)
 
 
 @app.command()
@@ -1699,12 +1812,16 @@ def swap(
     seed: EvaluationSeed = None,
     device: Device = None,
     json_file: Json = None,
+    plot_file: Plot = None,
     overwrite: Overwrite = False,
     workers: Workers = CORES,
 ) -> None:
     """Score every policy member under every guidance member, under none, and under its own."""
     if pairs not in (None, "matched", "all"):
         raise MdptError(f"--pairs {pairs}: expected matched or all")
+    check_picture(plot_file)
+    if plot_file is not None:
+        refuse_to_overwrite(plot_file, overwrite)
     if json_file is not None and not json_file.exists():
         refuse_to_overwrite(json_file, overwrite)
     options = {"episodes": episodes, "candidates": candidates, "seed": seed}
@@ -1731,6 +1848,8 @@ def swap(
     how = report["cells"][0]["protocol"] | {"guidance": "each guidance", "step": None}
     say(protocol_line(how, len(trials[0].bundle["seeds"])))
     write_json(json_file, report)
+    if plot_file is not None:
+        plot_swap(plot_file, report)
 
 
 def unfinished(path: Path, overwrite: bool, resume: bool) -> Bundle | None:

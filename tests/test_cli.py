@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py  # type: ignore[import-untyped]
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -513,6 +514,31 @@ def test_comparisons_agree_with_an_independent_computation() -> None:
     assert mdpt.compare(own[:1], table[:1]) == {"median": float(np.median(table[0]) - own[0])}
 
 
+PICTURES = {
+    "evaluate toy-dql.policy.pt": ("conftest:Gentle-v0, 2 members x 3 episodes", "normalized score", "dataset best"),
+    "evaluate toy-dql.policy.pt --curve": ("2 members x 3 episodes", "gradient steps", "interquartile range"),
+    "evaluate toy-dql.policy.pt --describe": ("training of dql policy", "noise_loss", "policy_q"),
+    "evaluate toy-idql.guidance.pt --describe": ("training of idql guidance", "q_loss"),
+    "swap toy-dql.policy.pt toy-bc-unguided.policy.pt --guidance toy-idql.guidance.pt": (
+        "2 members x 3 episodes",
+        "toy-bc-unguided.policy.pt",
+        "IQR",
+        "score of every pair of members",
+    ),
+}
+
+
+@pytest.mark.parametrize("command", PICTURES)
+def test_pictures_say_what_they_show(command: str, folder: Path) -> None:
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
+    workers = "" if "--describe" in command else " --workers 1"
+    assert run(f"{command}{workers} --plot picture.svg").stdout.splitlines()[-1] == "wrote picture.svg"
+    picture = Path("picture.svg").read_text()
+    assert all(text in picture for text in PICTURES[command])
+    exists = "picture.svg: exists already; choose another name, or --overwrite to replace it"
+    assert fail(f"{command}{workers} --plot picture.svg") == exists
+
+
 def test_collecting_through_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MDPT_CACHE", str(tmp_path / "cache"))
@@ -888,7 +914,6 @@ MISTAKES = [  # command, message
     ("evaluate none.pt --describe", "none.pt: no such bundle; `mdpt guidance` and `mdpt policy` write them"),
     ("evaluate @10", "@10: no such bundle; `mdpt guidance` and `mdpt policy` write them"),
     ("evaluate toy-dql.policy.pt@soon", "toy-dql.policy.pt@soon: no snapshot @soon; there are @10, @20 and @last"),
-    ("evaluate toy-dql.policy.pt --plot a.png", "--plot draws the score over training steps; it goes with --curve"),
     (
         "evaluate toy-dql.policy.pt --candidates 4 --infer-guidance none",
         ("--candidates 4: there is no guidance to choose by; name one with --infer-guidance, or leave the option out"),
