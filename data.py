@@ -110,14 +110,14 @@ def _bounds(spec: EnvironmentSpec) -> tuple[Array, Array]:
     return np.array(spec.action_low, dtype=np.float32), np.array(spec.action_high, dtype=np.float32)
 
 
-def _make(environment_id: str) -> gymnasium.Env[Any, Any]:
+def _make(environment_id: str, **options: Any) -> gymnasium.Env[Any, Any]:
     import gymnasium
 
     with _quiet():
         for name in ("pybullet", "pybullet_envs_gymnasium"):  # the one announces itself, the other registers
             importlib.import_module(name)
     try:
-        return gymnasium.make(environment_id, disable_env_checker=True)
+        return gymnasium.make(environment_id, disable_env_checker=True, **options)
     except Exception as error:
         name = environment_id.split(":")[-1]
         if name in gymnasium.registry:
@@ -127,13 +127,13 @@ def _make(environment_id: str) -> gymnasium.Env[Any, Any]:
         raise DataError(f"{environment_id}: no such environment is registered with gymnasium. {hint}") from error
 
 
-def _make_environment(environment_id: str) -> gymnasium.Env[Any, Any]:
+def _make_environment(environment_id: str, **options: Any) -> gymnasium.Env[Any, Any]:
     """An environment whose episodes depend on nothing but `reset(seed=...)` and the actions.
 
     PyBullet's first episode, in which it loads its bodies, differs from a later one with the same seed, so it is
     spent here.
     """
-    environment = _make(environment_id)
+    environment = _make(environment_id, **options)
     environment.reset(seed=0)
     return environment
 
@@ -514,7 +514,8 @@ def _serve(pipe: Connection, build: Callable[..., Callable[[Any], Any]], argumen
     except (EOFError, BrokenPipeError):
         return  # the parent is gone
     except Exception as error:
-        pipe.send(DataError(f"The environment failed in a worker process. {_one_line(error)}"))
+        known = isinstance(error, DataError)
+        pipe.send(error if known else DataError(f"The environment failed in a worker process. {_one_line(error)}"))
         raise SystemExit(1) from error
 
 
@@ -781,6 +782,65 @@ def rollout(
                 finished = total - int(running.sum())
                 progress(finished, total)
     return returns.reshape(members, episodes), lengths.reshape(members, episodes)
+
+
+def film_episode(
+    act: Callable[[Array], Array], spec: EnvironmentSpec, *, seed: int, every: int
+) -> Iterator[tuple[int, float, Array]]:
+    """Play the first of `rollout`'s episodes: every few steps, and at its end, steps so far, return so far, a frame.
+
+    act: observation (O,) float32 -> action (A,) in [-1, 1]. A frame is (height, width, 3) uint8, drawn off-screen by
+    the environment itself.
+
+    Raises: DataError where it cannot.
+    """
+    start = int(np.random.SeedSequence([seed, 0]).generate_state(1)[0])
+    with _worker_processes(_Camera, [(spec, start, every)]) as (worker,):
+        total, step, running = 0.0, 0, True
+        worker.send(None)
+        observation, frame = worker.receive()
+        yield step, total, frame
+        while running:
+            step += 1
+            worker.send(unscale_actions(np.clip(act(observation), -1, 1), spec))
+            observation, reward, running, frame = worker.receive()
+            total += reward
+            if frame is not None:
+                yield step, total, frame
+
+
+class _Camera:
+    """One environment that shows itself."""
+
+    def __init__(self, spec: EnvironmentSpec, seed: int, every: int) -> None:
+        self.seed, self.every, self.step = seed, every, 0
+        try:
+            self.environment = _make_environment(spec.id, render_mode="rgb_array")
+        except DataError as error:
+            raise DataError(f"{spec.id} cannot be filmed: it does not take render_mode rgb_array. {error}") from error
+
+    def __call__(self, action: Array | None) -> Any:
+        if action is None:
+            observation, _ = self.environment.reset(seed=self.seed)
+            return np.asarray(observation, dtype=np.float32), self.look()
+        observation, reward, terminal, timeout, _ = self.environment.step(action)
+        self.step += 1
+        running = not (terminal or timeout)
+        frame = None if running and self.step % self.every else self.look()
+        return np.asarray(observation, dtype=np.float32), float(reward), running, frame
+
+    def look(self) -> Array:
+        try:
+            frame: Any = self.environment.render()
+        except Exception as error:
+            raise DataError(f"{self.name()} cannot be filmed off-screen. {_one_line(error)}") from error
+        if np.ndim(frame) != 3:
+            modes = ", ".join(self.environment.metadata.get("render_modes") or ()) or "none"
+            raise DataError(f"{self.name()} cannot be filmed: it needs render mode rgb_array, and has {modes}.")
+        return np.asarray(frame, dtype=np.uint8)
+
+    def name(self) -> str:
+        return self.environment.spec.id if self.environment.spec else "the environment"
 
 
 def step_seconds(spec: EnvironmentSpec, environments: int = 16, steps: int = 5) -> float:

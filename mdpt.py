@@ -360,6 +360,26 @@ def train(
             raise MdptError(f"interrupted after step {step + 1} of {steps}; the same command with --resume goes on")
 
 
+def scalar_writer(folder: Path, seeds: Sequence[int]) -> Callable[[dict[str, Any]], None]:
+    """What writes entries of a training history for TensorBoard, a curve for each metric and member."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MdptError("--tensorboard needs the package tensorboard: pip install 'mdpt[tensorboard]'") from error
+    try:
+        writer = SummaryWriter(str(folder))
+    except OSError as error:
+        raise MdptError(f"--tensorboard {folder}: cannot be written ({error.strerror})") from error
+
+    def write(entry: dict[str, Any]) -> None:
+        for name in entry.keys() - {"step"}:
+            for seed, value in zip(seeds, entry[name], strict=True):
+                writer.add_scalar(f"{name}/seed {seed}", value, entry["step"])
+        writer.flush()
+
+    return write
+
+
 @dataclass
 class Monitor:
     """Watches a run: progress on the screen, history for the bundle, an end where a loss is not finite."""
@@ -375,6 +395,7 @@ class Monitor:
     began: float = field(default_factory=time.perf_counter)
     pending: list[tuple[Tensor, dict[str, Tensor]]] = field(default_factory=list)
     show: Callable[[int, str], None] = lambda done, text: None
+    board: Callable[[dict[str, Any]], None] = lambda entry: None
 
     def record(self, step: int, loss: Tensor, metrics: dict[str, Tensor]) -> None:
         self.pending.append((loss, metrics))
@@ -399,6 +420,7 @@ class Monitor:
             for name in sorted(names)
         }
         self.history.append({"step": done, "loss": losses.mean(0).tolist(), **means})
+        self.board(self.history[-1])
         self.pending.clear()
         speed = (done - self.start) / (time.perf_counter() - self.began)
         self.show(done, f"loss {losses.mean():.4g}, {speed:.0f} steps/s")
@@ -548,11 +570,12 @@ def train_bundle(
     out: Path,
     resumed: Bundle | None,
     meter: Meter,
+    board: Path | None,
 ) -> None:
     """Train `learner` and write `bundle` to `out` at each snapshot and at the end.
 
     kept: the modules that learn, each with the bundle its weights go to: `bundle` itself, or one inside it.
-    resumed: an unfinished bundle to go on from.
+    resumed: an unfinished bundle to go on from. board: a folder for TensorBoard.
     """
     from models import Randomness, save_bundle, weights_of
 
@@ -570,6 +593,8 @@ def train_bundle(
         history=bundle["history"],
         kept=f"{out} holds step {bundle['step']}" if resumed else "no snapshot was reached",
     )
+    if board is not None:
+        monitor.board = scalar_writer(board / out.stem, bundle["seeds"])
 
     def keep(step: int) -> None:
         if (member := learner.broken_member()) is not None:
@@ -647,7 +672,7 @@ def memory_now(device: Any, *, restart: bool = False) -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def train_guidance(run: Experiment, out: Path, resumed: Bundle | None, workers: int) -> Bundle:
+def train_guidance(run: Experiment, out: Path, resumed: Bundle | None, workers: int, board: Path | None) -> Bundle:
     """Train a guidance from the data alone, judge it on held-out episodes, and write its bundle."""
     from models import Transitions, save_bundle
 
@@ -658,13 +683,15 @@ def train_guidance(run: Experiment, out: Path, resumed: Bundle | None, workers: 
     meter = Meter(transitions.rows.device)
     guidance: Guidance = new_module(bundle, device, out, resumed, companion=True)
     learner = Learner([(guidance, run.guidance)], lambda batch, random, _: guidance.loss(batch, random))
-    train_bundle(bundle, learner, run.guidance, transitions, [(bundle, guidance)], out, resumed, meter)
+    train_bundle(bundle, learner, run.guidance, transitions, [(bundle, guidance)], out, resumed, meter, board)
     bundle["quality"] = guidance_quality(guidance, dataset, run.guidance.discount, device)
     save_bundle(out, bundle)
     return bundle
 
 
-def train_policy(run: Experiment, teacher: Bundle | None, out: Path, resumed: Bundle | None, workers: int) -> None:
+def train_policy(
+    run: Experiment, teacher: Bundle | None, out: Path, resumed: Bundle | None, workers: int, board: Path | None
+) -> None:
     """Train a policy under a frozen guidance, together with one ("joint"), or unguided, and write its bundle."""
     from models import Transitions, add, build_guidance, check_fit, pair_members
 
@@ -701,7 +728,7 @@ def train_policy(run: Experiment, teacher: Bundle | None, out: Path, resumed: Bu
 
     tables = {"guidance": run.guidance, "policy": section}
     learner = Learner([(module, tables[target["kind"]]) for target, module in learning], loss, frozen)
-    train_bundle(bundle, learner, section, transitions, learning, out, resumed, meter)
+    train_bundle(bundle, learner, section, transitions, learning, out, resumed, meter, board)
 
 
 def new_module(bundle: Bundle, device: str, out: Path, resumed: Bundle | None, *, companion: bool = False) -> Any:
@@ -1401,7 +1428,7 @@ def protocol_line(how: dict[str, Any], members: int) -> str:
     return ", ".join(parts)
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------
+# --- pictures and film ---------------------------------------------------------------------------------------------------
 
 INK, SHADE = "black", "0.75"  # pictures read alike in black and white, and by colour-blind people
 MARKERS = "osD^vP*X"
@@ -1535,6 +1562,43 @@ def plot_swap(path: Path, report: dict[str, Any]) -> None:
         boxes.legend(frameon=False, fontsize=7)
 
 
+FRAME_EVERY = 3  # steps: at the 60 per second of PyBullet, 20 frames per second
+
+
+def film(trial: Trial, seed: int | None, path: Path) -> None:
+    """Play one episode of the member with this seed (None: the first) and write it as a GIF, figures in each frame."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    from data import EnvironmentSpec, film_episode, normalized_score
+
+    seeds = trial.bundle["seeds"]
+    if seed is not None and seed not in seeds:
+        raise MdptError(f"--member {seed}: the seeds in {trial.path} are {', '.join(map(str, seeds))}")
+    member = 0 if seed is None else seeds.index(seed)
+    choose, spec = actor(trial), EnvironmentSpec(**trial.bundle["environment"])
+
+    def act(observation: NDArray[np.float32]) -> NDArray[np.float32]:
+        actions: NDArray[np.float32] = choose(np.tile(observation, (len(seeds), 1, 1)))[member, 0]
+        return actions
+
+    frames = []
+    with progress("film", spec.max_episode_steps) as show:
+        for step, total, pixels in film_episode(act, spec, seed=trial.section.seed, every=FRAME_EVERY):
+            frame = Image.fromarray(pixels)
+            score = float(normalized_score(np.array(total), trial.bundle["reference"]))
+            text = f"return {total:.1f}, score {score:.1f}"
+            label = f"seed {seeds[member]}, step {step}\n{text}"
+            ImageDraw.Draw(frame).text((6, 4), label, fill="white", stroke_width=1, stroke_fill="black", font_size=14)
+            frames.append(frame)
+            show(step, text)
+    try:
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=50, loop=0)
+    except OSError as error:
+        raise MdptError(f"--video {path}: cannot be written ({error.strerror})") from error
+    say(f"wrote {path}")
+
+
 def describe(bundle: Bundle, path: Path) -> Iterator[Table]:
     """What a bundle is: experiment, lineage, data, cost, training history."""
     while bundle is not None:
@@ -1649,6 +1713,7 @@ Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda")]
 Out = Annotated[Path | None, typer.Option(help="bundle to write; named after the experiment by default")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace files that exist")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on with an unfinished bundle")]
+Board = Annotated[Path | None, typer.Option("--tensorboard", help="folder for the training history, as it grows")]
 Workers = Annotated[int, typer.Option(min=1, help="processes that simulate; changes no result")]
 Json = Annotated[Path | None, typer.Option("--json", help="write all figures, each episode's return included")]
 Episodes = Annotated[int | None, typer.Option(help="episodes per member")]
@@ -1684,12 +1749,13 @@ def guidance(
     out: Out = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
+    board: Board = None,
     workers: Workers = CORES,
 ) -> None:
     """Train a guidance, from the data alone."""
     run = load_experiment(experiment, overrides or [], seeds, device)
     path = out or Path(f"{run.name}-{run.guidance.algorithm}.guidance.pt")
-    bundle = train_guidance(run, path, unfinished(path, overwrite, resume), workers)
+    bundle = train_guidance(run, path, unfinished(path, overwrite, resume), workers, board)
     if bundle["quality"]["rows"]:
         show_table(quality_table(bundle))
     same = [part for override in overrides or [] for part in ("--set", override)] + (
@@ -1711,6 +1777,7 @@ def policy(
     out: Out = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
+    board: Board = None,
     workers: Workers = CORES,
 ) -> None:
     """Train a diffusion policy under a frozen guidance."""
@@ -1730,7 +1797,7 @@ def policy(
     frozen = read_guidance(teacher) if teacher else None
     if frozen is not None and not frozen["complete"]:
         warn(f"{teacher}: this guidance is unfinished, at step {frozen['step']}")
-    train_policy(run, frozen, path, unfinished(path, overwrite, resume), workers)
+    train_policy(run, frozen, path, unfinished(path, overwrite, resume), workers, board)
     say(f"wrote {path}\nnext: {shlex.join(['mdpt', 'evaluate', str(path)])}")
 
 
@@ -1753,6 +1820,8 @@ def evaluate(
     json_file: Json = None,
     curve: Annotated[bool, typer.Option("--curve", help="score every snapshot")] = False,
     plot_file: Plot = None,
+    video: Annotated[Path | None, typer.Option(help="film one episode, .gif, instead of scoring")] = None,
+    member: Annotated[int | None, typer.Option(help="seed of the member to film; default: the first")] = None,
     overwrite: Overwrite = False,
     describe_only: Annotated[bool, typer.Option("--describe", help="say what the bundle is; run nothing")] = False,
     workers: Workers = CORES,
@@ -1761,7 +1830,15 @@ def evaluate(
     from models import read_bundle
 
     check_picture(plot_file)
-    for file in filter(None, (json_file, plot_file)):
+    if video is not None and (curve or describe_only or json_file or plot_file):
+        raise MdptError(
+            "--video films one episode and does nothing else; leave out --curve, --describe, --json, --plot"
+        )
+    if video is not None and video.suffix != ".gif":
+        raise MdptError(f"--video {video}: expected a .gif file")
+    if member is not None and video is None:
+        raise MdptError(f"--member {member}: acts only with --video; leave the option out")
+    for file in filter(None, (json_file, plot_file, video)):
         refuse_to_overwrite(file, overwrite)
     if describe_only:
         described = read_bundle(bundle)
@@ -1781,6 +1858,9 @@ def evaluate(
         "guidance_weight": guidance_weight,
         "seed": seed,
     }
+    if video is not None:
+        film(prepare(bundle, infer_guidance, options, device), member, video)
+        return
     if curve:
         report = evaluate_curve(bundle, infer_guidance, options, device, workers)
         show_table(curve_table(report))

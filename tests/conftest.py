@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -10,7 +10,19 @@ from toy_environment import Toy
 
 
 class Gentle(Toy):
-    """The toy for policies that know nothing: of the first action, which can break it, only half arrives."""
+    """The toy for policies that know nothing: of the first action, which can break it, only half arrives.
+
+    It shows itself as a plane whose brightness is the step.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        super().__init__()
+        self.render_mode = render_mode
+
+    def render(self) -> Any:
+        return np.full((48, 320, 3), int(self.state[1]), dtype=np.uint8)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         return super().step(action * np.array([0.5, 1.0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -22,9 +23,11 @@ import numpy as np
 import pytest
 import torch
 import typer
+from PIL import Image
 from scipy import stats
 from typer.testing import CliRunner, Result
 
+import data
 import mdpt
 import models
 from mdpt import Experiment, Monitor, Section, app
@@ -537,6 +540,53 @@ def test_pictures_say_what_they_show(command: str, folder: Path) -> None:
     assert all(text in picture for text in PICTURES[command])
     exists = "picture.svg: exists already; choose another name, or --overwrite to replace it"
     assert fail(f"{command}{workers} --plot picture.svg") == exists
+
+
+def test_video_is_an_episode_with_its_figures(folder: Path) -> None:
+    (episode, *_) = next(m["returns"] for m in scores("toy-bc-unguided.policy.pt --temperature 0")["members"])
+    (length, *_) = next(m["lengths"] for m in scores("toy-bc-unguided.policy.pt --temperature 0")["members"])
+    result = run("evaluate toy-bc-unguided.policy.pt --temperature 0 --video film.gif")
+    assert result.stdout == "wrote film.gif\n"
+    with Image.open("film.gif") as film:
+        assert film.n_frames == 1 + math.ceil(length / 3) and film.size == (320, 48)
+        film.seek(film.n_frames - 1)
+        last = np.asarray(film.convert("L"))
+    assert last[40:].max() <= 12 and last[:38].max() > 200  # a dark plane, and bright figures on it
+    assert f"return {episode:.1f}, score {episode - 10:.1f}" in result.stderr  # the episode that `evaluate` scored
+    for options, problem in {
+        "--member 7 --video a.gif": "--member 7: the seeds in toy-dql.policy.pt are 0, 1",
+        "--member 1": "--member 1: acts only with --video; leave the option out",
+        "--video a.mp4": "--video a.mp4: expected a .gif file",
+        "--video film.gif": "film.gif: exists already; choose another name, or --overwrite to replace it",
+        "--video a.gif --curve": (
+            "--video films one episode and does nothing else; leave out --curve, --describe, --json, --plot"
+        ),
+    }.items():
+        assert fail(f"evaluate toy-dql.policy.pt {options}") == problem
+
+
+def test_an_environment_that_cannot_be_filmed_says_so() -> None:
+    spec = data.environment_spec("toy_environment:Toy-v0")
+    with pytest.raises(data.DataError, match=r"Toy-v0 cannot be filmed: it does not take render_mode rgb_array\."):
+        next(data.film_episode(lambda observation: np.zeros(2), spec, seed=0, every=1))
+
+
+def test_tensorboard_shows_the_history(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run("guidance toy.toml --out watched.pt --tensorboard boards")
+    history = models.read_bundle(Path("watched.pt"))["history"]
+    events = EventAccumulator("boards/watched")
+    events.Reload()
+    for name in history[-1].keys() - {"step"}:
+        for member, seed in enumerate((0, 1)):
+            shown = [(event.step, event.value) for event in events.Scalars(f"{name}/seed {seed}")]
+            assert shown == [(entry["step"], pytest.approx(entry[name][member])) for entry in history]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    message = "--tensorboard needs the package tensorboard: pip install 'mdpt[tensorboard]'"
+    assert (
+        run("guidance toy.toml --out b.pt --tensorboard boards", code=1).stderr.splitlines()[-1] == f"mdpt: {message}"
+    )
 
 
 def test_collecting_through_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
