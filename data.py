@@ -119,7 +119,10 @@ def _make(environment_id: str, **options: Any) -> gymnasium.Env[Any, Any]:
     try:
         return gymnasium.make(environment_id, disable_env_checker=True, **options)
     except Exception as error:
-        name = environment_id.split(":")[-1]
+        module, _, name = environment_id.rpartition(":")
+        if module and isinstance(error, ImportError):
+            hint = f"{_one_line(error)}. Install it, or put its folder on PYTHONPATH."
+            raise DataError(f"{environment_id}: the module {module} cannot be imported. {hint}") from error
         if name in gymnasium.registry:
             raise DataError(f"{environment_id}: the environment cannot be made. {_one_line(error)}") from error
         near = difflib.get_close_matches(name, gymnasium.registry, n=1, cutoff=0.5)
@@ -586,6 +589,13 @@ def collect_dataset(
         for level in range(len(settings.levels))
         for shard, start in enumerate(range(0, share, SHARD))
     ]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()  # now, not after minutes of play
+    except OSError as error:
+        raise DataError(
+            f"{path.parent}: cannot be written ({error.strerror}); set MDPT_CACHE to another folder"
+        ) from error
     parts = _play_shards(spec, agent, settings, shards, workers, progress)
     arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     arrays["infos/level"] = np.repeat(np.array(settings.levels, dtype=np.float32), share)
@@ -612,7 +622,6 @@ def _check_cached(path: Path, transitions: int) -> None:
 
 def _write_hdf5(path: Path, arrays: dict[str, Array], attributes: dict[str, Any]) -> None:
     """Write a whole file or none; the same arrays and attributes give the same bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
     try:
         os.close(handle)
@@ -787,7 +796,7 @@ def rollout(
 def film_episode(
     act: Callable[[Array], Array], spec: EnvironmentSpec, *, seed: int, every: int
 ) -> Iterator[tuple[int, float, Array]]:
-    """Play the first of `rollout`'s episodes: every few steps, and at its end, steps so far, return so far, a frame.
+    """Play an episode from the first of `rollout`'s starts: now and then, and at its end, steps, return so far, a frame.
 
     act: observation (O,) float32 -> action (A,) in [-1, 1]. A frame is (height, width, 3) uint8, drawn off-screen by
     the environment itself.

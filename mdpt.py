@@ -662,14 +662,14 @@ def memory_now(device: Any, *, restart: bool = False) -> int:
         if restart:
             torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.max_memory_allocated(device)
-    if not sys.platform.startswith("linux"):
+    try:
+        if restart:
+            Path("/proc/self/clear_refs").write_text("5")
+        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):  # no Linux, or one that hides this: the whole process's peak is all there is
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the whole process's peak is all there is
-    if restart:
-        Path("/proc/self/clear_refs").write_text("5")
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def train_guidance(run: Experiment, out: Path, resumed: Bundle | None, workers: int, board: Path | None) -> Bundle:
@@ -714,7 +714,7 @@ def train_policy(
             warn(warning)
         if resumed is not None:
             check_same_guidance(teacher, resumed, out)
-        bundle["guidance"] = teacher
+        bundle["guidance"] = teacher | {"snapshots": {}, "training": None}  # what acts, not how it got there
         guidance = build_guidance(teacher, device)
         pair_members(policy.members, guidance)
         frozen.append(guidance)
@@ -793,7 +793,7 @@ def guidance_quality(guidance: Guidance, dataset: Dataset, discount: float, devi
     return {
         "rows": int(known.sum()),
         "correlation": [float(np.corrcoef(member[known], returns[known])[0, 1]) for member in v] if enough else [],
-        "mean_v": v.mean(1).tolist(),
+        "mean_v": v[:, known].mean(1).tolist() if enough else [None] * len(v),
         "mean_return": float(returns[known].mean()) if enough else None,
         "q_spread_members": float(q.std(0).mean()) if len(q) > 1 else None,
         "q_spread_rows": float(q.std(1).mean()),
@@ -872,7 +872,7 @@ def summarize(scores: NDArray[np.float64]) -> dict[str, Any]:
     interval = None
     if len(scores) > 1:
         low, high = stats.bootstrap(
-            (scores,), interquartile_mean, vectorized=True, method="percentile", random_state=np.random.default_rng(0)
+            (scores,), interquartile_mean, vectorized=True, method="percentile", rng=np.random.default_rng(0)
         ).confidence_interval
         interval = [float(low), float(high)]
     return {
@@ -902,6 +902,9 @@ def pick_inference(
         first = error.errors()[0]
         option = "--" + str(first["loc"][0]).replace("_", "-")
         raise MdptError(f"{option} {first['input']}: {first['msg'].replace('Input should', 'should')}") from error
+    policy = run.policy
+    labels = policy.scheme != "unguided" and policy.guidance_from < policy.guidance_until and policy.label_dropout < 1
+    labels = labels and policy.algorithm == "cfg"  # a policy that saw none has nothing to weigh
     ranked = guidance is not None and section.guide != "gradient"
     steered = guidance is not None and section.guide != "rank"
     needs = {
@@ -910,10 +913,10 @@ def pick_inference(
         "weight_temperature": (ranked and section.selection == "softmax", "--selection softmax"),
         "guidance_weight": (steered, "--guide gradient or both"),
         "guide": (guidance is not None, "a guidance"),
-        "w": (run.policy.algorithm == "cfg", f"a cfg policy, not {run.policy.algorithm}"),
+        "w": (labels, f"a cfg policy that learned from labels, not {policy.scheme} {policy.algorithm}"),
     }
     for key, (acts, need) in needs.items():
-        if key in given and not acts and given[key] not in (1, "rank"):
+        if key in given and not acts and (key, given[key]) not in (("candidates", 1), ("guide", "rank")):
             problem = f"acts only with {need}; leave the option out"
             if guidance is None and key != "w":
                 problem = "there is no guidance to choose by; name one with --infer-guidance, or leave the option out"
@@ -923,7 +926,7 @@ def pick_inference(
         selection=section.selection,
         weight_temperature=section.weight_temperature,
         temperature=section.temperature,
-        w=section.w,
+        w=section.w if labels else 0.0,
         guidance_weight=section.guidance_weight if steered else 0.0,
     )
 
@@ -1052,13 +1055,13 @@ def plan_swap(
 
     trials: list[Trial] = []
     for path in dict.fromkeys(policies):
-        first = prepare(path, None, options, device)
-        if trials:
-            check_fit(trials[0].bundle, first.bundle)
         bare = {key: value for key, value in options.items() if key != "candidates"}  # nothing would rank them
-        own = [] if first.guidance is None else [first]
+        none = prepare(path, "none", bare, device)
+        if trials:
+            check_fit(trials[0].bundle, none.bundle)
+        own = [] if none.bundle["guidance"] is None else [prepare(path, None, options, device)]
         named = [prepare(path, name, options, device) for name in dict.fromkeys(guidances)]
-        trials += [*own, prepare(path, "none", bare, device), *(replace(trial, crossed=True) for trial in named)]
+        trials += [*own, none, *(replace(trial, crossed=True) for trial in named)]
     if pairs == "matched" or (pairs is None and count_rollouts(trials) > MANY_ROLLOUTS):
         trials = [replace(trial, crossed=False) for trial in trials]
     return trials
@@ -1421,6 +1424,8 @@ def protocol_line(how: dict[str, Any], members: int) -> str:
         parts.append(f"{how['selection']}{softmax} of {how['candidates']} by {how['guidance']}")
     if how["guidance_weight"] > 0:
         parts.append(f"{how['guidance_weight']:g} x gradient of {how['guidance']}")
+    if how["w"] > 0:
+        parts.append(f"w {how['w']:g}")
     parts.append(f"temperature {how['temperature']:g}")
     if how["step"] is not None:
         early = f"weights of step {how['step']} of {how['steps']} (online selection, if chosen by score)"
@@ -1506,7 +1511,7 @@ def plot_history(path: Path, bundle: Bundle, name: Path) -> None:
     import numpy as np
 
     history, section = bundle["history"], bundle["experiment"][bundle["kind"]]
-    names = [key for key in history[-1] if key != "step"]
+    names = metric_names(history)
     rows = math.ceil(len(names) / 2)
     title = (
         f"{name}: training of {section['algorithm']} {bundle['kind']} on {bundle['environment']['id']}, "
@@ -1603,13 +1608,15 @@ def describe(bundle: Bundle, path: Path) -> Iterator[Table]:
     """What a bundle is: experiment, lineage, data, cost, training history."""
     while bundle is not None:
         section = bundle["experiment"][bundle["kind"]]
+        history = bundle["history"]  # none: the guidance of a joint run, which took the policy's steps
+        steps = section["steps"] if history else bundle["experiment"]["policy"]["steps"]
         data, account = bundle["dataset"], bundle["accounting"]
         table = make_table(f"{path}: {bundle['kind']}", "what", "value")
         facts = {
             "algorithm": section["algorithm"] + (f", {section['scheme']}" if "scheme" in section else ""),
             "experiment": bundle["experiment"]["name"],
             "seeds": ", ".join(map(str, bundle["seeds"])),
-            "steps": f"{bundle['step']} of {section['steps']}" + ("" if bundle["complete"] else " (unfinished)"),
+            "steps": f"{bundle['step']} of {steps}" + ("" if bundle["complete"] else " (unfinished)"),
             "snapshots": "".join(f"@{step}, " for step in bundle["snapshots"]) + "@last",
             "environment": f"{bundle['environment']['id']}, O {bundle['environment']['observation_dim']}, "
             f"A {bundle['environment']['action_dim']}",
@@ -1626,13 +1633,19 @@ def describe(bundle: Bundle, path: Path) -> Iterator[Table]:
             table.add_row(name, text)
         table.columns[1].justify, table.columns[1].no_wrap = "left", False
         yield table
-        history = bundle["history"]
-        names = [name for name in history[-1] if name != "step"]
+        if not history:
+            return
+        names = metric_names(history)
         log = make_table("training history, mean over members", "step", *names)
         for entry in [*history[: -1 : max(1, len(history) // 10)], history[-1]]:
             log.add_row(str(entry["step"]), *(f"{sum(v) / len(v):.4g}" if (v := entry.get(n)) else "-" for n in names))
         yield log
         bundle = bundle["guidance"]
+
+
+def metric_names(history: Sequence[dict[str, Any]]) -> list[str]:
+    """All metrics of a training history; some end or begin with the guidance."""
+    return list(dict.fromkeys(name for entry in history for name in entry if name != "step"))
 
 
 def account_line(account: dict[str, Any]) -> str:
@@ -1756,7 +1769,7 @@ def guidance(
     run = load_experiment(experiment, overrides or [], seeds, device)
     path = out or Path(f"{run.name}-{run.guidance.algorithm}.guidance.pt")
     bundle = train_guidance(run, path, unfinished(path, overwrite, resume), workers, board)
-    if bundle["quality"]["rows"]:
+    if "q_spread_rows" in bundle["quality"]:
         show_table(quality_table(bundle))
     same = [part for override in overrides or [] for part in ("--set", override)] + (
         ["--seeds", seeds] if seeds else []
@@ -1830,6 +1843,8 @@ def evaluate(
     from models import read_bundle
 
     check_picture(plot_file)
+    if describe_only and (curve or json_file):
+        raise MdptError("--describe runs nothing and writes no scores; leave out --curve and --json")
     if video is not None and (curve or describe_only or json_file or plot_file):
         raise MdptError(
             "--video films one episode and does nothing else; leave out --curve, --describe, --json, --plot"

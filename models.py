@@ -615,8 +615,9 @@ class Guidance(nn.Module):
 
     def pick(self, members: Sequence[int]) -> None:
         """Keep the given members, in the given order, repetitions allowed."""
-        for network in (self.online_q, self.target_q, self.value):
-            network.pick(members)
+        for network in self.children():
+            if isinstance(network, Stack):
+                network.pick(members)
 
 
 def implicit_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Policy | None) -> Loss:
@@ -1053,6 +1054,7 @@ def build_guidance(bundle: Bundle, device: torch.device | str) -> Guidance:
     weights = {name: value for name, value in bundle["weights"].items() if not name.startswith("actor.")}
     guidance = _build(Guidance, bundle, device, companion=False)
     guidance.load_state_dict(weights)
+    del guidance.online_q  # its targets speak for it
     return guidance.requires_grad_(False)
 
 

@@ -356,6 +356,34 @@ def test_describe_tells_lineage_and_history_without_running(folder: Path, monkey
     ):
         assert text in out, text
     assert "idql" in run("evaluate toy-idql.guidance.pt --describe").stdout
+    joint = run("evaluate toy-dql-joint.policy.pt --describe").stdout
+    assert joint.count("20 of 20") == 2 and "dql guidance, step 20" in joint  # its guidance took the policy's steps
+    assert fail("evaluate toy-dql.policy.pt --describe --json a.json") == (
+        "--describe runs nothing and writes no scores; leave out --curve and --json"
+    )
+
+
+def test_describe_shows_metrics_that_ended_early(folder: Path) -> None:
+    run("policy toy.toml --guidance toy-idql.guidance.pt --set policy.guidance_until=0.5 --out half.pt")
+    assert "policy_q" in run("evaluate half.pt --describe").stdout
+
+
+def test_labels_that_were_not_trained_do_not_act(folder: Path) -> None:
+    run("policy toy.toml --set policy.scheme=unguided --set policy.algorithm=cfg --out unlabelled.pt")
+    report = scores("unlabelled.pt")
+    assert report["protocol"]["w"] == 0
+    bundle = models.read_bundle(Path("unlabelled.pt"))
+    bundle["weights"]["average.label.weight"][:, 1:] = 1e3
+    models.save_bundle(Path("tampered.pt"), bundle)
+    assert returns(scores("tampered.pt")) == returns(report)
+    assert fail("evaluate unlabelled.pt --w 2") == (
+        "--w 2.0: acts only with a cfg policy that learned from labels, not unguided cfg; leave the option out"
+    )
+
+
+def test_swap_of_an_unguided_policy_may_draw_candidates(folder: Path) -> None:
+    report = swapped("toy-bc-unguided.policy.pt --guidance toy-idql.guidance.pt --candidates 3")
+    assert [cell["protocol"]["candidates"] for cell in report["cells"]] == [1, 3]
 
 
 def swapped(command: str) -> dict[str, Any]:
@@ -614,14 +642,15 @@ def test_collecting_through_the_command_line(tmp_path: Path, monkeypatch: pytest
 def test_frozen_guidance_is_bit_identical_inside_the_policy(trained: Path) -> None:
     for file, guidance in (("toy-dql", "toy-idql"), ("toy-cfg", "toy-idql"), ("toy-edp", "toy-dql")):
         inside = models.read_policy(trained / f"{file}.policy.pt")["guidance"]
-        assert equal(inside, models.read_guidance(trained / f"{guidance}.guidance.pt"))
+        assert equal(inside, models.read_guidance(trained / f"{guidance}.guidance.pt") | {"snapshots": {}})
         assert not any(weight.requires_grad for weight in models.build_guidance(inside, "cpu").parameters())
 
 
 def test_a_joint_policy_serves_as_guidance(folder: Path) -> None:
     run("policy toy.toml --guidance toy-dql-joint.policy.pt --out under-joint.pt")
     joint = models.read_policy(Path("toy-dql-joint.policy.pt"))
-    assert equal(models.read_policy(Path("under-joint.pt"))["guidance"], joint["guidance"])
+    inside = models.read_policy(Path("under-joint.pt"))["guidance"]
+    assert equal(inside, joint["guidance"] | {"snapshots": {}, "training": None})  # what acts, not how it got there
     assert joint["guidance"]["complete"] and list(joint["guidance"]["snapshots"]) == [10, 20]
     assert joint["experiment"]["guidance"]["algorithm"] == "dql"
     assert not any(name.startswith("actor.") for name in joint["guidance"]["weights"])
@@ -982,7 +1011,7 @@ MISTAKES = [  # command, message
     ),
     (
         "evaluate toy-dql.policy.pt --w 2",
-        "--w 2.0: acts only with a cfg policy, not dql; leave the option out",
+        "--w 2.0: acts only with a cfg policy that learned from labels, not guidance-first dql; leave the option out",
     ),
     (
         "evaluate toy-bc-unguided.policy.pt --guide both",
@@ -1002,6 +1031,10 @@ MISTAKES = [  # command, message
     ("evaluate toy-dql.policy.pt --episodes 0", "--episodes 0: should be greater than or equal to 1"),
     ("evaluate toy-dql.policy.pt --selection best", "--selection best: should be 'max' or 'softmax'"),
     ("evaluate toy-dql.policy.pt --temperature -1", "--temperature -1.0: should be greater than or equal to 0"),
+    (
+        "evaluate toy-dql.policy.pt --guidance-weight 1",
+        "--guidance-weight 1.0: acts only with --guide gradient or both; leave the option out",
+    ),
     ("evaluate toy-dql.policy.pt --guide up", "--guide up: should be 'rank', 'gradient' or 'both'"),
     ("evaluate toy-dql.policy.pt --device gpu", "device gpu: expected auto, cpu or cuda"),
     (
