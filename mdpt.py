@@ -1254,7 +1254,9 @@ def begin_swap(trials: Sequence[Trial], file: Path | None, overwrite: bool) -> d
         settings, cells = stored["settings"], stored["cells"]
         changed = [name for name, value in report["settings"].items() if settings.get(name) != value]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise MdptError(f"{file}: exists already and is no swap; choose another name, or --overwrite") from error
+        raise MdptError(
+            f"{file}: exists already and is no swap; choose another name, or --overwrite to replace it"
+        ) from error
     if changed:
         raise MdptError(
             f"{file}: holds a swap with other {', '.join(changed)}; repeat its options to go on, "

@@ -833,7 +833,10 @@ def test_nothing_is_overwritten_unasked(folder: Path) -> None:
         ("policy toy.toml --guidance toy-idql.guidance.pt", f"toy-dql.policy.pt: {complete}"),
         ("evaluate toy-dql.policy.pt --json report.json", f"report.json: {exists}"),
         ("evaluate toy-dql.policy.pt --curve --plot curve.png", f"curve.png: {exists}"),
-        ("swap toy-dql.policy.pt --json report.json", f"report.json: {exists}"),
+        (
+            "swap toy-dql.policy.pt --json report.json",
+            "report.json: exists already and is no swap; choose another name, or --overwrite to replace it",
+        ),
     ):
         assert fail(command) == message
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before

@@ -1099,7 +1099,7 @@ def test_frozen_guidance_is_bit_identical_after_policy_training(algorithm: str, 
     act(policy, guidance, observations, Randomness(SEEDS, "try"), Inference(candidates=4, guidance_weight=1.0))
     after = weights_of(guidance)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    assert {name.split(".")[0] for name in before} == {"online_q", "target_q", "value"}
+    assert {name.split(".")[0] for name in before} == {"target_q", "value"}  # what values need
     assert not any(p.requires_grad or p.grad is not None for p in guidance.parameters())
     changed = [not torch.equal(own[name], value) for name, value in weights_of(policy).items()]
     assert all(changed)
@@ -1268,9 +1268,10 @@ def test_loading_restores_every_weight_and_the_normalizer(tmp_path: Path) -> Non
         build_guidance(read_guidance(tmp_path / "p.pt"), "cpu"),
     )
     for module, saved in ((policy, bundle), (guidance, teacher)):
-        got = weights_of(module)
-        assert got.keys() == saved["weights"].keys()
-        assert all(torch.equal(got[name], value) for name, value in saved["weights"].items())
+        got, kept = weights_of(module), saved["weights"].items()
+        expected = {name: value for name, value in kept if module is policy or not name.startswith("online_q")}
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[name], value) for name, value in expected.items())
         near(module.normalizer(torch.tensor([[[2.5, 0.5, 1.0]]])), [[[1.0, 1.0, 2.0]]])
         for network in (child for child in module.modules() if isinstance(child, models.Stack)):
             network.vector.zero_()
