@@ -1435,10 +1435,18 @@ def protocol_line(how: dict[str, Any], members: int) -> str:
     return ", ".join(parts)
 
 
+def swap_line(report: dict[str, Any]) -> str:
+    """The protocol that the cells of a swap share, in one line."""
+    cell = report["cells"][0]
+    how = cell["protocol"] | {"guidance": "each guidance", "step": None}
+    return protocol_line(how, len({pair["policy_member"] for pair in cell["pairs"]}))
+
+
 # --- pictures and film ---------------------------------------------------------------------------------------------------
 
 INK, SHADE = "black", "0.75"  # pictures read alike in black and white, and by colour-blind people
 MARKERS = "osD^vP*X"
+PICTURES = (".png", ".svg", ".pdf")
 
 
 @contextmanager
@@ -1458,9 +1466,10 @@ def picture(path: Path, title: str, width: float, height: float) -> Iterator[Fig
     say(f"wrote {path}")
 
 
-def check_picture(path: Path | None) -> None:
-    if path is not None and path.suffix not in (".png", ".svg", ".pdf"):
-        raise MdptError(f"--plot {path}: expected a .png, .svg or .pdf file")
+def check_ending(option: str, path: Path | None, endings: Sequence[str]) -> None:
+    if path is not None and path.suffix not in endings:
+        *others, last = endings
+        raise MdptError(f"{option} {path}: expected a {', '.join(others)}{' or ' if others else ''}{last} file")
 
 
 def draw_dataset(axes: Axes, dataset: dict[str, Any]) -> None:
@@ -1539,9 +1548,7 @@ def plot_swap(path: Path, report: dict[str, Any]) -> None:
     guidances = list(dict.fromkeys(guidance for _, guidance in cells))
     scores = {key: np.array([pair["score"] for pair in cell["pairs"]]) for key, cell in cells.items()}
     middle = np.array([[np.median(scores.get((p, g), np.nan)) for g in guidances] for p in policies])
-    how = report["cells"][0]["protocol"] | {"guidance": "each guidance", "step": None}
-    title = protocol_line(how, len({pair["policy_member"] for pair in report["cells"][0]["pairs"]}))
-    with picture(path, title, 3 + 2.4 * len(guidances), 3.4 + 0.6 * len(policies)) as figure:
+    with picture(path, swap_line(report), 3 + 2.4 * len(guidances), 3.4 + 0.6 * len(policies)) as figure:
         matrix, boxes = figure.subplots(1, 2)
         matrix.imshow(middle, cmap="cividis", aspect="auto")
         middling = (np.nanmin(middle) + np.nanmax(middle)) / 2
@@ -1844,15 +1851,14 @@ def evaluate(
     """Score a policy in its environment, its candidates ranked by a guidance."""
     from models import read_bundle
 
-    check_picture(plot_file)
+    check_ending("--plot", plot_file, PICTURES)
     if describe_only and (curve or json_file):
         raise MdptError("--describe runs nothing and writes no scores; leave out --curve and --json")
     if video is not None and (curve or describe_only or json_file or plot_file):
         raise MdptError(
             "--video films one episode and does nothing else; leave out --curve, --describe, --json, --plot"
         )
-    if video is not None and video.suffix != ".gif":
-        raise MdptError(f"--video {video}: expected a .gif file")
+    check_ending("--video", video, [".gif"])
     if member is not None and video is None:
         raise MdptError(f"--member {member}: acts only with --video; leave the option out")
     for file in filter(None, (json_file, plot_file, video)):
@@ -1916,7 +1922,7 @@ def swap(
     """Score every policy member under every guidance member, under none, and under its own."""
     if pairs not in (None, "matched", "all"):
         raise MdptError(f"--pairs {pairs}: expected matched or all")
-    check_picture(plot_file)
+    check_ending("--plot", plot_file, PICTURES)
     if plot_file is not None:
         refuse_to_overwrite(plot_file, overwrite)
     if json_file is not None and not json_file.exists():
@@ -1942,8 +1948,7 @@ def swap(
         show_table(table)
     for line in report["verdicts"]:
         say(line)
-    how = report["cells"][0]["protocol"] | {"guidance": "each guidance", "step": None}
-    say(protocol_line(how, len(trials[0].bundle["seeds"])))
+    say(swap_line(report))
     write_json(json_file, report)
     if plot_file is not None:
         plot_swap(plot_file, report)
