@@ -382,7 +382,7 @@ class Dataset:
     next_observations: Array  # (n, O) float32, raw
     terminals: Array  # (n,) bool
     held_out: HeldOut
-    episode_returns: Array  # (E,) float64, raw, undiscounted, of every complete episode, held-out ones included
+    episode_returns: Array  # (E,) float64, raw, undiscounted, of all whole episodes, held-out ones included
     reward_scale: dict[str, float | str]  # scaled = multiplier * raw + offset
     identity: dict[str, str | int]  # source, name, transitions (rows of the file), hash
     warnings: tuple[str, ...]
@@ -419,15 +419,17 @@ def load_dataset(
     complete = (raw["terminals"] | timeouts)[stops - 1]
     if not complete.any():
         complete[:] = True
-    episode_returns = np.add.reduceat(raw["rewards"].astype(np.float64), starts)[complete]
+    whole = complete
+    if source == "collect":  # ours are cut where a worker's share of the rows is full
+        whole = raw["terminals"][stops - 1] | (stops - starts == spec.max_episode_steps)
+    returns = np.add.reduceat(raw["rewards"].astype(np.float64), starts)
+    episode_returns = returns[whole if whole.any() else complete]
     scale = _reward_scale(reward_scale, episode_returns, spec.max_episode_steps)
     rewards = (raw["rewards"] * float(scale["multiplier"]) + float(scale["offset"])).astype(np.float32)
 
-    chosen = np.zeros(len(starts), dtype=np.bool_)
-    count = min(max(1, round(held_out * complete.sum())), int(complete.sum()) - 1) if held_out > 0 else 0
-    chosen[np.random.default_rng(seed).permutation(np.flatnonzero(complete))[:count]] = True
+    chosen = _choose_episodes(complete, held_out, seed)
     kept = np.repeat(chosen, stops - starts)  # (rows,) held out
-    if held_out > 0 and not count:
+    if held_out > 0 and not chosen.any():
         warnings += (f"{path}: a single episode, so none is held out.",)
 
     actions = scale_actions(raw["actions"], spec)
@@ -448,6 +450,15 @@ def load_dataset(
         identity={"source": source, "name": path.name, "transitions": len(timeouts), "hash": _content_hash(raw)},
         warnings=warnings,
     )
+
+
+def _choose_episodes(complete: Array, fraction: float, seed: int) -> Array:
+    """Which episodes to hold out, (E,) bool: a fraction of the complete ones, one at least, but never all."""
+    chosen = np.zeros(len(complete), dtype=np.bool_)
+    total = int(complete.sum())
+    count = min(max(1, round(fraction * total)), total - 1) if fraction > 0 else 0
+    chosen[np.random.default_rng(seed).permutation(np.flatnonzero(complete))[:count]] = True
+    return chosen
 
 
 def _reward_scale(rule: str | float, returns: Array, max_episode_steps: int) -> dict[str, float | str]:
@@ -761,7 +772,7 @@ def rollout(
     """
     total = members * episodes
     count = max(1, min(workers, total))
-    starts = [int(np.random.SeedSequence([seed, episode]).generate_state(1)[0]) for episode in range(episodes)]
+    starts = [_start(seed, episode) for episode in range(episodes)]
     parts = [slice(first, None, count) for first in range(count)]  # interleaved: every worker serves all members
     observations = np.zeros((total, spec.observation_dim), dtype=np.float32)
     rewards, returns = np.zeros(total), np.zeros(total)
@@ -793,6 +804,11 @@ def rollout(
     return returns.reshape(members, episodes), lengths.reshape(members, episodes)
 
 
+def _start(seed: int, episode: int) -> int:
+    """What an episode's environment is reset with."""
+    return int(np.random.SeedSequence([seed, episode]).generate_state(1)[0])
+
+
 def film_episode(
     act: Callable[[Array], Array], spec: EnvironmentSpec, *, seed: int, every: int
 ) -> Iterator[tuple[int, float, Array]]:
@@ -803,8 +819,7 @@ def film_episode(
 
     Raises: DataError where it cannot.
     """
-    start = int(np.random.SeedSequence([seed, 0]).generate_state(1)[0])
-    with _worker_processes(_Camera, [(spec, start, every)]) as (worker,):
+    with _worker_processes(_Camera, [(spec, _start(seed, 0), every)]) as (worker,):
         total, step, running = 0.0, 0, True
         worker.send(None)
         observation, frame = worker.receive()
@@ -822,7 +837,7 @@ class _Camera:
     """One environment that shows itself."""
 
     def __init__(self, spec: EnvironmentSpec, seed: int, every: int) -> None:
-        self.seed, self.every, self.step = seed, every, 0
+        self.name, self.seed, self.every, self.step = spec.id, seed, every, 0
         try:
             self.environment = _make_environment(spec.id, render_mode="rgb_array")
         except DataError as error:
@@ -842,14 +857,11 @@ class _Camera:
         try:
             frame: Any = self.environment.render()
         except Exception as error:
-            raise DataError(f"{self.name()} cannot be filmed off-screen. {_one_line(error)}") from error
+            raise DataError(f"{self.name} cannot be filmed off-screen. {_one_line(error)}") from error
         if np.ndim(frame) != 3:
             modes = ", ".join(self.environment.metadata.get("render_modes") or ()) or "none"
-            raise DataError(f"{self.name()} cannot be filmed: it needs render mode rgb_array, and has {modes}.")
+            raise DataError(f"{self.name} cannot be filmed: it needs render mode rgb_array, and has {modes}.")
         return np.asarray(frame, dtype=np.uint8)
-
-    def name(self) -> str:
-        return self.environment.spec.id if self.environment.spec else "the environment"
 
 
 def step_seconds(spec: EnvironmentSpec, environments: int = 16, steps: int = 5) -> float:

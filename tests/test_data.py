@@ -476,7 +476,7 @@ def test_collecting_does_not_depend_on_the_workers(
     assert not multiprocessing.active_children()
 
 
-def test_collected_rows(collected: Path) -> None:
+def test_collected_rows(collected: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with h5py.File(collected) as file:
         level, observations = file["infos/level"][()], file["observations"][()]
         assert dict(file.attrs)["environment"] == HOPPER and file.attrs["transitions"] == 1200
@@ -487,9 +487,14 @@ def test_collected_rows(collected: Path) -> None:
         assert ends[[249, 499, 599, 849, 1099, 1199]].all()  # the shards' ends
         assert not (file["terminals"][()] & file["timeouts"][()]).any()
         assert len(np.unique(observations, axis=0)) == 1200
+        falls = file["terminals"][()].sum()  # none of these episodes reaches the time limit
     loaded = load(collected, environment_id=HOPPER, held_out=0.1)
     assert loaded.warnings == () and len(loaded.episode_returns) == ends.sum()
     assert np.abs(loaded.actions).max() == 1
+    monkeypatch.setattr(data, "collect_dataset", lambda *_: collected)
+    ours = load(None, source="collect", environment_id=HOPPER, held_out=0.1, collect=SETTINGS)
+    assert len(ours.episode_returns) == falls < ends.sum()  # an end of a shard is no episode's end
+    assert np.array_equal(ours.observations, loaded.observations)
     assert ends[:600].sum() < ends[600:].sum()  # the better agent's episodes last longer
 
 
