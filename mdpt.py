@@ -14,6 +14,7 @@ import platform
 import shlex
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -1452,8 +1453,6 @@ PICTURES = (".png", ".svg", ".pdf")
 @contextmanager
 def picture(path: Path, title: str, width: float, height: float) -> Iterator[Figure]:
     """A figure under a title, written as PNG, SVG or PDF by the ending of `path`."""
-    import textwrap
-
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -1613,19 +1612,26 @@ def film(trial: Trial, seed: int | None, path: Path) -> None:
     say(f"wrote {path}")
 
 
+NAMED_APART = ("algorithm", "scheme", "steps", "snapshots")  # settings with a line of their own
+
+
 def describe(bundle: Bundle, path: Path) -> Iterator[Table]:
     """What a bundle is: experiment, lineage, data, cost, training history."""
     while bundle is not None:
         section = bundle["experiment"][bundle["kind"]]
         history = bundle["history"]  # none: the guidance of a joint run, which took the policy's steps
-        steps = section["steps"] if history else bundle["experiment"]["policy"]["steps"]
+        pace = section if history else bundle["experiment"]["policy"]
+        settings = section | {"batch_size": pace["batch_size"]}
         data, account = bundle["dataset"], bundle["accounting"]
         table = make_table(f"{path}: {bundle['kind']}", "what", "value")
         facts = {
             "algorithm": section["algorithm"] + (f", {section['scheme']}" if "scheme" in section else ""),
             "experiment": bundle["experiment"]["name"],
             "seeds": ", ".join(map(str, bundle["seeds"])),
-            "steps": f"{bundle['step']} of {steps}" + ("" if bundle["complete"] else " (unfinished)"),
+            "settings": textwrap.fill(
+                ", ".join(f"{key}={settings[key]}" for key in settings if key not in NAMED_APART), 80
+            ),
+            "steps": f"{bundle['step']} of {pace['steps']}" + ("" if bundle["complete"] else " (unfinished)"),
             "snapshots": "".join(f"@{step}, " for step in bundle["snapshots"]) + "@last",
             "environment": f"{bundle['environment']['id']}, O {bundle['environment']['observation_dim']}, "
             f"A {bundle['environment']['action_dim']}",

@@ -348,6 +348,8 @@ def test_describe_tells_lineage_and_history_without_running(folder: Path, monkey
         "dql guidance, step 20, seeds 8, 9",
         "toy-edp.policy.pt: guidance",
         "20 of 20",
+        "eta=1.0",
+        "expectile=0.7",
         "@10, @20",
         "conftest:Gentle-v0",
         models.read_bundle(Path("toy.hdf5").with_name("toy-edp.policy.pt"))["dataset"]["hash"][:16],
@@ -520,6 +522,26 @@ def test_swap_goes_on_where_it_was_cut_short(folder: Path, monkeypatch: pytest.M
     assert fail(f"{command} --json part.json").startswith("part.json: holds a swap with other bundles; ")
     Path("foreign.json").write_text("[]")
     assert fail(f"{command} --json foreign.json").startswith("foreign.json: exists already and is no swap; ")
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_killed_swap_goes_on_to_the_same_file(folder: Path, how: signal.Signals) -> None:
+    command = (
+        "swap toy-dql.policy.pt toy-cfg.policy.pt --guidance toy-idql.guidance.pt --episodes 40 --workers 2 "
+        "--json part.json"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([EXECUTABLE, *shlex.split(command)], env=environment, stdout=subprocess.DEVNULL)
+    deadline, part = time.monotonic() + 120, Path("part.json")
+    while not part.exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(how)
+    assert process.wait(30) == (130 if how == signal.SIGINT else -how)
+    assert 1 <= len(json.loads(part.read_text())["cells"]) < 6
+    subprocess.run([EXECUTABLE, *shlex.split(command)], env=environment, stdout=subprocess.DEVNULL, check=True)
+    whole = command.replace("part", "whole")
+    subprocess.run([EXECUTABLE, *shlex.split(whole)], env=environment, stdout=subprocess.DEVNULL, check=True)
+    assert part.read_bytes() == Path("whole.json").read_bytes()
 
 
 def test_comparisons_agree_with_an_independent_computation() -> None:
