@@ -361,14 +361,17 @@ def train(
             raise MdptError(f"interrupted after step {step + 1} of {steps}; the same command with --resume goes on")
 
 
-def scalar_writer(folder: Path, seeds: Sequence[int]) -> Callable[[dict[str, Any]], None]:
-    """What writes entries of a training history for TensorBoard, a curve for each metric and member."""
+def scalar_writer(folder: Path, seeds: Sequence[int], start: int) -> Callable[[dict[str, Any]], None]:
+    """What writes entries of a training history for TensorBoard, a curve for each metric and member.
+
+    start: what an earlier run left there from this step on is no longer shown.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise MdptError("--tensorboard needs the package tensorboard: pip install 'mdpt[tensorboard]'") from error
     try:
-        writer = SummaryWriter(str(folder))
+        writer = SummaryWriter(str(folder), purge_step=start)
     except OSError as error:
         raise MdptError(f"--tensorboard {folder}: cannot be written ({error.strerror})") from error
 
@@ -595,7 +598,7 @@ def train_bundle(
         kept=f"{out} holds step {bundle['step']}" if resumed else "no snapshot was reached",
     )
     if board is not None:
-        monitor.board = scalar_writer(board / out.stem, bundle["seeds"])
+        monitor.board = scalar_writer(board / out.stem, bundle["seeds"], bundle["step"])
 
     def keep(step: int) -> None:
         if (member := learner.broken_member()) is not None:
@@ -717,7 +720,7 @@ def train_policy(
             check_same_guidance(teacher, resumed, out)
         bundle["guidance"] = teacher | {"snapshots": {}, "training": None}  # what acts, not how it got there
         guidance = build_guidance(teacher, device)
-        pair_members(policy.members, guidance)
+        guidance.pick(pair_members(policy.members, guidance.members))
         frozen.append(guidance)
         if policy.algorithm.labels:
             transitions.label(guidance)
@@ -764,9 +767,13 @@ def check_same_run(bundle: Bundle, resumed: Bundle, out: Path) -> None:
 
 def check_same_guidance(teacher: Bundle, resumed: Bundle, out: Path) -> None:
     """Raises: MdptError where an unfinished policy was begun under a guidance with other weights."""
-    begun, given = resumed["guidance"]["weights"], teacher["weights"]
-    if begun.keys() != given.keys() or any(not begun[name].equal(given[name]) for name in given):
+    if not same_weights(resumed["guidance"], teacher):
         raise MdptError(f"{out}: was begun under another guidance; --resume needs the same, --overwrite begins anew")
+
+
+def same_weights(first: Bundle, second: Bundle) -> bool:
+    ours, theirs = first["weights"], second["weights"]
+    return ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
 
 
 def guidance_quality(guidance: Guidance, dataset: Dataset, discount: float, device: str) -> dict[str, Any]:
@@ -805,31 +812,35 @@ def guidance_quality(guidance: Guidance, dataset: Dataset, discount: float, devi
 
 
 def pair_up(trial: Trial) -> Pairs:
-    """The members of policy and guidance that act together: each with each if crossed, else by position."""
-    policies = range(len(trial.bundle["seeds"]))
+    """The members of policy and guidance that act together: each with each if crossed, else by position.
+
+    Raises: BundleError where their numbers cannot be paired.
+    """
+    from models import pair_members
+
+    members = range(len(trial.bundle["seeds"]))
     if trial.guidance is None:
-        return [(i, None) for i in policies]
+        return [(i, None) for i in members]
     count = len(trial.guidance["seeds"])
-    return [(i, j) for i in policies for j in (range(count) if trial.crossed else [min(i, count - 1)])]
+    if trial.crossed:
+        return list(product(members, range(count)))
+    return list(enumerate(pair_members(len(members), count)))
 
 
-def actor(trial: Trial) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+def actor(trial: Trial, pairs: Pairs) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
     """What chooses actions in a trial: observations (pairs, E, O) -> actions (pairs, E, A).
 
     The noise belongs to the policy's member, so that its pairs differ by guidance alone.
     """
     import torch
 
-    from models import Randomness, act, build_guidance, build_policy, pair_members
+    from models import Randomness, act, build_guidance, build_policy
 
-    pairs = pair_up(trial)
     policy = build_policy(trial.bundle, trial.device)
+    policy.pick([i for i, _ in pairs])
     guidance = None if trial.guidance is None else build_guidance(trial.guidance, trial.device)
-    if guidance is not None and trial.crossed:
-        policy.pick([i for i, _ in pairs])
+    if guidance is not None:
         guidance.pick([j or 0 for _, j in pairs])
-    elif guidance is not None:
-        pair_members(policy.members, guidance)
     seeds = [trial.bundle["seeds"][i] for i, _ in pairs]
     random = Randomness(seeds, f"evaluate {trial.section.seed}", trial.device)
 
@@ -842,63 +853,115 @@ def actor(trial: Trial) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
     return choose
 
 
+AT_ONCE = 150  # rollouts side by side: a PyBullet environment takes 30 MB
+
+
+def slices(trial: Trial) -> list[Pairs]:
+    """A trial's pairs, so many at a time that AT_ONCE rollouts run side by side."""
+    pairs, size = pair_up(trial), max(1, AT_ONCE // trial.section.episodes)
+    return [pairs[first : first + size] for first in range(0, len(pairs), size)]
+
+
 def play(trial: Trial, workers: int, title: str = "evaluate") -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Play a trial's episodes: raw returns and lengths, both (pairs, E)."""
+    import numpy as np
+
     from data import EnvironmentSpec, rollout
 
-    members = len(pair_up(trial))
-    with progress(title, members * trial.section.episodes) as show:
+    episodes, parts = trial.section.episodes, slices(trial)
+
+    def some(pairs: Pairs, before: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         return rollout(
-            actor(trial),
+            actor(trial, pairs),
             EnvironmentSpec(**trial.bundle["environment"]),
-            members=members,
-            episodes=trial.section.episodes,
+            members=len(pairs),
+            episodes=episodes,
             seed=trial.section.seed,
             workers=workers,
-            progress=lambda done, _: show(done, "episodes"),
+            progress=lambda done, _: show(before + done, "episodes"),
         )
+
+    with progress(title, sum(map(len, parts)) * episodes) as show:
+        found = [some(pairs, i * len(parts[0]) * episodes) for i, pairs in enumerate(parts)]
+    returns, lengths = zip(*found, strict=True)
+    return np.concatenate(returns), np.concatenate(lengths)
 
 
 def summarize(scores: NDArray[np.float64]) -> dict[str, Any]:
-    """Statistics over members of their scores (S,), 0 to 100: median, IQR, IQM with a bootstrap 95 % interval, ...
+    """Statistics of scores, 0 to 100: median, IQR, IQM with a bootstrap 95 % interval, mean, standard deviation.
 
+    scores: (S,) of the members of a policy, or (S, K) with K members of a guidance, nan where there is no such pair.
     Source: interquartile mean and interval as in rliable (arXiv 2108.13264); the interval resamples members.
     """
     import numpy as np
     from scipy import stats
 
-    def interquartile_mean(values: NDArray[np.float64], axis: int = -1) -> Any:
-        return stats.trim_mean(values, 0.25, axis=axis)
+    def interquartile_mean(values: NDArray[np.float64]) -> Any:
+        return stats.trim_mean(values, 0.25, axis=-1, nan_policy="omit")
 
+    table = scores.reshape(len(scores), -1)
+    table = table[~np.isnan(table).all(1)]
+    values = table[~np.isnan(table)]
     interval = None
-    if len(scores) > 1:
-        low, high = stats.bootstrap(
-            (scores,), interquartile_mean, vectorized=True, method="percentile", rng=np.random.default_rng(0)
-        ).confidence_interval
-        interval = [float(low), float(high)]
+    if len(table) > 1:
+        interval = bootstrap(table, lambda rows, columns: interquartile_mean(draw(table, rows, columns))).tolist()
     return {
-        "members": len(scores),
-        "median": float(np.median(scores)),
-        "iqr": float(stats.iqr(scores)),
-        "iqm": float(interquartile_mean(scores)),
+        "members": len(table),
+        "median": float(np.median(values)),
+        "iqr": float(stats.iqr(values)),
+        "iqm": float(interquartile_mean(values)),
         "iqm_interval": interval,
-        "mean": float(scores.mean()),
-        "std": float(scores.std(ddof=1)) if len(scores) > 1 else None,
+        "mean": float(values.mean()),
+        "std": float(values.std(ddof=1)) if len(values) > 1 else None,
     }
+
+
+def bootstrap(table: NDArray[np.float64], statistic: Callable[..., Any]) -> NDArray[np.float64]:
+    """95 % percentile bootstrap interval (2, ...) of statistic(rows, columns), for a table of scores (S, K).
+
+    rows (..., S) are members of the policy, drawn with replacement; columns (..., K) likewise of the guidance.
+    """
+    import warnings
+
+    import numpy as np
+    from scipy import stats
+
+    count, width = table.shape
+
+    def of_draws(rows: NDArray[np.int64], *columns: NDArray[np.int64], axis: int) -> Any:
+        return statistic(rows, *columns or [np.zeros(1, dtype=np.int64)])
+
+    with warnings.catch_warnings():  # a draw may hold no pair at all, or one value alone
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found = stats.bootstrap(
+            [np.arange(size) for size in ((count, width) if width > 1 else (count,))],
+            of_draws,
+            vectorized=True,
+            method="percentile",
+            n_resamples=9_999 if width == 1 else 2_000,
+            batch=max(1, 10_000_000 // (count * count * width)),
+            rng=np.random.default_rng(0),
+        )
+    ends: NDArray[np.float64] = np.nanquantile(found.bootstrap_distribution, [0.025, 0.975], axis=-1)
+    return ends
+
+
+def draw(table: NDArray[np.float64], rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The scores of drawn members, (..., S K)."""
+    return table[rows[..., :, None], columns[..., None, :]].reshape(*rows.shape[:-1], -1)
 
 
 def pick_inference(
     run: Experiment, guidance: Bundle | None, options: dict[str, Any]
 ) -> tuple[EvaluationSection, Inference]:
-    """The evaluation section under the command line's options, and what it asks of `act`.
+    """The evaluation section under the options given, and what it asks of `act`.
 
     Without a guidance nothing can be ranked, so one candidate is drawn; asking for more is an error.
     """
     from models import Inference
 
-    given = {key: value for key, value in options.items() if value is not None}
     try:
-        section = EvaluationSection.model_validate(run.evaluation.model_dump() | given)
+        section = EvaluationSection.model_validate(run.evaluation.model_dump() | options)
     except ValidationError as error:
         first = error.errors()[0]
         option = "--" + str(first["loc"][0]).replace("_", "-")
@@ -917,11 +980,11 @@ def pick_inference(
         "w": (labels, f"a cfg policy that learned from labels, not {policy.scheme} {policy.algorithm}"),
     }
     for key, (acts, need) in needs.items():
-        if key in given and not acts and (key, given[key]) not in (("candidates", 1), ("guide", "rank")):
+        if key in options and not acts and (key, options[key]) not in (("candidates", 1), ("guide", "rank")):
             problem = f"acts only with {need}; leave the option out"
             if guidance is None and key != "w":
                 problem = "there is no guidance to choose by; name one with --infer-guidance, or leave the option out"
-            raise MdptError(f"--{key.replace('_', '-')} {given[key]}: {problem}")
+            raise MdptError(f"--{key.replace('_', '-')} {options[key]}: {problem}")
     return section, Inference(
         candidates=section.candidates if ranked else 1,
         selection=section.selection,
@@ -932,6 +995,9 @@ def pick_inference(
     )
 
 
+OWN = "its own"  # the guidance a policy was trained under
+
+
 @dataclass(frozen=True)
 class Trial:
     """A policy bundle, the guidance it acts under, and how: what an evaluation or a cell of a swap needs."""
@@ -939,7 +1005,7 @@ class Trial:
     path: Path
     bundle: Bundle
     guidance: Bundle | None
-    guidance_name: str | None
+    name: str  # of the guidance: its file, OWN or "none"
     section: EvaluationSection
     how: Inference
     device: str
@@ -947,22 +1013,40 @@ class Trial:
     crossed: bool = False  # every member of the policy with every one of the guidance
 
 
-def prepare(path: Path, infer_guidance: str | None, options: dict[str, Any], device: str | None) -> Trial:
+def load_trial(path: Path, infer_guidance: str | None, options: dict[str, Any], device: str | None) -> Trial:
     """Read a policy bundle and the guidance asked for: the one inside it, that of another bundle, or "none"."""
-    from models import check_fit, read_guidance, read_policy
+    from models import read_guidance, read_policy
 
     bundle = read_policy(path)
+    if infer_guidance is None:
+        return prepare(path, bundle, OWN, bundle["guidance"], options, device)
+    teacher = None if infer_guidance == "none" else read_guidance(Path(infer_guidance))
+    return prepare(path, bundle, infer_guidance, teacher, options, device)
+
+
+def prepare(
+    path: Path,
+    bundle: Bundle,
+    name: str,
+    guidance: Bundle | None,
+    options: dict[str, Any],
+    device: str | None,
+    *,
+    crossed: bool = False,
+) -> Trial:
+    """A trial of a policy under a guidance. Raises: MdptError and BundleError where it cannot be run."""
+    from models import check_fit
+
     run = Experiment.model_validate(bundle["experiment"])
-    teacher = bundle["guidance"]
-    name = None if teacher is None else f"its own {teacher['experiment']['guidance']['algorithm']} guidance"
-    if infer_guidance is not None:
-        teacher = None if infer_guidance == "none" else read_guidance(Path(infer_guidance))
-        name = None if teacher is None else infer_guidance
-    section, how = pick_inference(run, teacher, options)
-    warnings = check_fit(bundle, teacher) if teacher is not None else []
+    section, how = pick_inference(run, guidance, options)
+    warnings = check_fit(bundle, guidance) if guidance is not None else []
     for warning in warnings:
         warn(warning)
-    return Trial(path, bundle, teacher, name, section, how, pick_device(device or run.device), warnings)
+    device = pick_device(device or run.device)
+    name = "none" if guidance is None else name
+    trial = Trial(path, bundle, guidance, name, section, how, device, warnings, crossed)
+    pair_up(trial)
+    return trial
 
 
 def evaluate_trial(trial: Trial, workers: int, title: str = "evaluate") -> dict[str, Any]:
@@ -1003,7 +1087,7 @@ def protocol(trial: Trial) -> dict[str, Any]:
         "policy": str(trial.path),
         "step": trial.bundle["step"],
         "steps": trial.bundle["experiment"]["policy"]["steps"],
-        "guidance": trial.guidance_name,
+        "guidance": guidance_name(trial),
         "guide": trial.section.guide,
         **asdict(trial.how),
         "episodes": trial.section.episodes,
@@ -1012,6 +1096,15 @@ def protocol(trial: Trial) -> dict[str, Any]:
         "reference": trial.bundle["reference"],
         "warnings": trial.warnings,
     }
+
+
+def guidance_name(trial: Trial) -> str | None:
+    """The guidance of a trial in the words of a protocol."""
+    if trial.guidance is None:
+        return None
+    return (
+        trial.name if trial.name != OWN else f"{OWN} {trial.guidance['experiment']['guidance']['algorithm']} guidance"
+    )
 
 
 def evaluate_curve(
@@ -1025,7 +1118,7 @@ def evaluate_curve(
         raise MdptError(f"{path}: holds no snapshots yet; go on with `mdpt policy --resume`")
     points = []
     for step in steps:
-        trial = prepare(path.with_name(f"{path.name}@{step}"), infer_guidance, options, device)
+        trial = load_trial(path.with_name(f"{path.name}@{step}"), infer_guidance, options, device)
         points.append(evaluate_trial(trial, workers, f"evaluate @{step}"))
     best = max(points, key=lambda point: point["summary"]["iqm"])
     return {
@@ -1038,34 +1131,61 @@ def evaluate_curve(
 
 # --- swapping ---------------------------------------------------------------------------------------------------
 
-OWN = "its own"  # the guidance a policy was trained under
 MANY_ROLLOUTS = 2_000  # beyond this, members are paired by position unless asked otherwise
 
 
 def plan_swap(
-    policies: Sequence[Path], guidances: Sequence[str], pairs: str | None, options: dict[str, Any], device: str | None
+    policies: Sequence[Path], guidances: Sequence[Path], pairs: str | None, options: dict[str, Any], device: str | None
 ) -> list[Trial]:
     """Every policy under its own guidance, under none, and under each one named; a name twice counts once.
 
-    pairs: "all" crosses the members under a named guidance, "matched" pairs them by position; None crosses them as
-    long as that is at most MANY_ROLLOUTS.
+    guidances: none named means those inside the policies. pairs: "all" crosses the members under a named guidance,
+    "matched" pairs them by position; None crosses them as long as that is at most MANY_ROLLOUTS.
 
-    Raises: BundleError before anything runs if two of the bundles belong to different environments.
+    Raises: MdptError before anything runs, naming the files, if they cannot be put together or compared.
     """
-    from models import check_fit
+    from models import BundleError, read_guidance, read_policy
 
+    bundles = {path: read_policy(path) for path in policies}
+    named: dict[Path, Bundle] = {path: read_guidance(path) for path in guidances}
+    for path, bundle in bundles.items() if not guidances else ():
+        inner = bundle["guidance"]
+        if inner is not None and not any(same_weights(inner, other) for other in named.values()):
+            named[path] = inner
+    if not named:
+        raise MdptError(f"{', '.join(map(str, bundles))}: no guidance inside; name one with --guidance FILE")
+    bare = {key: value for key, value in options.items() if key in ("episodes", "temperature", "seed")}
     trials: list[Trial] = []
-    for path in dict.fromkeys(policies):
-        bare = {key: value for key, value in options.items() if key != "candidates"}  # nothing would rank them
-        none = prepare(path, "none", bare, device)
-        if trials:
-            check_fit(trials[0].bundle, none.bundle)
-        own = [] if none.bundle["guidance"] is None else [prepare(path, None, options, device)]
-        named = [prepare(path, name, options, device) for name in dict.fromkeys(guidances)]
-        trials += [*own, none, *(replace(trial, crossed=True) for trial in named)]
-    if pairs == "matched" or (pairs is None and count_rollouts(trials) > MANY_ROLLOUTS):
-        trials = [replace(trial, crossed=False) for trial in trials]
+    for path, bundle in bundles.items():
+        if bundle["guidance"] is not None:
+            trials.append(prepare(path, bundle, OWN, bundle["guidance"], options, device))
+        trials.append(prepare(path, bundle, "none", None, bare, device))
+        for name, guidance in named.items():
+            try:
+                trial = prepare(path, bundle, str(name), guidance, options, device, crossed=pairs != "matched")
+            except BundleError as error:
+                raise MdptError(f"{path}, {name}: {error}") from error
+            check_comparable(trials, trial)
+            trials.append(trial)
+    if pairs is None and count_rollouts(trials) > MANY_ROLLOUTS:
+        alike = [len(trial.guidance["seeds"]) in (1, len(trial.bundle["seeds"])) for trial in trials if trial.guidance]
+        if all(alike):
+            trials = [replace(trial, crossed=False) for trial in trials]
     return trials
+
+
+def check_comparable(trials: Sequence[Trial], trial: Trial) -> None:
+    """Raises: MdptError where the scores of a trial could not stand beside those of the others."""
+    first = next((other for other in trials if other.guidance is not None), trial)
+    ours, theirs = (
+        other.section.model_dump(exclude={"w"}) | {"reference": list(other.bundle["reference"])}
+        for other in (first, trial)
+    )
+    if differing := [f"{key} {ours[key]} against {theirs[key]}" for key in ours if ours[key] != theirs[key]]:
+        raise MdptError(
+            f"{first.path} and {trial.path} are not tried alike: {'; '.join(differing)}; "
+            "evaluate them apart, or give the options that make them equal"
+        )
 
 
 def count_rollouts(trials: Sequence[Trial]) -> int:
@@ -1078,13 +1198,12 @@ def play_cell(trial: Trial, workers: int, title: str) -> dict[str, Any]:
 
     returns, lengths = play(trial, workers, title)
     scores = normalized_score(returns.mean(1), trial.bundle["reference"])
-    teacher, inner = trial.guidance, trial.bundle["guidance"]
+    teacher = trial.guidance
     return {
         "policy": str(trial.path),
-        "guidance": trial_name(trial),
+        "guidance": trial.name,
         "algorithm": trial.bundle["experiment"]["policy"]["algorithm"],
         "guidance_algorithm": None if teacher is None else teacher["experiment"]["guidance"]["algorithm"],
-        "own_algorithm": None if inner is None else inner["experiment"]["guidance"]["algorithm"],
         "warnings": trial.warnings,
         "protocol": protocol(trial),
         "pairs": [
@@ -1101,50 +1220,40 @@ def play_cell(trial: Trial, workers: int, title: str) -> dict[str, Any]:
     }
 
 
-def trial_name(trial: Trial) -> str:
-    """The guidance of a trial as reports name it."""
-    if trial.guidance is None:
-        return "none"
-    return OWN if trial.guidance is trial.bundle["guidance"] else str(trial.guidance_name)
-
-
 def compare(own: NDArray[np.float64], swapped: NDArray[np.float64]) -> dict[str, Any]:
     """How scores change against those under the guidance of training.
 
     own: (S,), the baseline of each policy member. swapped: (S, K), that member's scores under other guidance members,
     nan where there is none. Changes of median, IQR and standard deviation are swapped minus own, in points of score;
     iqr_percent is 100 (IQR swapped - IQR own) / IQR own; improvement is the probability that a swapped score beats an
-    own one, ties counting half (arXiv 2108.13264). Intervals are 95 % percentile bootstrap over policy members, whose
-    own and swapped scores are drawn together.
+    own one, ties counting half (arXiv 2108.13264). Intervals as in `bootstrap`; a policy member's own and swapped
+    scores are drawn together.
     """
     import numpy as np
     from scipy import stats
 
-    def changes(members: NDArray[np.int64], axis: int = -1) -> NDArray[np.float64]:
-        mine, other = own[members], swapped[members].reshape(*members.shape[:-1], -1)
+    def changes(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float64]:
+        mine, other = own[rows], draw(swapped, rows, columns)
         wins = (np.sign(other[..., :, None] - mine[..., None, :]) + 1) / 2
-        spread = np.nanpercentile(other, 75, axis=-1) - np.nanpercentile(other, 25, axis=-1)
+        low, high = np.nanpercentile(other, [25, 75], axis=-1)
         return np.stack(
             [
                 np.nanmedian(other, axis=-1) - np.median(mine, axis=-1),
-                spread - stats.iqr(mine, axis=-1),
+                high - low - stats.iqr(mine, axis=-1),
                 np.nanstd(other, axis=-1, ddof=1) - np.std(mine, axis=-1, ddof=1),
                 np.nanmean(wins, axis=(-2, -1)),
             ]
         )
 
-    names, members = ("median", "iqr", "std", "improvement"), np.arange(len(own))
     if len(own) < 2:
         return {"median": float(np.nanmedian(swapped) - own[0])}
-    interval = stats.bootstrap(
-        (members,), changes, vectorized=True, method="percentile", n_resamples=2_000, rng=np.random.default_rng(0)
-    ).confidence_interval
-    found = dict(zip(names, changes(members).tolist(), strict=True))
+    names = ("median", "iqr", "std", "improvement")
+    found = dict(zip(names, changes(*map(np.arange, swapped.shape)).tolist(), strict=True))
     base = float(stats.iqr(own))
     return {
         **found,
         "iqr_percent": 100 * found["iqr"] / base if base > 0 else None,
-        "intervals": dict(zip(names, np.stack([interval.low, interval.high], axis=1).tolist(), strict=True)),
+        "intervals": dict(zip(names, bootstrap(swapped, changes).T.tolist(), strict=True)),
     }
 
 
@@ -1156,28 +1265,39 @@ def judge_swap(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     import numpy as np
 
-    baselines: dict[str, NDArray[np.float64]] = {}
-    for cell in sorted(cells, key=lambda cell: cell["guidance"] != OWN):  # own first; none stays where there is no own
-        if cell["guidance"] in (OWN, "none"):
-            baselines.setdefault(cell["policy"], np.array([pair["score"] for pair in cell["pairs"]]))
+    baselines = {cell["policy"]: cell for name in ("none", OWN) for cell in cells if cell["guidance"] == name}
     found = []
     for cell in cells:
-        own = baselines[cell["policy"]]
+        baseline = baselines[cell["policy"]]
+        own = np.array([pair["score"] for pair in baseline["pairs"]])
         for group, pairs in seed_groups(cell["pairs"]).items():
-            by_member = [[pair["score"] for pair in pairs if pair["policy_member"] == i] for i in range(len(own))]
-            table = np.full((len(own), max(map(len, by_member))), np.nan)
-            for i, scores in enumerate(by_member):
-                table[i, : len(scores)] = scores
-            complete = all(by_member)  # every policy member has a pair in this group
+            table = tabulate(pairs, len(own))
+            complete = cell is not baseline and not np.isnan(table).all(1).any()  # every policy member has a pair
             found.append(
                 {
                     **{key: cell[key] for key in ("policy", "guidance", "warnings")},
-                    "pairs": group,
-                    "summary": summarize(table[~np.isnan(table)]),
-                    "change": compare(own, table) if complete and cell["guidance"] != OWN else None,
+                    "seeds": group,
+                    "pairs": len(pairs),
+                    "summary": summarize(table),
+                    "change": compare(own, table) if complete else None,
                 }
             )
     return found
+
+
+def tabulate(pairs: Sequence[dict[str, Any]], members: int) -> NDArray[np.float64]:
+    """Scores by policy member and guidance seed, (S, K), nan where there is no such pair.
+
+    Where members are paired one to one, K = 1: they are drawn as pairs, not apart.
+    """
+    import numpy as np
+
+    columns = list(dict.fromkeys(pair["guidance_seed"] for pair in pairs))
+    table = np.full((members, len(columns)), np.nan)
+    for pair in pairs:
+        table[pair["policy_member"], columns.index(pair["guidance_seed"])] = pair["score"]
+    known = ~np.isnan(table)
+    return table if known.sum(1).max() > 1 else np.where(known.any(1), np.nansum(table, 1), np.nan)[:, None]
 
 
 def seed_groups(pairs: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -1192,7 +1312,7 @@ def judge_algorithms(cells: Sequence[dict[str, Any]]) -> list[str]:
     """For each policy under a guidance of another algorithm than its own: how it compares with the stronger of the two.
 
     The two are the policy under its own guidance, and the best other policy here whose own guidance is of the
-    swapped-in algorithm.
+    swapped-in algorithm; where there is none, the policy's own guidance is all there is to compare with.
     """
     import numpy as np
 
@@ -1203,20 +1323,22 @@ def judge_algorithms(cells: Sequence[dict[str, Any]]) -> list[str]:
     lines = []
     for cell in cells:
         algorithm, mine = cell["guidance_algorithm"], home.get(cell["policy"])
-        others = [other for other in home.values() if other["guidance_algorithm"] == algorithm]
-        if mine is None or not others or algorithm in (None, mine["guidance_algorithm"]):
+        if mine is None or algorithm in (None, mine["guidance_algorithm"]):
             continue
-        stronger = max([mine, max(others, key=median)], key=median)
+        others = [other for other in home.values() if other["guidance_algorithm"] == algorithm]
+        stronger = max([mine, *others], key=median)
         value, best = median(cell), median(stronger)
+        against = "the stronger of the two" if others else f"itself alone (no policy here grew under {algorithm})"
         lines.append(
-            f"{cell['policy']} under {cell['guidance']} ({algorithm}): median {value:.1f}, compared with the stronger "
-            f"of the two, {stronger['policy']} under its own guidance: {best:.1f} ({value - best:+.1f})"
+            f"{cell['policy']} under {cell['guidance']} ({algorithm}){' *' if cell['warnings'] else ''}: median "
+            f"{value:.1f}, compared with {against}, {stronger['policy']} under its own guidance: {best:.1f} "
+            f"({value - best:+.1f})"
         )
     return lines
 
 
 def estimate_seconds(trials: Sequence[Trial], workers: int) -> float:
-    """How long the trials take at most, if every episode runs its full length: a few steps of each are timed."""
+    """How long the trials take if every episode runs its full length: a few steps of each are timed."""
     import numpy as np
 
     from data import EnvironmentSpec, step_seconds
@@ -1224,12 +1346,14 @@ def estimate_seconds(trials: Sequence[Trial], workers: int) -> float:
     spec = EnvironmentSpec(**trials[0].bundle["environment"])
     each, seconds = step_seconds(spec), 0.0
     for trial in trials:
-        choose, rows = actor(trial), len(pair_up(trial))
+        parts = slices(trial)
+        choose, rows = actor(trial, parts[0]), len(parts[0])
         observations = np.zeros((rows, trial.section.episodes, spec.observation_dim), dtype=np.float32)
         choose(observations)  # the first call is slower
         began = time.perf_counter()
         choose(observations)
-        seconds += time.perf_counter() - began + each * math.ceil(rows * trial.section.episodes / workers)
+        once = time.perf_counter() - began + each * math.ceil(rows * trial.section.episodes / workers)
+        seconds += once * sum(map(len, parts)) / rows
     return spec.max_episode_steps * seconds
 
 
@@ -1241,7 +1365,7 @@ def begin_swap(trials: Sequence[Trial], file: Path | None, overwrite: bool) -> d
     report: dict[str, Any] = {
         "settings": {
             "bundles": {name: digest(Path(name)) for name in sorted(bundle_files(trials))},
-            "cells": [[str(trial.path), trial_name(trial), trial.crossed] for trial in trials],
+            "cells": [[str(trial.path), trial.name, trial.crossed] for trial in trials],
             "evaluation": [trial.section.model_dump() for trial in trials],
             "device": trials[0].device,
             "version": version(),
@@ -1268,7 +1392,7 @@ def begin_swap(trials: Sequence[Trial], file: Path | None, overwrite: bool) -> d
 
 def bundle_files(trials: Sequence[Trial]) -> set[str]:
     """The files, without @STEP, that a swap reads."""
-    names = {str(trial.path) for trial in trials} | {trial_name(trial) for trial in trials} - {OWN, "none"}
+    names = {str(trial.path) for trial in trials} | {trial.name for trial in trials} - {OWN, "none"}
     return {name if Path(name).exists() else name.rpartition("@")[0] for name in names}
 
 
@@ -1376,21 +1500,27 @@ def swap_tables(report: dict[str, Any]) -> Iterator[Table]:
     columns = ("median, 95 %", "IQR, 95 %", "IQR in %", "std, 95 %", "P(better), 95 %")
     changes = make_table("change against the policy's own guidance (or none)", "policy", "guidance", "seeds", *columns)
     for entry in report["summary"]:
-        name = [entry["policy"], entry["guidance"] + (" *" if entry["warnings"] else ""), entry["pairs"]]
-        scores.add_row(*name, str(entry["summary"]["members"]), *summary_cells(entry["summary"]).values())
-        if (change := entry["change"]) and "intervals" in change:
-            cells = {
-                key: f"{change[key]:+.1f} ({low:+.1f} .. {high:+.1f})"
-                for key, (low, high) in change["intervals"].items()
-            }
-            low, high = change["intervals"]["improvement"]
-            better = f"{change['improvement']:.2f} ({low:.2f} .. {high:.2f})"
-            percent = "-" if change["iqr_percent"] is None else f"{change['iqr_percent']:+.0f} %"
-            changes.add_row(*name, cells["median"], cells["iqr"], percent, cells["std"], better)
+        name = [entry["policy"], entry["guidance"] + (" *" if entry["warnings"] else ""), entry["seeds"]]
+        scores.add_row(*name, str(entry["pairs"]), *summary_cells(entry["summary"]).values())
+        if (change := entry["change"]) is not None:
+            changes.add_row(*name, *change_cells(change))
     if any(entry["warnings"] for entry in report["summary"]):
         scores.caption = "* this guidance saw other data than the policy: the paper's guarantee does not hold there"
     yield scores
     yield changes
+
+
+def change_cells(change: dict[str, Any]) -> list[str]:
+    """A row of the table of changes; a single member has neither spread nor interval."""
+    if "intervals" not in change:
+        return [f"{change['median']:+.1f}", "-", "-", "-", "-"]
+    cells = {
+        key: f"{change[key]:{form}} ({low:{form}} .. {high:{form}})"
+        for key, (low, high) in change["intervals"].items()
+        for form in [".2f" if key == "improvement" else "+.1f"]
+    }
+    percent = "-" if change["iqr_percent"] is None else f"{change['iqr_percent']:+.0f} %"
+    return [cells["median"], cells["iqr"], percent, cells["std"], cells["improvement"]]
 
 
 def member_table(cell: dict[str, Any]) -> Table:
@@ -1417,7 +1547,7 @@ def summary_cells(summary: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def protocol_line(how: dict[str, Any], members: int) -> str:
+def protocol_line(how: dict[str, Any], members: int | str) -> str:
     """The protocol of an evaluation in one line."""
     parts = [f"{how['environment']}, {members} members x {how['episodes']} episodes, seed {how['seed']}"]
     if how["guidance"] is None:
@@ -1437,10 +1567,11 @@ def protocol_line(how: dict[str, Any], members: int) -> str:
 
 
 def swap_line(report: dict[str, Any]) -> str:
-    """The protocol that the cells of a swap share, in one line."""
-    cell = report["cells"][0]
-    how = cell["protocol"] | {"guidance": "each guidance", "step": None}
-    return protocol_line(how, len({pair["policy_member"] for pair in cell["pairs"]}))
+    """The protocol that the guided cells of a swap share, in one line."""
+    cells = [cell for cell in report["cells"] if cell["guidance"] != "none"]
+    how = cells[0]["protocol"] | {"guidance": "each guidance", "step": None, "w": 0}
+    members = {len({pair["policy_member"] for pair in cell["pairs"]}) for cell in cells}
+    return protocol_line(how, " or ".join(map(str, sorted(members))))
 
 
 # --- pictures and film ---------------------------------------------------------------------------------------------------
@@ -1559,7 +1690,8 @@ def plot_swap(path: Path, report: dict[str, Any]) -> None:
                 matrix.text(column, row, text, ha="center", va="center", fontsize=8, color="black" if ink else "white")
         matrix.set_xticks(range(len(guidances)), guidances, rotation=20, ha="right", fontsize=7)
         matrix.set_yticks(range(len(policies)), policies, fontsize=7)
-        matrix.set_title("median score (IQR) by policy and guidance", fontsize=8)
+        star = "; *: other data" if any(cell["warnings"] for cell in report["cells"]) else ""
+        matrix.set_title(f"median score (IQR) by policy and guidance{star}", fontsize=8)
         wide = 0.8 / len(policies)
         for (row, p), (column, g) in product(enumerate(policies), enumerate(guidances)):
             if (values := scores.get((p, g))) is not None:
@@ -1567,12 +1699,12 @@ def plot_swap(path: Path, report: dict[str, Any]) -> None:
                 boxes.boxplot(values, positions=[x], widths=wide * 0.8, showfliers=False, medianprops={"color": INK})
                 spread = x + np.linspace(-0.25, 0.25, len(values)) * wide
                 marker = MARKERS[row % len(MARKERS)]
-                label = p if g == guidances[0] or (p, guidances[0]) not in scores and g == guidances[1] else None
+                label = p if g == "none" else None
                 boxes.plot(spread, values, marker, color="0.4", markersize=3, markerfacecolor="white", label=label)
         boxes.set_xticks(range(len(guidances)), guidances, rotation=20, ha="right", fontsize=7)
         boxes.set_title("score of every pair of members", fontsize=8)
         boxes.set(ylabel="normalized score")
-        boxes.legend(frameon=False, fontsize=7)
+        figure.legend(loc="outside lower center", ncols=len(policies), frameon=False, fontsize=7)
 
 
 FRAME_EVERY = 3  # steps: at the 60 per second of PyBullet, 20 frames per second
@@ -1589,7 +1721,7 @@ def film(trial: Trial, seed: int | None, path: Path) -> None:
     if seed is not None and seed not in seeds:
         raise MdptError(f"--member {seed}: the seeds in {trial.path} are {', '.join(map(str, seeds))}")
     member = 0 if seed is None else seeds.index(seed)
-    choose, spec = actor(trial), EnvironmentSpec(**trial.bundle["environment"])
+    choose, spec = actor(trial, pair_up(trial)), EnvironmentSpec(**trial.bundle["environment"])
 
     def act(observation: NDArray[np.float32]) -> NDArray[np.float32]:
         actions: NDArray[np.float32] = choose(np.tile(observation, (len(seeds), 1, 1)))[member, 0]
@@ -1831,6 +1963,7 @@ def policy(
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="policy bundle; with --describe also a guidance bundle")],
     infer_guidance: Annotated[
         str | None, typer.Option(help="bundle whose guidance ranks, or none; default: the one inside the policy's")
@@ -1858,8 +1991,11 @@ def evaluate(
     from models import read_bundle
 
     check_ending("--plot", plot_file, PICTURES)
-    if describe_only and (curve or json_file):
-        raise MdptError("--describe runs nothing and writes no scores; leave out --curve and --json")
+    options = given_options(context)
+    if describe_only and (curve or json_file or infer_guidance or options):
+        raise MdptError("--describe runs nothing and writes no scores; it goes with --plot alone")
+    if video is not None and "episodes" in options:
+        raise MdptError("--video films one episode; leave out --episodes")
     if video is not None and (curve or describe_only or json_file or plot_file):
         raise MdptError(
             "--video films one episode and does nothing else; leave out --curve, --describe, --json, --plot"
@@ -1876,26 +2012,15 @@ def evaluate(
         if plot_file is not None:
             plot_history(plot_file, described, bundle)
         return
-    options = {
-        "episodes": episodes,
-        "candidates": candidates,
-        "selection": selection,
-        "weight_temperature": weight_temperature,
-        "temperature": temperature,
-        "w": w,
-        "guide": guide,
-        "guidance_weight": guidance_weight,
-        "seed": seed,
-    }
     if video is not None:
-        film(prepare(bundle, infer_guidance, options, device), member, video)
+        film(load_trial(bundle, infer_guidance, options, device), member, video)
         return
     if curve:
         report = evaluate_curve(bundle, infer_guidance, options, device, workers)
         show_table(curve_table(report))
         members = report["curve"][0]["summary"]["members"]
     else:
-        report = evaluate_trial(prepare(bundle, infer_guidance, options, device), workers)
+        report = evaluate_trial(load_trial(bundle, infer_guidance, options, device), workers)
         show_table(score_table(report))
         members = report["summary"]["members"]
     say(protocol_line(report["protocol"], members))
@@ -1907,9 +2032,10 @@ def evaluate(
 
 @app.command()
 def swap(
+    context: typer.Context,
     policies: Annotated[list[Path], typer.Argument(help="policy bundles")],
     guidances: Annotated[
-        list[str] | None,
+        list[Path] | None,
         typer.Option("--guidance", help="bundle whose guidance ranks, repeatable; default: those inside the policies"),
     ] = None,
     pairs: Annotated[
@@ -1918,6 +2044,11 @@ def swap(
     ] = None,
     episodes: Episodes = None,
     candidates: Candidates = None,
+    selection: Selection = None,
+    weight_temperature: WeightTemperature = None,
+    temperature: Temperature = None,
+    guide: Guide = None,
+    guidance_weight: GuidanceWeight = None,
     seed: EvaluationSeed = None,
     device: Device = None,
     json_file: Json = None,
@@ -1933,14 +2064,17 @@ def swap(
         refuse_to_overwrite(plot_file, overwrite)
     if json_file is not None and not json_file.exists():
         refuse_to_overwrite(json_file, overwrite)
-    options = {"episodes": episodes, "candidates": candidates, "seed": seed}
-    trials = plan_swap(policies, guidances or [str(path) for path in policies], pairs, options, device)
+    trials = plan_swap(policies, guidances or [], pairs, given_options(context), device)
     report = begin_swap(trials, json_file, overwrite)
     left = trials[len(report["cells"]) :]
     if left:
         kind = "each member with each" if any(trial.crossed for trial in trials) else "members paired by position"
+        many = f" (each with each: more than {MANY_ROLLOUTS}, for --pairs all)" if pairs is None else ""
         minutes = estimate_seconds(left, workers) / 60
-        say(f"{len(left)} cells, {kind}: {count_rollouts(left)} rollouts, at most {minutes:.1f} min")
+        say(
+            f"{len(left)} cells, {kind}{'' if 'each' in kind else many}: {count_rollouts(left)} rollouts, "
+            f"about {minutes:.1f} min if every episode runs its full length"
+        )
     for trial in left:
         title = f"cell {len(report['cells']) + 1}/{len(trials)}"
         report["cells"].append(play_cell(trial, workers, title))
@@ -1958,6 +2092,12 @@ def swap(
     write_json(json_file, report)
     if plot_file is not None:
         plot_swap(plot_file, report)
+
+
+def given_options(context: typer.Context) -> dict[str, Any]:
+    """The fields of [evaluation] given on the command line, which has an option of the same name for each."""
+    given = {key: context.params.get(key) for key in EvaluationSection.model_fields}
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def unfinished(path: Path, overwrite: bool, resume: bool) -> Bundle | None:

@@ -1035,18 +1035,17 @@ def check_fit(first: Bundle, second: Bundle) -> list[str]:
     return []
 
 
-def pair_members(policy_members: int, guidance: Guidance) -> None:
-    """Pair guidance members with policy members by position; one guidance member serves all.
+def pair_members(policies: int, guidances: int) -> list[int]:
+    """The guidance member that goes with each policy member: by position; one guidance member serves all.
 
     Raises: BundleError for any other difference in number, naming both.
     """
-    if guidance.members == 1:
-        guidance.pick([0] * policy_members)
-    if guidance.members != policy_members:
+    if guidances not in (1, policies):
         raise BundleError(
-            f"{policy_members} policy members cannot be paired with {guidance.members} guidance members; "
+            f"{policies} policy members cannot be paired with {guidances} guidance members; "
             "use the same number, or a guidance with one member"
         )
+    return list(range(policies)) if guidances > 1 else [0] * policies
 
 
 def build_guidance(bundle: Bundle, device: torch.device | str) -> Guidance:

@@ -361,7 +361,7 @@ def test_describe_tells_lineage_and_history_without_running(folder: Path, monkey
     joint = run("evaluate toy-dql-joint.policy.pt --describe").stdout
     assert joint.count("20 of 20") == 2 and "dql guidance, step 20" in joint  # its guidance took the policy's steps
     assert fail("evaluate toy-dql.policy.pt --describe --json a.json") == (
-        "--describe runs nothing and writes no scores; leave out --curve and --json"
+        "--describe runs nothing and writes no scores; it goes with --plot alone"
     )
 
 
@@ -407,7 +407,7 @@ def test_swap_crosses_all_members(folder: Path) -> None:
     own, none, same, three = report["cells"]
     assert [cell["guidance"] for cell in report["cells"]] == ["its own", "none", "toy-idql.guidance.pt", "three.pt"]
     assert [len(cell["pairs"]) for cell in report["cells"]] == [2, 2, 4, 6]
-    assert "4 cells, each member with each: 42 rollouts, at most " in result.stdout
+    assert "4 cells, each member with each: 42 rollouts, about " in result.stdout
     seeds = [(pair["policy_seed"], pair["guidance_seed"]) for pair in three["pairs"]]
     assert seeds == [(i, j) for i in (0, 1) for j in (1, 2, 3)]
     for pair in three["pairs"]:
@@ -415,7 +415,7 @@ def test_swap_crosses_all_members(folder: Path) -> None:
     for evaluated, cell in (("", own), (" --infer-guidance none", none)):  # the rollouts of `evaluate`
         assert returns(scores(f"toy-dql.policy.pt{evaluated}")) == [pair["returns"] for pair in cell["pairs"]]
     assert pair_scores(own) == pytest.approx([pair_scores(same)[0], pair_scores(same)[3]], abs=1e-6)
-    groups = [(entry["guidance"], entry["pairs"], entry["summary"]["members"]) for entry in report["summary"]]
+    groups = [(entry["guidance"], entry["seeds"], entry["pairs"]) for entry in report["summary"]]
     assert groups == [
         ("its own", "same seed", 2),
         ("none", "all", 2),
@@ -426,7 +426,7 @@ def test_swap_crosses_all_members(folder: Path) -> None:
         (row,) = [
             line
             for line in result.stdout.splitlines()
-            if re.search(rf"{entry['guidance']} │ +{entry['pairs']} │ +{entry['summary']['members']} │", line)
+            if re.search(rf"{entry['guidance']} │ +{entry['seeds']} │ +{entry['pairs']} │", line)
         ]
         assert all(f" {entry['summary'][key]:.1f} " in row for key in ("median", "iqr", "iqm", "mean")), row
     assert "…" not in result.stdout
@@ -442,7 +442,7 @@ def test_swap_compares_with_the_guidance_of_training(folder: Path) -> None:
     for entry in report["summary"]:
         baseline = np.array(cells[entry["policy"], "its own" if entry["policy"] == dql else "none"])
         values = np.array(cells[entry["policy"], entry["guidance"]])
-        if entry["guidance"] == "its own":
+        if entry["guidance"] == "its own" or (entry["policy"], entry["guidance"]) == (bc, "none"):
             assert entry["change"] is None
             continue
         change = entry["change"]
@@ -457,17 +457,62 @@ def test_swap_pairs_members_by_position(folder: Path, monkeypatch: pytest.Monkey
     assert [(p["policy_seed"], p["guidance_seed"]) for p in report["cells"][2]["pairs"]] == [(0, 0), (1, 1)]
     monkeypatch.setattr(mdpt, "MANY_ROLLOUTS", 7)  # 2 + 2 + 4 pairs are more
     out = run("swap toy-dql.policy.pt --guidance toy-idql.guidance.pt --episodes 1 --workers 1").stdout
-    assert "3 cells, members paired by position: 6 rollouts" in out
+    assert "3 cells, members paired by position (each with each: more than 7, for --pairs all): 6 rollouts" in out
+    run("guidance toy.toml --seeds 1,2,3 --out three.pt")  # these can only be crossed
+    out = run("swap toy-dql.policy.pt --guidance three.pt --episodes 1 --workers 1").stdout
+    assert "3 cells, each with each: 10 rollouts" in out.replace("each member with each", "each with each")
+    assert fail("swap toy-dql.policy.pt --guidance three.pt --pairs matched") == (
+        "toy-dql.policy.pt, three.pt: 2 policy members cannot be paired with 3 guidance members; "
+        "use the same number, or a guidance with one member"
+    )
 
 
 def test_swap_takes_the_policies_own_guidance_by_default(folder: Path) -> None:
-    report = swapped("toy-dql.policy.pt toy-cfg.policy.pt --episodes 1 --candidates 2 --seed 3")
-    files = ["toy-dql.policy.pt", "toy-cfg.policy.pt"]
+    # the first has none, the third the same as the second
+    files = ["toy-bc-unguided.policy.pt", "toy-dql.policy.pt", "toy-cfg.policy.pt", "toy-edp.policy.pt"]
+    report = swapped(f"{' '.join(files)} --episodes 1 --candidates 2 --seed 3")
     names = [(cell["policy"], cell["guidance"]) for cell in report["cells"]]
-    assert names == [(policy, guidance) for policy in files for guidance in ("its own", "none", *files)]
+    others = [("its own", "none", files[1], files[3])] * 3
+    guidances = [("none", files[1], files[3]), *others]
+    assert names == [(policy, guidance) for policy, row in zip(files, guidances, strict=True) for guidance in row]
     for cell in report["cells"]:
         expected = {"episodes": 1, "candidates": 1 if cell["guidance"] == "none" else 2, "seed": 3}
         assert {key: cell["protocol"][key] for key in expected} == expected
+
+
+def test_swap_tells_the_protocol_of_its_guided_cells(folder: Path) -> None:
+    out = run("swap toy-bc-unguided.policy.pt --guidance toy-idql.guidance.pt --workers 1").stdout
+    assert out.splitlines()[-1] == (
+        "conftest:Gentle-v0, 2 members x 3 episodes, seed 0, max of 4 by each guidance, temperature 1"
+    )
+    out = run(
+        "swap toy-dql.policy.pt --guidance toy-idql.guidance.pt --guide gradient --guidance-weight 2 --workers 1"
+    ).stdout
+    assert "seed 0, 2 x gradient of each guidance, temperature 1" in out.splitlines()[-1]
+
+
+def test_swap_refuses_policies_tried_differently(folder: Path) -> None:
+    guidance = "--guidance toy-idql.guidance.pt"
+    run(f"policy toy.toml {guidance} --set evaluation.candidates=7 --set evaluation.w=3 --out seven.pt")
+    text = "toy-dql.policy.pt and seven.pt are not tried alike: candidates 4 against 7; "
+    assert fail(f"swap toy-dql.policy.pt seven.pt {guidance}") == (
+        f"{text}evaluate them apart, or give the options that make them equal"
+    )
+    report = swapped(f"toy-dql.policy.pt seven.pt {guidance} --candidates 2 --episodes 1")
+    assert {cell["protocol"]["candidates"] for cell in report["cells"] if cell["guidance"] != "none"} == {2}
+    run(f"policy toy.toml {guidance} --set data.reference=[0,1] --out other.pt")
+    assert "reference [10.0, 110.0] against [0.0, 1.0]" in fail(f"swap toy-dql.policy.pt other.pt {guidance}")
+
+
+def test_many_rollouts_are_played_in_slices(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = "toy-dql.policy.pt --guidance toy-idql.guidance.pt --episodes 2"
+    whole = swapped(command)
+    Path("swap.json").unlink()
+    monkeypatch.setattr(mdpt, "AT_ONCE", 5)  # two pairs at a time
+    parts = swapped(command)
+    for one, other in zip(whole["cells"], parts["cells"], strict=True):
+        assert pair_scores(one) == pytest.approx(pair_scores(other), abs=1e-4)
+        assert [pair["guidance_seed"] for pair in one["pairs"]] == [pair["guidance_seed"] for pair in other["pairs"]]
 
 
 def test_swap_judges_a_foreign_algorithm_by_the_stronger_of_the_two(folder: Path) -> None:
@@ -526,10 +571,7 @@ def test_swap_goes_on_where_it_was_cut_short(folder: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_swap_goes_on_to_the_same_file(folder: Path, how: signal.Signals) -> None:
-    command = (
-        "swap toy-dql.policy.pt toy-cfg.policy.pt --guidance toy-idql.guidance.pt --episodes 40 --workers 2 "
-        "--json part.json"
-    )
+    command = "swap toy-dql.policy.pt --guidance toy-idql.guidance.pt --episodes 40 --workers 1 --json part.json"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([EXECUTABLE, *shlex.split(command)], env=environment, stdout=subprocess.DEVNULL)
     deadline, part = time.monotonic() + 120, Path("part.json")
@@ -537,10 +579,9 @@ def test_a_killed_swap_goes_on_to_the_same_file(folder: Path, how: signal.Signal
         time.sleep(0.002)
     process.send_signal(how)
     assert process.wait(30) == (130 if how == signal.SIGINT else -how)
-    assert 1 <= len(json.loads(part.read_text())["cells"]) < 6
-    subprocess.run([EXECUTABLE, *shlex.split(command)], env=environment, stdout=subprocess.DEVNULL, check=True)
-    whole = command.replace("part", "whole")
-    subprocess.run([EXECUTABLE, *shlex.split(whole)], env=environment, stdout=subprocess.DEVNULL, check=True)
+    assert 1 <= len(json.loads(part.read_text())["cells"]) < 3
+    for rest in (command, command.replace("part", "whole")):
+        subprocess.run([EXECUTABLE, *shlex.split(rest)], env=environment, stdout=subprocess.DEVNULL, check=True)
     assert part.read_bytes() == Path("whole.json").read_bytes()
 
 
@@ -553,15 +594,24 @@ def test_comparisons_agree_with_an_independent_computation() -> None:
     assert found["iqr_percent"] == pytest.approx(100 * (stats.iqr(table) / stats.iqr(own) - 1))
     wins = stats.mannwhitneyu(table.ravel(), own).statistic / (table.size * own.size)
     assert found["improvement"] == pytest.approx(wins)
-    draws = random.integers(0, 6, (4_000, 6))  # member by member, own and swapped together
+    rows, columns = random.integers(0, 6, (4_000, 6)), random.integers(0, 5, (4_000, 5))
+    draws = [(own[r], table[np.ix_(r, c)]) for r, c in zip(rows, columns, strict=True)]  # own and swapped together
     for name, low, high in (
-        ("median", *np.quantile([np.median(table[d]) - np.median(own[d]) for d in draws], [0.025, 0.975])),
-        ("iqr", *np.quantile([stats.iqr(table[d]) - stats.iqr(own[d]) for d in draws], [0.025, 0.975])),
+        ("median", *np.quantile([np.median(other) - np.median(mine) for mine, other in draws], [0.025, 0.975])),
+        ("iqr", *np.quantile([stats.iqr(other) - stats.iqr(mine) for mine, other in draws], [0.025, 0.975])),
     ):
         assert found["intervals"][name] == pytest.approx([low, high], abs=0.15 * (high - low)), name
+    iqm = np.quantile([stats.trim_mean(other.ravel(), 0.25) for _, other in draws], [0.025, 0.975])
+    assert mdpt.summarize(table)["iqm_interval"] == pytest.approx(iqm, abs=0.15 * (iqm[1] - iqm[0]))
     holes = table.copy()
     holes[:, 3:] = np.nan
-    assert mdpt.compare(own, holes) == mdpt.compare(own, table[:, :3])
+    with_holes, without = mdpt.compare(own, holes), mdpt.compare(own, table[:, :3])
+    assert {key: with_holes[key] for key in ("median", "iqr", "std", "improvement")} == pytest.approx(
+        {key: without[key] for key in ("median", "iqr", "std", "improvement")}
+    )
+    alone, copied = mdpt.summarize(own), mdpt.summarize(np.tile(own[:, None], 4))  # four times the same is no more news
+    assert copied["members"] == 6 and np.ptp(copied["iqm_interval"]) > 0.8 * np.ptp(alone["iqm_interval"])
+    assert mdpt.compare(np.full(3, 2.0), table[:3])["iqr_percent"] is None
     same = mdpt.compare(own, own[:, None])
     assert same["median"] == same["iqr"] == same["std"] == 0 and same["improvement"] == 0.5
     assert mdpt.compare(own[:1], table[:1]) == {"median": float(np.median(table[0]) - own[0])}
@@ -624,7 +674,8 @@ def test_an_environment_that_cannot_be_filmed_says_so() -> None:
 def test_tensorboard_shows_the_history(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run("guidance toy.toml --out watched.pt --tensorboard boards")
+    run("guidance toy.toml --out watched.pt --tensorboard boards --seeds 0,1 --set guidance.learning_rate=0.01")
+    run("guidance toy.toml --out watched.pt --tensorboard boards --overwrite")  # what came before is gone
     history = models.read_bundle(Path("watched.pt"))["history"]
     events = EventAccumulator("boards/watched")
     events.Reload()
@@ -1068,7 +1119,14 @@ MISTAKES = [  # command, message
     ),
     (
         "swap toy-bc-unguided.policy.pt",
-        ("toy-bc-unguided.policy.pt: this policy was trained unguided and holds no guidance; give a guidance bundle"),
+        "toy-bc-unguided.policy.pt: no guidance inside; name one with --guidance FILE",
+    ),
+    (
+        "swap toy-dql.policy.pt --guidance elsewhere.pt",
+        (
+            "toy-dql.policy.pt, elsewhere.pt: the policy and the guidance do not fit together: "
+            "id conftest:Gentle-v0 against Ant-v9; action_dim 2 against 8; use bundles of one environment"
+        ),
     ),
     ("swap toy-dql.policy.pt --pairs some", "--pairs some: expected matched or all"),
 ]

@@ -1439,19 +1439,19 @@ def test_bundles_that_do_not_fit() -> None:
 
 
 def test_members_are_paired_by_position() -> None:
-    three = frozen_guidance((0, 1, 2))
     with pytest.raises(BundleError) as caught:
-        pair_members(2, three)
+        pair_members(2, 3)
     assert str(caught.value) == (
         "2 policy members cannot be paired with 3 guidance members; use the same number, or a guidance with one member"
     )
+    three = frozen_guidance((0, 1, 2))
     before = weights_of(three)
-    pair_members(3, three)
+    three.pick(pair_members(3, three.members))
     assert all(torch.equal(before[name], value) for name, value in weights_of(three).items())
 
     one, observations, actions = frozen_guidance((7,)), torch.randn(1, 4, 3), torch.rand(1, 4, 2)
     q = one.q(observations, actions)
-    pair_members(3, one)
+    one.pick(pair_members(3, one.members))
     assert one.members == 3 and not any(p.requires_grad for p in one.parameters())
     near(one.q(observations.expand(3, -1, -1), actions.expand(3, -1, -1)), q.expand(3, -1), 1e-6)
     policy, _ = make_policy((0, 1, 2), 3, 2)
