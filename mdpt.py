@@ -1357,6 +1357,19 @@ def estimate_seconds(trials: Sequence[Trial], workers: int) -> float:
     return spec.max_episode_steps * seconds
 
 
+def forecast_swap(trials: Sequence[Trial], pairs: str | None, workers: int) -> str:
+    """What is about to be played, how members are paired and why, and how long it may take."""
+    kind = "each member with each"
+    if not any(trial.crossed for trial in trials):
+        why = f" (each with each: more than {MANY_ROLLOUTS}, for --pairs all)" if pairs is None else ""
+        kind = f"members paired by position{why}"
+    minutes = estimate_seconds(trials, workers) / 60
+    return (
+        f"{len(trials)} cells, {kind}: {count_rollouts(trials)} rollouts, "
+        f"about {minutes:.1f} min if every episode runs its full length"
+    )
+
+
 def begin_swap(trials: Sequence[Trial], file: Path | None, overwrite: bool) -> dict[str, Any]:
     """The report of a swap without cells yet, or with those that a run cut short has stored in the file.
 
@@ -1790,6 +1803,17 @@ def describe(bundle: Bundle, path: Path) -> Iterator[Table]:
         bundle = bundle["guidance"]
 
 
+def show_bundle(path: Path, plot_file: Path | None) -> None:
+    """Describe a bundle, and draw its training history if asked to."""
+    from models import read_bundle
+
+    bundle = read_bundle(path)
+    for table in describe(bundle, path):
+        show_table(table)
+    if plot_file is not None:
+        plot_history(plot_file, bundle, path)
+
+
 def metric_names(history: Sequence[dict[str, Any]]) -> list[str]:
     """All metrics of a training history; some end or begin with the guidance."""
     return list(dict.fromkeys(name for entry in history for name in entry if name != "step"))
@@ -1988,8 +2012,6 @@ def evaluate(
     workers: Workers = CORES,
 ) -> None:
     """Score a policy in its environment, its candidates ranked by a guidance."""
-    from models import read_bundle
-
     check_ending("--plot", plot_file, PICTURES)
     options = given_options(context)
     if describe_only and (curve or json_file or infer_guidance or options):
@@ -2006,11 +2028,7 @@ def evaluate(
     for file in filter(None, (json_file, plot_file, video)):
         refuse_to_overwrite(file, overwrite)
     if describe_only:
-        described = read_bundle(bundle)
-        for table in describe(described, bundle):
-            show_table(table)
-        if plot_file is not None:
-            plot_history(plot_file, described, bundle)
+        show_bundle(bundle, plot_file)
         return
     if video is not None:
         film(load_trial(bundle, infer_guidance, options, device), member, video)
@@ -2068,13 +2086,7 @@ def swap(
     report = begin_swap(trials, json_file, overwrite)
     left = trials[len(report["cells"]) :]
     if left:
-        kind = "each member with each" if any(trial.crossed for trial in trials) else "members paired by position"
-        many = f" (each with each: more than {MANY_ROLLOUTS}, for --pairs all)" if pairs is None else ""
-        minutes = estimate_seconds(left, workers) / 60
-        say(
-            f"{len(left)} cells, {kind}{'' if 'each' in kind else many}: {count_rollouts(left)} rollouts, "
-            f"about {minutes:.1f} min if every episode runs its full length"
-        )
+        say(forecast_swap(left, pairs, workers))
     for trial in left:
         title = f"cell {len(report['cells']) + 1}/{len(trials)}"
         report["cells"].append(play_cell(trial, workers, title))
