@@ -1734,11 +1734,11 @@ def film(trial: Trial, seed: int | None, path: Path) -> None:
     if seed is not None and seed not in seeds:
         raise MdptError(f"--member {seed}: the seeds in {trial.path} are {', '.join(map(str, seeds))}")
     member = 0 if seed is None else seeds.index(seed)
-    choose, spec = actor(trial, pair_up(trial)), EnvironmentSpec(**trial.bundle["environment"])
+    choose, spec = actor(trial, [pair_up(trial)[member]]), EnvironmentSpec(**trial.bundle["environment"])
 
     def act(observation: NDArray[np.float32]) -> NDArray[np.float32]:
-        actions: NDArray[np.float32] = choose(np.tile(observation, (len(seeds), 1, 1)))[member, 0]
-        return actions
+        action: NDArray[np.float32] = choose(observation[None, None])[0, 0]
+        return action
 
     frames = []
     with progress("film", spec.max_episode_steps) as show:
