@@ -415,20 +415,12 @@ def load_dataset(
     spec = environment_spec(environment_id)
     raw, warnings = read_hdf5(path, spec)
     timeouts = mark_timeouts(raw, spec.max_episode_steps)
-    starts, stops = episode_bounds(raw["terminals"], timeouts)
-    complete = (raw["terminals"] | timeouts)[stops - 1]
-    if not complete.any():
-        complete[:] = True
-    whole = complete
-    if source == "collect":  # ours are cut where a worker's share of the rows is full
-        whole = raw["terminals"][stops - 1] | (stops - starts == spec.max_episode_steps)
-    returns = np.add.reduceat(raw["rewards"].astype(np.float64), starts)
-    episode_returns = returns[whole if whole.any() else complete]
+    lengths, complete, episode_returns = _judge_episodes(raw, timeouts, spec, collected=source == "collect")
     scale = _reward_scale(reward_scale, episode_returns, spec.max_episode_steps)
     rewards = (raw["rewards"] * float(scale["multiplier"]) + float(scale["offset"])).astype(np.float32)
 
     chosen = _choose_episodes(complete, held_out, seed)
-    kept = np.repeat(chosen, stops - starts)  # (rows,) held out
+    kept = np.repeat(chosen, lengths)  # (rows,) held out
     if held_out > 0 and not chosen.any():
         warnings += (f"{path}: a single episode, so none is held out.",)
 
@@ -450,6 +442,23 @@ def load_dataset(
         identity={"source": source, "name": path.name, "transitions": len(timeouts), "hash": _content_hash(raw)},
         warnings=warnings,
     )
+
+
+def _judge_episodes(
+    raw: dict[str, Array], timeouts: Array, spec: EnvironmentSpec, *, collected: bool
+) -> tuple[Array, Array, Array]:
+    """Length of each episode (E,), whether it is complete (E,) bool (all are, if none is), and the raw returns (W,)
+    float64 of the whole ones.
+    """
+    starts, stops = episode_bounds(raw["terminals"], timeouts)
+    complete = (raw["terminals"] | timeouts)[stops - 1]
+    if not complete.any():
+        complete[:] = True
+    whole = complete
+    if collected:  # ours are cut where a worker's share of the rows is full
+        whole = raw["terminals"][stops - 1] | (stops - starts == spec.max_episode_steps)
+    returns = np.add.reduceat(raw["rewards"].astype(np.float64), starts)
+    return stops - starts, complete, returns[whole if whole.any() else complete]
 
 
 def _choose_episodes(complete: Array, fraction: float, seed: int) -> Array:

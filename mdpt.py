@@ -891,6 +891,7 @@ def summarize(scores: NDArray[np.float64]) -> dict[str, Any]:
     """Statistics of scores, 0 to 100: median, IQR, IQM with a bootstrap 95 % interval, mean, standard deviation.
 
     scores: (S,) of the members of a policy, or (S, K) with K members of a guidance, nan where there is no such pair.
+    IQR and standard deviation as in `spread`; of a single policy member, over those of the guidance.
     Source: interquartile mean and interval as in rliable (arXiv 2108.13264); the interval resamples members.
     """
     import numpy as np
@@ -904,16 +905,45 @@ def summarize(scores: NDArray[np.float64]) -> dict[str, Any]:
     values = table[~np.isnan(table)]
     interval = None
     if len(table) > 1:
-        interval = bootstrap(table, lambda rows, columns: interquartile_mean(draw(table, rows, columns))).tolist()
+        interval = bootstrap(table, lambda rows, columns: interquartile_mean(flat(draw(table, rows, columns)))).tolist()
+    iqr, std = spread(table if len(table) > 1 else table.T)
     return {
         "members": len(table),
         "median": float(np.median(values)),
-        "iqr": float(stats.iqr(values)),
+        "iqr": float(iqr),
         "iqm": float(interquartile_mean(values)),
         "iqm_interval": interval,
         "mean": float(values.mean()),
-        "std": float(values.std(ddof=1)) if len(values) > 1 else None,
+        "std": float(std) if len(values) > 1 else None,
     }
+
+
+def spread(table: NDArray[np.float64]) -> tuple[Any, Any]:
+    """IQR and standard deviation of pairs of members that share none, in tables of scores (..., S, K): each (...).
+
+    Policy member i is paired with guidance member (i + k) modulo K, and what these S scores show is averaged over
+    k = 0 .. K - 1: so crossed members are judged on as many scores at a time, and as independent ones, as members
+    paired once. nan is left out. Quartiles are interpolated linearly, as numpy does.
+    """
+    import warnings
+
+    import numpy as np
+
+    count, width = table.shape[-2:]
+    rows = np.arange(count)[:, None]
+    ordered = np.sort(table[..., rows, (rows + np.arange(width)) % width], axis=-2)  # (..., S, K), nan last
+    last = (~np.isnan(ordered)).sum(axis=-2, keepdims=True) - 1  # (..., 1, K); -1: all nan
+
+    def quantile(share: float) -> NDArray[np.float64]:
+        place = share * last
+        below = np.floor(place).astype(np.int64)
+        low, high = (np.take_along_axis(ordered, index, axis=-2) for index in (below, np.minimum(below + 1, last)))
+        return (low + (place - below) * (high - low))[..., 0, :]
+
+    with warnings.catch_warnings():  # of a k without any pair, or with one alone
+        warnings.simplefilter("ignore", RuntimeWarning)
+        deviation = np.nanstd(ordered, axis=-2, ddof=1)
+        return np.nanmean(quantile(0.75) - quantile(0.25), axis=-1), np.nanmean(deviation, axis=-1)
 
 
 def bootstrap(table: NDArray[np.float64], statistic: Callable[..., Any]) -> NDArray[np.float64]:
@@ -947,8 +977,12 @@ def bootstrap(table: NDArray[np.float64], statistic: Callable[..., Any]) -> NDAr
 
 
 def draw(table: NDArray[np.float64], rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The scores of drawn members, (..., S K)."""
-    return table[rows[..., :, None], columns[..., None, :]].reshape(*rows.shape[:-1], -1)
+    """The scores of drawn members, (..., S, K)."""
+    return table[rows[..., :, None], columns[..., None, :]]
+
+
+def flat(table: NDArray[np.float64]) -> NDArray[np.float64]:
+    return table.reshape(*table.shape[:-2], -1)  # (..., S K)
 
 
 def pick_inference(
@@ -1021,7 +1055,14 @@ def load_trial(path: Path, infer_guidance: str | None, options: dict[str, Any], 
     if infer_guidance is None:
         return prepare(path, bundle, OWN, bundle["guidance"], options, device)
     teacher = None if infer_guidance == "none" else read_guidance(Path(infer_guidance))
+    if teacher is not None:
+        warn_unfinished(infer_guidance, teacher)
     return prepare(path, bundle, infer_guidance, teacher, options, device)
+
+
+def warn_unfinished(name: object, bundle: Bundle) -> None:
+    if not bundle["complete"]:
+        warn(f"{name}: this {bundle['kind']} is unfinished, at step {bundle['step']}")
 
 
 def prepare(
@@ -1154,6 +1195,8 @@ def plan_swap(
             named[path] = inner
     if not named:
         raise MdptError(f"{', '.join(map(str, bundles))}: no guidance inside; name one with --guidance FILE")
+    for path, bundle in (bundles | named).items():
+        warn_unfinished(path, bundle)
     bare = {key: value for key, value in options.items() if key in ("episodes", "temperature", "seed")}
     trials: list[Trial] = []
     for path, bundle in bundles.items():
@@ -1224,32 +1267,25 @@ def compare(own: NDArray[np.float64], swapped: NDArray[np.float64]) -> dict[str,
     """How scores change against those under the guidance of training.
 
     own: (S,), the baseline of each policy member. swapped: (S, K), that member's scores under other guidance members,
-    nan where there is none. Changes of median, IQR and standard deviation are swapped minus own, in points of score;
-    iqr_percent is 100 (IQR swapped - IQR own) / IQR own; improvement is the probability that a swapped score beats an
-    own one, ties counting half (arXiv 2108.13264). Intervals as in `bootstrap`; a policy member's own and swapped
-    scores are drawn together.
+    nan where there is none. Changes of median, IQR and standard deviation (as in `spread`) are swapped minus own, in
+    points of score; iqr_percent is 100 (IQR swapped - IQR own) / IQR own; improvement is the probability that a swapped
+    score beats an own one, ties counting half (arXiv 2108.13264). Intervals as in `bootstrap`; a policy member's own
+    and swapped scores are drawn together.
     """
     import numpy as np
-    from scipy import stats
 
     def changes(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float64]:
-        mine, other = own[rows], draw(swapped, rows, columns)
+        mine, drawn = own[rows], draw(swapped, rows, columns)  # (..., S), (..., S, K)
+        other, (iqr, std), (own_iqr, own_std) = flat(drawn), spread(drawn), spread(mine[..., None])
         wins = (np.sign(other[..., :, None] - mine[..., None, :]) + 1) / 2
-        low, high = np.nanpercentile(other, [25, 75], axis=-1)
-        return np.stack(
-            [
-                np.nanmedian(other, axis=-1) - np.median(mine, axis=-1),
-                high - low - stats.iqr(mine, axis=-1),
-                np.nanstd(other, axis=-1, ddof=1) - np.std(mine, axis=-1, ddof=1),
-                np.nanmean(wins, axis=(-2, -1)),
-            ]
-        )
+        medians = np.nanmedian(other, axis=-1) - np.median(mine, axis=-1)
+        return np.stack([medians, iqr - own_iqr, std - own_std, np.nanmean(wins, axis=(-2, -1))])
 
     if len(own) < 2:
         return {"median": float(np.nanmedian(swapped) - own[0])}
     names = ("median", "iqr", "std", "improvement")
     found = dict(zip(names, changes(*map(np.arange, swapped.shape)).tolist(), strict=True))
-    base = float(stats.iqr(own))
+    base = float(spread(own[:, None])[0])
     return {
         **found,
         "iqr_percent": 100 * found["iqr"] / base if base > 0 else None,
@@ -1357,8 +1393,8 @@ def estimate_seconds(trials: Sequence[Trial], workers: int) -> float:
     return spec.max_episode_steps * seconds
 
 
-def forecast_swap(trials: Sequence[Trial], pairs: str | None, workers: int) -> str:
-    """What is about to be played, how members are paired and why, and how long it may take."""
+def forecast_swap(trials: Sequence[Trial], pairs: str | None, workers: int, file: Path | None) -> str:
+    """What is about to be played, how members are paired and why, how long it may take, and what Ctrl-C leaves."""
     kind = "each member with each"
     if not any(trial.crossed for trial in trials):
         why = f" (each with each: more than {MANY_ROLLOUTS}, for --pairs all)" if pairs is None else ""
@@ -1367,13 +1403,16 @@ def forecast_swap(trials: Sequence[Trial], pairs: str | None, workers: int) -> s
     return (
         f"{len(trials)} cells, {kind}: {count_rollouts(trials)} rollouts, "
         f"about {minutes:.1f} min if every episode runs its full length"
+        + (f"; {file} keeps each finished cell, and the same command goes on" if file else "")
     )
 
 
 def begin_swap(trials: Sequence[Trial], file: Path | None, overwrite: bool) -> dict[str, Any]:
     """The report of a swap without cells yet, or with those that a run cut short has stored in the file.
 
-    Raises: MdptError where the file holds something else, or a swap of other bundles or with other options.
+    overwrite: begin anew where the file holds something else, or a swap of other bundles or with other options.
+
+    Raises: MdptError in that case without overwrite.
     """
     report: dict[str, Any] = {
         "settings": {
@@ -1385,16 +1424,20 @@ def begin_swap(trials: Sequence[Trial], file: Path | None, overwrite: bool) -> d
         },
         "cells": [],
     }
-    if file is None or not file.exists() or overwrite:
+    if file is None or not file.exists():
         return report
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
         settings, cells = stored["settings"], stored["cells"]
         changed = [name for name, value in report["settings"].items() if settings.get(name) != value]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if overwrite:
+            return report
         raise MdptError(
             f"{file}: exists already and is no swap; choose another name, or --overwrite to replace it"
         ) from error
+    if changed and overwrite:
+        return report
     if changed:
         raise MdptError(
             f"{file}: holds a swap with other {', '.join(changed)}; repeat its options to go on, "
@@ -1582,9 +1625,11 @@ def protocol_line(how: dict[str, Any], members: int | str) -> str:
 def swap_line(report: dict[str, Any]) -> str:
     """The protocol that the guided cells of a swap share, in one line."""
     cells = [cell for cell in report["cells"] if cell["guidance"] != "none"]
+    weights = {cell["protocol"]["w"] for cell in report["cells"]} - {0}
     how = cells[0]["protocol"] | {"guidance": "each guidance", "step": None, "w": 0}
     members = {len({pair["policy_member"] for pair in cell["pairs"]}) for cell in cells}
-    return protocol_line(how, " or ".join(map(str, sorted(members))))
+    line = protocol_line(how, " or ".join(map(str, sorted(members)))) + "; under none 1 candidate"
+    return line + (f"; w of cfg policies {' or '.join(f'{w:g}' for w in sorted(weights))}" if weights else "")
 
 
 # --- pictures and film ---------------------------------------------------------------------------------------------------
@@ -1690,19 +1735,22 @@ def plot_swap(path: Path, report: dict[str, Any]) -> None:
     policies = list(dict.fromkeys(policy for policy, _ in cells))
     guidances = list(dict.fromkeys(guidance for _, guidance in cells))
     scores = {key: np.array([pair["score"] for pair in cell["pairs"]]) for key, cell in cells.items()}
-    middle = np.array([[np.median(scores.get((p, g), np.nan)) for g in guidances] for p in policies])
-    with picture(path, swap_line(report), 3 + 2.4 * len(guidances), 3.4 + 0.6 * len(policies)) as figure:
-        matrix, boxes = figure.subplots(1, 2)
+    found = {(entry["policy"], entry["guidance"]): entry["summary"] for entry in report["summary"]}  # the last: all
+    middle = np.array([[found[p, g]["median"] if (p, g) in found else np.nan for g in guidances] for p in policies])
+    width, heights = 2 + 1.5 * len(guidances), (1 + 0.45 * len(policies), 3.2)
+    with picture(path, swap_line(report), width, sum(heights) + 0.5) as figure:
+        matrix, boxes = figure.subplots(2, 1, height_ratios=heights)
         matrix.imshow(middle, cmap="cividis", aspect="auto")
         middling = (np.nanmin(middle) + np.nanmax(middle)) / 2
         for (row, p), (column, g) in product(enumerate(policies), enumerate(guidances)):
             if (p, g) in scores:
-                low, high = np.percentile(scores[p, g], [25, 75])
                 mark = " *" if cells[p, g]["warnings"] else ""
-                text, ink = f"{middle[row, column]:.1f}{mark}\nIQR {high - low:.1f}", middle[row, column] > middling
+                text, ink = f"{middle[row, column]:.1f}{mark}", middle[row, column] > middling
+                text += f"\nIQR {found[p, g]['iqr']:.1f}"
                 matrix.text(column, row, text, ha="center", va="center", fontsize=8, color="black" if ink else "white")
-        matrix.set_xticks(range(len(guidances)), guidances, rotation=20, ha="right", fontsize=7)
-        matrix.set_yticks(range(len(policies)), policies, fontsize=7)
+        columns = [textwrap.fill(name, 20) for name in guidances]
+        matrix.set_xticks(range(len(guidances)), columns, fontsize=8)
+        matrix.set_yticks(range(len(policies)), [textwrap.fill(name, 20) for name in policies], fontsize=8)
         star = "; *: other data" if any(cell["warnings"] for cell in report["cells"]) else ""
         matrix.set_title(f"median score (IQR) by policy and guidance{star}", fontsize=8)
         wide = 0.8 / len(policies)
@@ -1714,10 +1762,10 @@ def plot_swap(path: Path, report: dict[str, Any]) -> None:
                 marker = MARKERS[row % len(MARKERS)]
                 label = p if g == "none" else None
                 boxes.plot(spread, values, marker, color="0.4", markersize=3, markerfacecolor="white", label=label)
-        boxes.set_xticks(range(len(guidances)), guidances, rotation=20, ha="right", fontsize=7)
+        boxes.set_xticks(range(len(guidances)), columns, fontsize=8)
         boxes.set_title("score of every pair of members", fontsize=8)
         boxes.set(ylabel="normalized score")
-        figure.legend(loc="outside lower center", ncols=len(policies), frameon=False, fontsize=7)
+        figure.legend(loc="outside lower center", ncols=max(1, int(width / 2.6)), frameon=False, fontsize=8)
 
 
 FRAME_EVERY = 3  # steps: at the 60 per second of PyBullet, 20 frames per second
@@ -1871,6 +1919,7 @@ class Commands(TyperGroup):
         except (MdptError, typer.TyperException) as error:
             code = _fail(error)
         except typer.Abort:
+            print("mdpt: interrupted", file=sys.stderr)
             code = 130
         except Exception as error:
             from data import DataError
@@ -1979,8 +2028,8 @@ def policy(
     suffix = "" if scheme == "guidance-first" else f"-{scheme}"
     path = out or Path(f"{run.name}-{run.policy.algorithm}{suffix}.policy.pt")
     frozen = read_guidance(teacher) if teacher else None
-    if frozen is not None and not frozen["complete"]:
-        warn(f"{teacher}: this guidance is unfinished, at step {frozen['step']}")
+    if frozen is not None:
+        warn_unfinished(teacher, frozen)
     train_policy(run, frozen, path, unfinished(path, overwrite, resume), workers, board)
     say(f"wrote {path}\nnext: {shlex.join(['mdpt', 'evaluate', str(path)])}")
 
@@ -2016,11 +2065,9 @@ def evaluate(
     options = given_options(context)
     if describe_only and (curve or json_file or infer_guidance or options):
         raise MdptError("--describe runs nothing and writes no scores; it goes with --plot alone")
-    if video is not None and "episodes" in options:
-        raise MdptError("--video films one episode; leave out --episodes")
-    if video is not None and (curve or describe_only or json_file or plot_file):
+    if video is not None and (curve or describe_only or json_file or plot_file or "episodes" in options):
         raise MdptError(
-            "--video films one episode and does nothing else; leave out --curve, --describe, --json, --plot"
+            "--video films one episode and does nothing else; leave out --curve, --describe, --episodes, --json, --plot"
         )
     check_ending("--video", video, [".gif"])
     if member is not None and video is None:
@@ -2086,7 +2133,7 @@ def swap(
     report = begin_swap(trials, json_file, overwrite)
     left = trials[len(report["cells"]) :]
     if left:
-        say(forecast_swap(left, pairs, workers))
+        say(forecast_swap(left, pairs, workers, json_file))
     for trial in left:
         title = f"cell {len(report['cells']) + 1}/{len(trials)}"
         report["cells"].append(play_cell(trial, workers, title))

@@ -483,7 +483,8 @@ def test_swap_takes_the_policies_own_guidance_by_default(folder: Path) -> None:
 def test_swap_tells_the_protocol_of_its_guided_cells(folder: Path) -> None:
     out = run("swap toy-bc-unguided.policy.pt --guidance toy-idql.guidance.pt --workers 1").stdout
     assert out.splitlines()[-1] == (
-        "conftest:Gentle-v0, 2 members x 3 episodes, seed 0, max of 4 by each guidance, temperature 1"
+        "conftest:Gentle-v0, 2 members x 3 episodes, seed 0, max of 4 by each guidance, temperature 1; "
+        "under none 1 candidate"
     )
     out = run(
         "swap toy-dql.policy.pt --guidance toy-idql.guidance.pt --guide gradient --guidance-weight 2 --workers 1"
@@ -498,6 +499,9 @@ def test_swap_refuses_policies_tried_differently(folder: Path) -> None:
     assert fail(f"swap toy-dql.policy.pt seven.pt {guidance}") == (
         f"{text}evaluate them apart, or give the options that make them equal"
     )
+    run(f"policy toy.toml {guidance} --set policy.algorithm=cfg --set evaluation.w=3 --out strong.pt")
+    out = run(f"swap toy-cfg.policy.pt strong.pt {guidance} --episodes 1 --workers 1").stdout
+    assert out.splitlines()[-1].endswith("; under none 1 candidate; w of cfg policies 1 or 3")
     report = swapped(f"toy-dql.policy.pt seven.pt {guidance} --candidates 2 --episodes 1")
     assert {cell["protocol"]["candidates"] for cell in report["cells"] if cell["guidance"] != "none"} == {2}
     run(f"policy toy.toml {guidance} --set data.reference=[0,1] --out other.pt")
@@ -559,6 +563,14 @@ def test_swap_goes_on_where_it_was_cut_short(folder: Path, monkeypatch: pytest.M
     assert Path("part.json").read_bytes() == Path("whole.json").read_bytes()
     run(f"{command} --json part.json")  # finished: nothing is played again
     assert len(played) == 6
+    Path("old.svg").write_text("")
+    assert fail(f"{command} --json part.json --plot old.svg").startswith("old.svg: exists already; ")
+    run(f"{command} --json part.json --plot old.svg --overwrite")  # replaces the picture, not the same cells
+    assert len(played) == 6 and Path("part.json").read_bytes() == Path("whole.json").read_bytes()
+    run(f"{command} --json other.json --episodes 1")
+    run(f"{command} --json other.json --overwrite")  # other cells give way
+    assert Path("other.json").read_bytes() == Path("whole.json").read_bytes()
+    played.clear()
     assert fail(f"{command} --json part.json --episodes 2") == (
         "part.json: holds a swap with other evaluation; repeat its options to go on, choose another name, "
         "or --overwrite to begin anew"
@@ -567,6 +579,7 @@ def test_swap_goes_on_where_it_was_cut_short(folder: Path, monkeypatch: pytest.M
     assert fail(f"{command} --json part.json").startswith("part.json: holds a swap with other bundles; ")
     Path("foreign.json").write_text("[]")
     assert fail(f"{command} --json foreign.json").startswith("foreign.json: exists already and is no swap; ")
+    assert not played
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
@@ -588,33 +601,59 @@ def test_a_killed_swap_goes_on_to_the_same_file(folder: Path, how: signal.Signal
 def test_comparisons_agree_with_an_independent_computation() -> None:
     random = np.random.default_rng(1)
     own, table = random.normal(50, 20, 6), random.normal(60, 5, (6, 5))
+
+    def spread(table: Any) -> dict[str, float]:  # of pairs that share no member, one shift after the other
+        shifts = [[row[(i + k) % len(row)] for i, row in enumerate(table)] for k in range(len(table[0]))]
+        shifts = [scores for scores in shifts if not np.isnan(scores).all()]
+        return {
+            "iqr": np.mean([stats.iqr(scores) for scores in shifts]),
+            "std": np.mean([np.std(scores, ddof=1) for scores in shifts]),
+        }
+
+    def changes(mine: Any, other: Any) -> dict[str, float]:
+        before, after, other = spread(mine[:, None]), spread(other), other[~np.isnan(other)]
+        wins = stats.mannwhitneyu(other.ravel(), mine).statistic / (other.size * mine.size)
+        middle = np.median(other) - np.median(mine)
+        return {"median": middle, "improvement": wins} | {key: after[key] - before[key] for key in before}
+
+    names = ("median", "improvement", "iqr", "std")
     found = mdpt.compare(own, table)
-    assert found["iqr"] == pytest.approx(stats.iqr(table) - stats.iqr(own))
-    assert found["std"] == pytest.approx(table.std(ddof=1) - own.std(ddof=1))
-    assert found["iqr_percent"] == pytest.approx(100 * (stats.iqr(table) / stats.iqr(own) - 1))
-    wins = stats.mannwhitneyu(table.ravel(), own).statistic / (table.size * own.size)
-    assert found["improvement"] == pytest.approx(wins)
-    rows, columns = random.integers(0, 6, (4_000, 6)), random.integers(0, 5, (4_000, 5))
+    assert {key: found[key] for key in names} == pytest.approx(changes(own, table))
+    others = random.normal(60, 5, (6, 6))
+    others[range(6), range(6)] = np.nan  # other seeds alone
+    assert {key: mdpt.compare(own, others)[key] for key in names} == pytest.approx(changes(own, others))
+    assert found["iqr_percent"] == pytest.approx(100 * (spread(table)["iqr"] / stats.iqr(own) - 1))
+    assert [mdpt.summarize(table)[key] for key in ("iqr", "std")] == pytest.approx([*spread(table).values()])
+    rows, columns = random.integers(0, 6, (2_000, 6)), random.integers(0, 5, (2_000, 5))
     draws = [(own[r], table[np.ix_(r, c)]) for r, c in zip(rows, columns, strict=True)]  # own and swapped together
-    for name, low, high in (
-        ("median", *np.quantile([np.median(other) - np.median(mine) for mine, other in draws], [0.025, 0.975])),
-        ("iqr", *np.quantile([stats.iqr(other) - stats.iqr(mine) for mine, other in draws], [0.025, 0.975])),
-    ):
+    drawn = [changes(mine, other) for mine, other in draws]
+    for name in found["intervals"]:
+        low, high = np.quantile([change[name] for change in drawn], [0.025, 0.975])
         assert found["intervals"][name] == pytest.approx([low, high], abs=0.15 * (high - low)), name
     iqm = np.quantile([stats.trim_mean(other.ravel(), 0.25) for _, other in draws], [0.025, 0.975])
     assert mdpt.summarize(table)["iqm_interval"] == pytest.approx(iqm, abs=0.15 * (iqm[1] - iqm[0]))
-    holes = table.copy()
-    holes[:, 3:] = np.nan
-    with_holes, without = mdpt.compare(own, holes), mdpt.compare(own, table[:, :3])
-    assert {key: with_holes[key] for key in ("median", "iqr", "std", "improvement")} == pytest.approx(
-        {key: without[key] for key in ("median", "iqr", "std", "improvement")}
-    )
     alone, copied = mdpt.summarize(own), mdpt.summarize(np.tile(own[:, None], 4))  # four times the same is no more news
     assert copied["members"] == 6 and np.ptp(copied["iqm_interval"]) > 0.8 * np.ptp(alone["iqm_interval"])
     assert mdpt.compare(np.full(3, 2.0), table[:3])["iqr_percent"] is None
-    same = mdpt.compare(own, own[:, None])
-    assert same["median"] == same["iqr"] == same["std"] == 0 and same["improvement"] == 0.5
+    for width in (1, 6):  # a guidance that changes nothing, crossed or not
+        same = mdpt.compare(own, np.tile(own[:, None], width))
+        expected = {"median": 0, "improvement": 0.5, "iqr": 0, "std": 0}
+        assert {key: same[key] for key in names} == pytest.approx(expected)
+        assert np.ptp([*same["intervals"].values()], axis=1) == pytest.approx(0)
+    one = mdpt.summarize(table[:1])  # a single policy: over those who guide it
+    assert [one["iqr"], one["std"]] == pytest.approx([stats.iqr(table[0]), table[0].std(ddof=1)])
     assert mdpt.compare(own[:1], table[:1]) == {"median": float(np.median(table[0]) - own[0])}
+
+
+@pytest.mark.parametrize("others", ["all", "other seeds"])
+def test_crossing_changes_no_spread_by_itself(others: str) -> None:
+    random = np.random.default_rng(2)
+    noise = random.normal(0, 1, (4_000, 4, 4))  # every pair's score is its own
+    if others == "other seeds":
+        noise[:, range(4), range(4)] = np.nan
+    crossed, alone = mdpt.spread(noise), mdpt.spread(random.normal(0, 1, (4_000, 4, 1)))
+    for one, other in zip(crossed, alone, strict=True):
+        assert one.mean() == pytest.approx(other.mean(), rel=0.04)
 
 
 PICTURES = {
@@ -653,14 +692,14 @@ def test_video_is_an_episode_with_its_figures(folder: Path) -> None:
         last = np.asarray(film.convert("L"))
     assert last[40:].max() <= 12 and last[:38].max() > 200  # a dark plane, and bright figures on it
     assert f"return {episode:.1f}, score {episode - 10:.1f}" in result.stderr  # the episode that `evaluate` scored
+    alone = "--video films one episode and does nothing else; leave out --curve, --describe, --episodes, --json, --plot"
     for options, problem in {
         "--member 7 --video a.gif": "--member 7: the seeds in toy-dql.policy.pt are 0, 1",
         "--member 1": "--member 1: acts only with --video; leave the option out",
         "--video a.mp4": "--video a.mp4: expected a .gif file",
         "--video film.gif": "film.gif: exists already; choose another name, or --overwrite to replace it",
-        "--video a.gif --curve": (
-            "--video films one episode and does nothing else; leave out --curve, --describe, --json, --plot"
-        ),
+        "--video a.gif --curve": alone,
+        "--video a.gif --episodes 2": alone,
     }.items():
         assert fail(f"evaluate toy-dql.policy.pt {options}") == problem
 
