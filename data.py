@@ -63,7 +63,8 @@ class EnvironmentSpec:
 def environment_spec(environment_id: str) -> EnvironmentSpec:
     """Dimensions, action bounds and time limit of a gymnasium environment; PyBullet's are known, too.
 
-    Raises: DataError for an unknown id, spaces that are not flat boxes, unbounded actions, or no time limit.
+    Raises: DataError for an unknown id, spaces that are not flat boxes, actions that cannot be scaled from their
+    bounds, or no time limit.
     """
     from gymnasium.spaces import Box
 
@@ -72,10 +73,16 @@ def environment_spec(environment_id: str) -> EnvironmentSpec:
     observations: Any = environment.observation_space
     actions: Any = environment.action_space
     for name, space in (("observation", observations), ("action", actions)):
-        if not isinstance(space, Box) or len(space.shape) != 1:
+        if not isinstance(space, Box) or len(space.shape) != 1 or not space.shape[0]:
             raise DataError(f"{environment_id}: its {name} space is {space}; only a Box with one axis can be learned.")
-    if not actions.is_bounded():
-        raise DataError(f"{environment_id}: its actions are unbounded, {actions}; wrap it to give finite bounds.")
+    if not np.issubdtype(actions.dtype, np.floating):
+        raise DataError(f"{environment_id}: its actions are {actions.dtype}, {actions}; only floats can be learned.")
+    with np.errstate(over="ignore", invalid="ignore"):
+        half = (actions.high.astype(np.float32) - actions.low.astype(np.float32)) / 2
+    if not (np.isfinite(half) & (half > 0)).all():
+        raise DataError(
+            f"{environment_id}: its actions lack finite bounds that differ, {actions}; wrap it to give such."
+        )
     if environment.spec is None or not environment.spec.max_episode_steps:
         raise DataError(f"{environment_id}: it has no time limit; register it with max_episode_steps.")
     return EnvironmentSpec(
@@ -221,7 +228,11 @@ def read_hdf5(path: Path, spec: EnvironmentSpec) -> tuple[dict[str, Array], tupl
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file.")
-    if not h5py.is_hdf5(path):
+    try:
+        readable = h5py.is_hdf5(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+    if not readable:
         raise DataError(f"{path}: not an HDF5 file. Expected D4RL's format: observations, actions, rewards, terminals.")
     columns = {"observations": spec.observation_dim, "actions": spec.action_dim, "rewards": 0, "terminals": 0}
     optional = {"next_observations": spec.observation_dim, "timeouts": 0}
@@ -232,8 +243,9 @@ def read_hdf5(path: Path, spec: EnvironmentSpec) -> tuple[dict[str, Array], tupl
                 if key in file and isinstance(file[key], h5py.Dataset):
                     raw[key] = np.asarray(file[key][()])
                 elif key in columns:
-                    raise DataError(f"{path}: the key {key!r} is missing. It has: {', '.join(sorted(file)) or 'none'}.")
-    except (OSError, RuntimeError) as error:
+                    found = ", ".join(sorted(map(str, file)))
+                    raise DataError(f"{path}: the key {key!r} is missing. It has: {found or 'none'}.")
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, MemoryError) as error:  # h5py, where damaged
         raise DataError(f"{path}: a truncated or damaged HDF5 file; get it again. {_one_line(error)}") from error
 
     rows = len(raw["observations"]) if raw["observations"].ndim else 0
@@ -652,6 +664,8 @@ def _write_hdf5(path: Path, arrays: dict[str, Array], attributes: dict[str, Any]
         with open(name, "rb+") as written:
             os.fsync(written.fileno())
         os.replace(name, path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({_one_line(error)}).") from error
     finally:
         Path(name).unlink(missing_ok=True)
 

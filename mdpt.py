@@ -14,6 +14,7 @@ import platform
 import shlex
 import signal
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -209,6 +210,8 @@ def load_experiment(path: Path, overrides: Sequence[str], seeds: str | None, dev
         raise MdptError(f"{path}: no such experiment file; hopper.toml in the repository is one to start from")
     try:
         content = tomli.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MdptError(f"{path}: cannot be read ({error.strerror})") from error
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
         raise MdptError(f"{path}: is not TOML: {error}") from error
     if seeds is not None:
@@ -361,17 +364,17 @@ def train(
             raise MdptError(f"interrupted after step {step + 1} of {steps}; the same command with --resume goes on")
 
 
-def scalar_writer(folder: Path, seeds: Sequence[int], start: int) -> Callable[[dict[str, Any]], None]:
+def scalar_writer(
+    folder: Path, seeds: Sequence[int], history: Sequence[dict[str, Any]]
+) -> Callable[[dict[str, Any]], None]:
     """What writes entries of a training history for TensorBoard, a curve for each metric and member.
 
-    start: what an earlier run left there from this step on is no longer shown.
+    history: the entries there are already; what an earlier run left in the folder is no longer shown.
     """
+    from torch.utils.tensorboard import SummaryWriter
+
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MdptError("--tensorboard needs the package tensorboard: pip install 'mdpt[tensorboard]'") from error
-    try:
-        writer = SummaryWriter(str(folder), purge_step=start)
+        writer = SummaryWriter(str(folder), purge_step=0)
     except OSError as error:
         raise MdptError(f"--tensorboard {folder}: cannot be written ({error.strerror})") from error
 
@@ -381,6 +384,8 @@ def scalar_writer(folder: Path, seeds: Sequence[int], start: int) -> Callable[[d
                 writer.add_scalar(f"{name}/seed {seed}", value, entry["step"])
         writer.flush()
 
+    for entry in history:
+        write(entry)
     return write
 
 
@@ -445,15 +450,14 @@ class Monitor:
 
         before = signal.signal(signal.SIGINT, interrupt)
         try:
-            with progress(self.title, self.steps) as self.show:
-                self.show(self.start, "")
+            with progress(self.title, self.steps, self.start) as self.show:
                 yield
         finally:
             signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+def progress(title: str, total: int, start: int = 0) -> Iterator[Callable[[int, str], None]]:
     """A Rich progress bar on stderr, or a log line each tenth of the way where stderr is no terminal."""
     from rich import progress as rich_progress
 
@@ -467,18 +471,17 @@ def progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
             rich_progress.TimeRemainingColumn(),
         )
         with rich_progress.Progress(*columns, console=console) as bar:
-            task = bar.add_task(title, total=total, text="")
+            task = bar.add_task(title, total=total, completed=start, text="")
             yield lambda done, text: bar.update(task, completed=done, text=text)
         return
-    began, logged = time.perf_counter(), 0
+    began, logged = time.perf_counter(), start * 10 // total
 
     def log(done: int, text: str) -> None:
         nonlocal logged
         if done * 10 // total > logged:
             logged = done * 10 // total
-            seconds = time.perf_counter() - began
-            left = f"{seconds / done * (total - done):.0f} s left"
-            console.print(f"{title}: {done}/{total}  {text}  {left}", highlight=False, soft_wrap=True)
+            left = (time.perf_counter() - began) / (done - start) * (total - done)
+            console.print(f"{title}: {done}/{total}  {text}  {left:.0f} s left", highlight=False, soft_wrap=True)
 
     yield log
 
@@ -587,6 +590,10 @@ def train_bundle(
         bundle |= {key: resumed[key] for key in ("step", "history", "accounting")}
         learner.restore(resumed["training"])
         meter.before = resumed["accounting"]
+        if (before := meter.before["device"]) != str(meter.device):
+            warn(
+                f"{out}: was begun on {before}, goes on on {meter.device}: other random numbers than it would have had"
+            )
     milestones = {round(section.steps * (i + 1) / section.snapshots) for i in range(section.snapshots)}
     monitor = Monitor(
         title=f"{bundle['kind']} {section.algorithm}",
@@ -598,7 +605,7 @@ def train_bundle(
         kept=f"{out} holds step {bundle['step']}" if resumed else "no snapshot was reached",
     )
     if board is not None:
-        monitor.board = scalar_writer(board / out.stem, bundle["seeds"], bundle["step"])
+        monitor.board = scalar_writer(board / out.stem, bundle["seeds"], bundle["history"])
 
     def keep(step: int) -> None:
         if (member := learner.broken_member()) is not None:
@@ -637,7 +644,8 @@ class Meter:
     """What a training run costs: time, memory above the loaded dataset, parameters, optimizer state."""
 
     def __init__(self, device: Any) -> None:
-        self.device, self.before = device, {"seconds": 0.0, "peak_bytes": 0}
+        self.device: Any = device
+        self.before: dict[str, Any] = {"seconds": 0.0, "peak_bytes": 0}
         self.began, self.base = time.perf_counter(), memory_now(device, restart=True)
 
     def read(self, learner: Learner, step: int) -> dict[str, Any]:
@@ -728,7 +736,10 @@ def train_policy(
     def loss(batch: Batch, random: Randomness, done: float) -> Loss:
         guided = section.guidance_from <= done < section.guidance_until
         own = policy.loss(batch, guidance if guided else None, random)
-        return add(own, guidance.loss(batch, random, policy)) if guidance in learner.modules else own
+        if guidance not in learner.modules:
+            return own
+        w = float(learns_labels(section) and done >= section.guidance_from)
+        return add(own, guidance.loss(batch, random, policy, w))
 
     tables = {"guidance": run.guidance, "policy": section}
     learner = Learner([(module, tables[target["kind"]]) for target, module in learning], loss, frozen)
@@ -791,12 +802,13 @@ def guidance_quality(guidance: Guidance, dataset: Dataset, discount: float, devi
     if not len(held_out.rewards):
         return {"rows": 0}
     returns, known = discounted_returns(held_out.rewards, held_out.terminals, held_out.timeouts, discount)
-    shape = (guidance.members, -1, -1)
-    observations = torch.from_numpy(held_out.observations).to(device).expand(*shape)
-    actions = torch.from_numpy(held_out.actions).to(device).expand(*shape)
+    tensors = [torch.from_numpy(array) for array in (held_out.observations, held_out.actions)]
+    found = []
     with torch.no_grad():
-        v = guidance.v(observations).double().cpu().numpy()  # (S, rows)
-        q = guidance.q(observations, actions).double().cpu().numpy()
+        for block in zip(*(torch.split(tensor, 8192) for tensor in tensors), strict=True):
+            observations, actions = (part.to(device).expand(guidance.members, -1, -1) for part in block)
+            found.append(torch.stack([guidance.v(observations), guidance.q(observations, actions)]).cpu())
+    v, q = torch.cat(found, dim=-1).double().numpy()  # (S, rows)
     enough = known.sum() > 1 and returns[known].std() > 0
     return {
         "rows": int(known.sum()),
@@ -934,7 +946,7 @@ def spread(table: NDArray[np.float64]) -> tuple[Any, Any]:
     ordered = np.sort(table[..., rows, (rows + np.arange(width)) % width], axis=-2)  # (..., S, K), nan last
     last = (~np.isnan(ordered)).sum(axis=-2, keepdims=True) - 1  # (..., 1, K); -1: all nan
 
-    def quantile(share: float) -> NDArray[np.float64]:
+    def quantile(share: float) -> Any:
         place = share * last
         below = np.floor(place).astype(np.int64)
         low, high = (np.take_along_axis(ordered, index, axis=-2) for index in (below, np.minimum(below + 1, last)))
@@ -1000,9 +1012,11 @@ def pick_inference(
         first = error.errors()[0]
         option = "--" + str(first["loc"][0]).replace("_", "-")
         raise MdptError(f"{option} {first['input']}: {first['msg'].replace('Input should', 'should')}") from error
-    policy = run.policy
-    labels = policy.scheme != "unguided" and policy.guidance_from < policy.guidance_until and policy.label_dropout < 1
-    labels = labels and policy.algorithm == "cfg"  # a policy that saw none has nothing to weigh
+    policy, labels = run.policy, learns_labels(run.policy)  # a policy that saw none has nothing to weigh
+    if labels and section.w != 1 and policy.label_dropout == 0:
+        raise MdptError(
+            f"w {section.w:g}: this policy learned with label_dropout 0 and knows no noise without a label; only 1 is possible"
+        )
     ranked = guidance is not None and section.guide != "gradient"
     steered = guidance is not None and section.guide != "rank"
     needs = {
@@ -1027,6 +1041,12 @@ def pick_inference(
         w=section.w if labels else 0.0,
         guidance_weight=section.guidance_weight if steered else 0.0,
     )
+
+
+def learns_labels(policy: PolicySection) -> bool:
+    """Whether a policy ever learns under a label."""
+    guided = policy.scheme != "unguided" and policy.guidance_from < policy.guidance_until
+    return guided and policy.algorithm == "cfg" and policy.label_dropout < 1
 
 
 OWN = "its own"  # the guidance a policy was trained under
@@ -1078,7 +1098,13 @@ def prepare(
     """A trial of a policy under a guidance. Raises: MdptError and BundleError where it cannot be run."""
     from models import check_fit
 
-    run = Experiment.model_validate(bundle["experiment"])
+    try:
+        run = Experiment.model_validate(bundle["experiment"])
+    except ValidationError as error:
+        raise MdptError(
+            f"{path}: was written by mdpt {bundle['versions']['mdpt']}, whose experiments this mdpt does not know; "
+            f"use that one\n{_explain(path, error)}"
+        ) from error
     section, how = pick_inference(run, guidance, options)
     warnings = check_fit(bundle, guidance) if guidance is not None else []
     for warning in warnings:
@@ -1925,10 +1951,17 @@ class Commands(TyperGroup):
             from data import DataError
             from models import BundleError
 
-            if not isinstance(error, DataError | BundleError):
+            if out_of_memory(error):
+                error = MdptError("not enough memory; lower batch_size, hidden, candidates, or the number of seeds")
+            elif not isinstance(error, DataError | BundleError):
                 raise
             code = _fail(error)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether Python, torch on CUDA, or torch on a CPU (a plain RuntimeError) says so."""
+    return isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate" in str(error)
 
 
 def _fail(error: Exception) -> int:
@@ -1939,6 +1972,16 @@ def _fail(error: Exception) -> int:
 
 app = typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
+
+def need_tensorboard(folder: Path | None) -> Path | None:
+    if folder is not None:
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError as error:
+            raise MdptError("--tensorboard needs the package tensorboard: pip install 'mdpt[tensorboard]'") from error
+    return folder
+
+
 ExperimentFile = Annotated[Path, typer.Argument(help="experiment file, TOML")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="table.key=value, over the file; repeatable")]
 Seeds = Annotated[str | None, typer.Option(help="such as 0,1,2: one member each")]
@@ -1946,7 +1989,10 @@ Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda")]
 Out = Annotated[Path | None, typer.Option(help="bundle to write; named after the experiment by default")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace files that exist")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on with an unfinished bundle")]
-Board = Annotated[Path | None, typer.Option("--tensorboard", help="folder for the training history, as it grows")]
+Board = Annotated[
+    Path | None,
+    typer.Option("--tensorboard", help="folder for the training history, as it grows", callback=need_tensorboard),
+]
 Workers = Annotated[int, typer.Option(min=1, help="processes that simulate; changes no result")]
 Json = Annotated[Path | None, typer.Option("--json", help="write all figures, each episode's return included")]
 Episodes = Annotated[int | None, typer.Option(help="episodes per member")]
@@ -1988,7 +2034,7 @@ def guidance(
     """Train a guidance, from the data alone."""
     run = load_experiment(experiment, overrides or [], seeds, device)
     path = out or Path(f"{run.name}-{run.guidance.algorithm}.guidance.pt")
-    bundle = train_guidance(run, path, unfinished(path, overwrite, resume), workers, board)
+    bundle = train_guidance(run, path, unfinished(path, board, overwrite, resume), workers, board)
     if "q_spread_rows" in bundle["quality"]:
         show_table(quality_table(bundle))
     same = [part for override in overrides or [] for part in ("--set", override)] + (
@@ -2030,7 +2076,7 @@ def policy(
     frozen = read_guidance(teacher) if teacher else None
     if frozen is not None:
         warn_unfinished(teacher, frozen)
-    train_policy(run, frozen, path, unfinished(path, overwrite, resume), workers, board)
+    train_policy(run, frozen, path, unfinished(path, board, overwrite, resume), workers, board)
     say(f"wrote {path}\nnext: {shlex.join(['mdpt', 'evaluate', str(path)])}")
 
 
@@ -2159,12 +2205,21 @@ def given_options(context: typer.Context) -> dict[str, Any]:
     return {key: value for key, value in given.items() if value is not None}
 
 
-def unfinished(path: Path, overwrite: bool, resume: bool) -> Bundle | None:
+def unfinished(path: Path, board: Path | None, overwrite: bool, resume: bool) -> Bundle | None:
     """The unfinished bundle to go on from, or None to begin. Raises: MdptError where that would lose work."""
     from models import read_bundle
 
     if overwrite and resume:
         raise MdptError("--overwrite begins anew and --resume goes on; give one of them")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()  # now, not after hours of training
+    except OSError as error:
+        raise MdptError(f"--out {path}: cannot be written ({error.strerror}); choose another") from error
+    if path.is_dir():
+        raise MdptError(f"--out {path}: is a folder; choose a file")
+    if board is not None and (board / path.stem).exists():
+        refuse_to_overwrite(board / path.stem, overwrite or resume)
     if not path.exists():
         if resume:
             raise MdptError(f"{path}: there is nothing to resume; leave --resume out to begin")

@@ -487,17 +487,15 @@ def value_loss(q: Tensor) -> Loss:
     return loss, {"policy_q": q.detach().mean(-1)}
 
 
-def advantage_weights(advantage: Tensor, rule: str, expectile: float, inverse_temperature: float) -> Tensor | None:
-    """Weight of each transition in the noise error, (S, B), or None for "none".
+def advantage_weights(advantage: Tensor, rule: str, expectile: float, inverse_temperature: float) -> Tensor:
+    """Weight of each transition in the noise error, (S, B).
 
     "expectile": |expectile - 1(advantage < 0)|; "exponential": exp(inverse_temperature * advantage), at most 100.
     Source: IDQL, arXiv 2304.10573, table 1.
     """
     if rule == "expectile":
         return torch.where(advantage < 0, 1.0 - expectile, expectile)
-    if rule == "exponential":
-        return (inverse_temperature * advantage).exp().clamp(max=100.0)
-    return None
+    return (inverse_temperature * advantage).exp().clamp(max=100.0)
 
 
 def add(first: Loss, second: Loss, weight: float = 1.0) -> Loss:
@@ -603,9 +601,12 @@ class Guidance(nn.Module):
         """The networks that learn."""
         return [self.online_q, self.value, *(self.actor.networks() if self.actor else [])]
 
-    def loss(self, batch: Batch, random: Randomness, actor: Policy | None = None) -> Loss:
-        """The algorithm's loss. actor: the policy that learns along in a joint run, in place of a companion."""
-        return self.algorithm.loss(self, batch, random, actor)
+    def loss(self, batch: Batch, random: Randomness, actor: Policy | None = None, w: float = 1.0) -> Loss:
+        """The algorithm's loss. actor: the policy that learns along in a joint run, in place of a companion.
+
+        w: weight of its classifier-free guidance, 0 for as long as it has learned no labels.
+        """
+        return self.algorithm.loss(self, batch, random, actor, w)
 
     def follow(self, step: int) -> None:
         """Targets and averages after gradient step `step`: target <- (1 - tau) target + tau online."""
@@ -620,7 +621,7 @@ class Guidance(nn.Module):
                 network.pick(members)
 
 
-def implicit_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Policy | None) -> Loss:
+def implicit_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Policy | None, w: float) -> Loss:
     """Implicit Q-learning (arXiv 2110.06169, Algorithm 1; arXiv 2304.10573): no action outside the data is valued."""
     with torch.no_grad():
         target_q = guidance.q(batch.observations, batch.actions)
@@ -633,7 +634,7 @@ def implicit_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor:
     )
 
 
-def diffusion_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Policy | None) -> Loss:
+def diffusion_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Policy | None, w: float) -> Loss:
     """The critics of Diffusion-QL (arXiv 2208.06193, eq. 4), bootstrapped by the actor, or else by a companion.
 
     Of `bootstrap_candidates` next actions the best counts. V regresses to Q at the data's actions. The companion
@@ -645,7 +646,7 @@ def diffusion_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor
         raise RuntimeError("this guidance was built to be used, or to learn beside a policy")
     repeated = batch.next_observations.repeat_interleave(guidance.bootstrap_candidates, dim=1)  # (S, B N, O)
     with torch.no_grad():
-        next_actions = actor.sample(repeated, random)
+        next_actions = actor.sample(repeated, random, w=w)
         next_q = guidance.q(repeated, next_actions).view(*batch.rewards.shape, -1).amax(-1)
         target_q = guidance.q(batch.observations, batch.actions)
     q = guidance.twins(guidance.online_q, batch.observations, batch.actions)
@@ -659,7 +660,7 @@ def diffusion_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor
 class GuidanceAlgorithm:
     """A line of the registry: how a guidance learns, and whether it needs an actor to do so."""
 
-    loss: Callable[[Guidance, Batch, Randomness, Policy | None], Loss]
+    loss: Callable[[Guidance, Batch, Randomness, Policy | None, float], Loss]
     has_actor: bool = False
 
 
@@ -969,6 +970,8 @@ def read_bundle(path: Path) -> Bundle:
         raise BundleError(f"{path}: no such bundle; `mdpt guidance` and `mdpt policy` write them")
     try:
         bundle = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # torch raises many kinds for a damaged or foreign file
         raise BundleError(
             f"{path}: cannot be read as a bundle, it is damaged or something else; write it anew"

@@ -14,6 +14,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -713,8 +714,14 @@ def test_an_environment_that_cannot_be_filmed_says_so() -> None:
 def test_tensorboard_shows_the_history(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run("guidance toy.toml --out watched.pt --tensorboard boards --seeds 0,1 --set guidance.learning_rate=0.01")
-    run("guidance toy.toml --out watched.pt --tensorboard boards --overwrite")  # what came before is gone
+    command = "guidance toy.toml --out watched.pt --tensorboard boards"
+    run(f"{command} --seeds 0,1 --set guidance.learning_rate=0.01")
+    assert fail(f"{command} --overwrite --resume").startswith("--overwrite begins anew")
+    Path("watched.pt").unlink()
+    assert fail(command) == "boards/watched: exists already; choose another name, or --overwrite to replace it"
+    with interrupted_at(12, monkeypatch):
+        run(f"{command} --overwrite", code=1)  # what came before is gone
+    run(f"{command} --resume")  # and this goes on
     history = models.read_bundle(Path("watched.pt"))["history"]
     events = EventAccumulator("boards/watched")
     events.Reload()
@@ -724,9 +731,8 @@ def test_tensorboard_shows_the_history(folder: Path, monkeypatch: pytest.MonkeyP
             assert shown == [(entry["step"], pytest.approx(entry[name][member])) for entry in history]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     message = "--tensorboard needs the package tensorboard: pip install 'mdpt[tensorboard]'"
-    assert (
-        run("guidance toy.toml --out b.pt --tensorboard boards", code=1).stderr.splitlines()[-1] == f"mdpt: {message}"
-    )
+    monkeypatch.delitem(sys.modules, "tensorboard", raising=False)
+    assert fail("guidance toy.toml --out b.pt --tensorboard boards") == message
 
 
 def test_collecting_through_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -829,18 +835,25 @@ TRAININGS = [
 ]
 
 
-@pytest.mark.parametrize("command", TRAININGS)
-def test_a_resumed_run_ends_bit_identical(folder: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(f"{command} --out whole.pt")
+@contextmanager
+def interrupted_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ctrl-C during this gradient step."""
     record = Monitor.record
 
-    def interrupt(monitor: Monitor, step: int, *rest: Any) -> None:
-        record(monitor, step, *rest)
-        if step == 12:
+    def interrupt(monitor: Monitor, now: int, *rest: Any) -> None:
+        record(monitor, now, *rest)
+        if now == step:
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
         patch.setattr(Monitor, "record", interrupt)
+        yield
+
+
+@pytest.mark.parametrize("command", TRAININGS)
+def test_a_resumed_run_ends_bit_identical(folder: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(f"{command} --out whole.pt")
+    with interrupted_at(12, monkeypatch):
         result = run(f"{command} --out cut.pt", code=1)
     last = result.stderr.splitlines()[-1]
     assert last == "mdpt: interrupted after step 13 of 20; the same command with --resume goes on"
@@ -1038,6 +1051,11 @@ MISTAKES = [  # command, message
     ("guidance toy.toml --seeds a", "toy.toml: seeds = '[a]': should be a valid list"),
     ("guidance toy.toml --device gpu", "toy.toml: device = 'gpu': should be 'auto', 'cpu' or 'cuda'"),
     ("guidance toy.toml --out new.pt --resume", "new.pt: there is nothing to resume; leave --resume out to begin"),
+    ("guidance toy.toml --out . --overwrite", "--out .: is a folder; choose a file"),
+    (
+        "guidance toy.toml --out toy.toml/g.pt",
+        "--out toy.toml/g.pt: cannot be written (File exists); choose another",
+    ),
     ("guidance toy.toml --resume --overwrite", "--overwrite begins anew and --resume goes on; give one of them"),
     (
         "policy toy.toml",
@@ -1308,6 +1326,61 @@ def test_mistakes_in_resuming(folder: Path, options: str, message: str) -> None:
     assert fail(f"{command} {options.removesuffix(' --data').removesuffix(' --kind')}").splitlines()[-1].removeprefix(
         "warning: "
     ) == (f"nan.pt: {message}")
+
+
+def test_a_resumed_run_tells_another_device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with interrupted_at(12, monkeypatch):
+        run("guidance toy.toml --out cut.pt", code=1)
+    bundle = models.read_bundle(Path("cut.pt"))
+    torch.save(bundle | {"accounting": bundle["accounting"] | {"device": "cuda:0"}}, "cut.pt")
+    text = "cut.pt: was begun on cuda:0, goes on on cpu: other random numbers than it would have had"
+    assert f"warning: {text}" in run("guidance toy.toml --out cut.pt --resume").stderr
+
+
+def test_time_left_counts_from_where_a_run_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    clock = iter([0.0, 10.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    with mdpt.progress("train", 100, 60) as show:
+        show(65, "")
+        show(70, "loss 1")
+    assert capsys.readouterr().err == "train: 70/100  loss 1  30 s left\n"  # 10 steps in 10 s
+
+
+def test_a_bundle_of_another_mdpt_says_so(folder: Path) -> None:
+    bundle = models.read_policy(Path("toy-dql.policy.pt"))
+    bundle["experiment"]["policy"]["horizon"] = 4
+    torch.save(bundle | {"versions": bundle["versions"] | {"mdpt": "9.1"}}, "new.pt")
+    assert run("evaluate new.pt", code=1).stderr.startswith(
+        "mdpt: new.pt: was written by mdpt 9.1, whose experiments this mdpt does not know; use that one\n"
+        "new.pt: [policy] horizon = 4: unknown key; "
+    )
+
+
+def test_too_little_memory_is_told_in_a_line(folder: Path) -> None:
+    message = "not enough memory; lower batch_size, hidden, candidates, or the number of seeds"
+    assert fail("guidance toy.toml --out g.pt --set guidance.batch_size=1_000_000_000_000") == message
+
+
+def test_a_joint_critic_looks_at_labels_once_they_are_learned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, seen = models.Guidance.loss, []
+
+    def record(guidance: Any, batch: Any, random: Any, actor: Any, w: float) -> Any:
+        seen.append(w)
+        return loss(guidance, batch, random, actor, w)
+
+    monkeypatch.setattr(models.Guidance, "loss", record)
+    joint = "policy toy.toml --set policy.scheme=joint --set guidance.algorithm=dql --overwrite --out joint.pt"
+    run(f"{joint} --set policy.algorithm=cfg --set policy.guidance_from=0.5")
+    run(f"{joint} --set policy.algorithm=cfg --set policy.label_dropout=1")
+    assert seen == [0.0] * 10 + [1.0] * 10 + [0.0] * 20
+
+
+def test_unlabelled_noise_that_was_never_learned_is_not_weighed(folder: Path) -> None:
+    options = "--set policy.algorithm=cfg --set policy.label_dropout=0 --out all.pt"
+    run(f"policy toy.toml --guidance toy-idql.guidance.pt {options}")
+    assert fail("evaluate all.pt --w 3") == (
+        "w 3: this policy learned with label_dropout 0 and knows no noise without a label; only 1 is possible"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the README

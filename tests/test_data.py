@@ -94,7 +94,19 @@ def test_environment_spec() -> None:
         ("toy_environment:ToyFlawed-v0", "the environment cannot be made. OSError: no licence"),
         ("toy_environment:ToyDiscrete-v0", "its action space is Discrete(2); only a Box with one axis can be learned."),
         ("toy_environment:ToyImage-v0", "its action space is Box(0.0, 1.0, (2, 2), float32); only a Box with one axis"),
-        ("toy_environment:ToyUnbounded-v0", "its actions are unbounded, Box(-inf, inf, (1,), float32); wrap it"),
+        *[
+            (
+                f"toy_environment:Toy{kind}-v0",
+                f"its actions lack finite bounds that differ, Box({bounds}, float32); wrap",
+            )
+            for kind, bounds in (
+                ("Unbounded", "-inf, inf, (1,)"),
+                ("Pinned", "0.0, [1. 0.], (2,)"),
+                ("Vast", "-3e+38, 3e+38, (1,)"),
+            )
+        ],
+        ("toy_environment:ToyEmpty-v0", "its action space is Box(0.0, 1.0, (0,), float32); only a Box with one axis"),
+        ("toy_environment:ToyWhole-v0", "its actions are int64, Box(0, 9, (1,), int64); only floats can be learned."),
     ],
 )
 def test_environment_errors(environment_id: str, message: str) -> None:
@@ -261,6 +273,11 @@ def test_short_missing_foreign_and_truncated_files(tmp_path: Path) -> None:
         data.read_hdf5(tmp_path / "text.hdf5", SPEC)
     whole = write(tmp_path / "cut.hdf5", rows(1000))
     whole.write_bytes(whole.read_bytes()[:-5000])
+    linked = write(tmp_path / "linked.hdf5", {key: value for key, value in rows(10).items() if key != "rewards"})
+    with h5py.File(linked, "a") as file:
+        file["rewards"] = h5py.SoftLink("/nowhere")
+    with pytest.raises(DataError, match=r"linked\.hdf5: (the key 'rewards' is missing|a truncated or damaged)"):
+        data.read_hdf5(linked, SPEC)
     with pytest.raises(DataError, match=r"cut\.hdf5: a truncated or damaged HDF5 file; get it again\. OSError: "):
         data.read_hdf5(whole, SPEC)
 

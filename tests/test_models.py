@@ -187,7 +187,6 @@ def test_value_loss_raises_q_and_its_scale_has_no_gradient() -> None:
 
 def test_advantage_weights_by_hand() -> None:
     advantage = torch.tensor([[-1.0, 0.0, 2.0, 9.0]])
-    assert models.advantage_weights(advantage, "none", 0.7, 1.0) is None
     near(models.advantage_weights(advantage, "expectile", 0.7, 1.0), [[0.3, 0.7, 0.7, 0.7]])
     expected = [[math.exp(-0.5), 1.0, math.e, math.exp(4.5)]]
     near(models.advantage_weights(advantage, "exponential", 0.7, 0.5), expected, 1e-5)
@@ -263,8 +262,8 @@ def test_diffusion_q_loss_takes_the_best_of_the_next_actions() -> None:
     with torch.no_grad():
         guidance.target_q.vector.mul_(-3.0)
     next_actions = torch.tensor([[0.9, -0.9, 0.1, 0.2, 0.7, -0.3]])[..., None]  # three of each state, side by side
-    seen = []
-    actor: Any = SimpleNamespace(sample=lambda observations, random: seen.append(observations) or next_actions)
+    seen: list[Any] = []
+    actor: Any = SimpleNamespace(sample=lambda states, random, w: seen.extend([states, w]) or next_actions)
     batch = Batch(
         observations=torch.tensor([[[0.1], [0.2]]]),
         actions=torch.tensor([[[0.5], [-0.5]]]),
@@ -273,7 +272,8 @@ def test_diffusion_q_loss_takes_the_best_of_the_next_actions() -> None:
         terminals=torch.tensor([[0.0, 0.0]]),
     )
     random = Randomness((4,), "train")
-    loss, _ = guidance.loss(batch, random, actor)
+    loss, _ = guidance.loss(batch, random, actor, w=0.0)
+    assert seen[1] == 0.0
     near(seen[0], [[[0.3], [0.3], [0.3], [0.4], [0.4], [0.4]]])
     with torch.no_grad():
         expected = 0.0

@@ -54,5 +54,9 @@ for name, toy, limit, settings in (
     ("ToyDiscrete", "Toy", 6, {"action_space": Discrete(2)}),
     ("ToyUnbounded", "Toy", 6, {"action_space": Box(-np.inf, np.inf, (1,))}),
     ("ToyImage", "Toy", 6, {"action_space": Box(0, 1, (2, 2))}),
+    ("ToyEmpty", "Toy", 6, {"action_space": Box(0, 1, (0,))}),
+    ("ToyWhole", "Toy", 6, {"action_space": Box(0, 9, (1,), np.int64)}),
+    ("ToyPinned", "Toy", 6, {"action_space": Box(np.zeros(2, np.float32), np.array([1, 0], np.float32))}),
+    ("ToyVast", "Toy", 6, {"action_space": Box(-3e38, 3e38, (1,))}),
 ):
     gymnasium.register(f"{name}-v0", entry_point=f"{__name__}:{toy}", max_episode_steps=limit, kwargs=settings)
