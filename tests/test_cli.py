@@ -585,7 +585,8 @@ def test_swap_goes_on_where_it_was_cut_short(folder: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_swap_goes_on_to_the_same_file(folder: Path, how: signal.Signals) -> None:
-    command = "swap toy-dql.policy.pt --guidance toy-idql.guidance.pt --episodes 40 --workers 1 --json part.json"
+    policies = "toy-dql.policy.pt toy-cfg.policy.pt toy-bc-unguided.policy.pt"
+    command = f"swap {policies} --guidance toy-idql.guidance.pt --episodes 10 --workers 1 --json part.json"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([EXECUTABLE, *shlex.split(command)], env=environment, stdout=subprocess.DEVNULL)
     deadline, part = time.monotonic() + 120, Path("part.json")
@@ -593,7 +594,7 @@ def test_a_killed_swap_goes_on_to_the_same_file(folder: Path, how: signal.Signal
         time.sleep(0.002)
     process.send_signal(how)
     assert process.wait(30) == (130 if how == signal.SIGINT else -how)
-    assert 1 <= len(json.loads(part.read_text())["cells"]) < 3
+    assert 1 <= len(json.loads(part.read_text())["cells"]) < 8
     for rest in (command, command.replace("part", "whole")):
         subprocess.run([EXECUTABLE, *shlex.split(rest)], env=environment, stdout=subprocess.DEVNULL, check=True)
     assert part.read_bytes() == Path("whole.json").read_bytes()
@@ -1041,7 +1042,7 @@ MISTAKES = [  # command, message
     ("guidance .", ".: no such experiment file; hopper.toml in the repository is one to start from"),
     (
         "guidance broken.toml",
-        ("broken.toml: is not TOML: Expected ']' at the end of a table declaration (at line 1, column 6)"),
+        "broken.toml: is not TOML: Expected newline or end of document after a statement (at line 1, column 7)",
     ),
     ("guidance toy.toml --set steps", "--set steps: expected table.key=value, such as policy.steps=5000"),
     ("guidance toy.toml --set a.b.c=1", "--set a.b.c=1: expected table.key=value, such as policy.steps=5000"),

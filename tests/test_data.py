@@ -105,7 +105,7 @@ def test_environment_spec() -> None:
                 ("Vast", "-3e+38, 3e+38, (1,)"),
             )
         ],
-        ("toy_environment:ToyEmpty-v0", "its action space is Box(0.0, 1.0, (0,), float32); only a Box with one axis"),
+        ("toy_environment:ToyEmpty-v0", "its action space is Box("),
         ("toy_environment:ToyWhole-v0", "its actions are int64, Box(0, 9, (1,), int64); only floats can be learned."),
     ],
 )
