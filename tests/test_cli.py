@@ -1192,7 +1192,7 @@ MISTAKES = [  # command, message
 
 @pytest.mark.parametrize(("command", "message"), MISTAKES)
 def test_mistakes_on_the_command_line(folder: Path, command: str, message: str) -> None:
-    Path("broken.toml").write_text("[data\n")
+    Path("broken.toml").write_text("a = 1 1")
     Path("half.pt").write_bytes(Path("toy-idql.guidance.pt").read_bytes()[:5000])
     torch.save({"model": torch.zeros(2)}, "foreign.pt")
     bundle = models.read_bundle(Path("toy-idql.guidance.pt"))
