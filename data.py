@@ -21,7 +21,7 @@ import runpy
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -779,23 +779,23 @@ def rollout(
     spec: EnvironmentSpec,
     *,
     members: int,
-    episodes: int,
+    episodes: Sequence[int],
     seed: int,
     workers: int,
     progress: Progress | None = None,
 ) -> tuple[Array, Array]:
-    """Play `episodes` episodes with each member: raw returns (S, E) float64 and lengths (S, E) int64 in steps.
+    """Play E numbered episodes with each member: raw returns (S, E) float64 and lengths (S, E) int64 in steps.
 
     act: observations (S, E, O) float32 -> actions (S, E, A) in [-1, 1], which are scaled back to the bounds.
-    Episode e starts from the same state for every member. Every reward counts, the last step's included. After
-    its end an episode is not stepped, contributes nothing, and shows `act` its last observation until all ended.
-    progress counts episodes.
+    An episode starts from the state of its number, the same for every member. Every reward counts, the last step's
+    included. After its end an episode is not stepped, contributes nothing, and shows `act` its last observation
+    until all ended. progress counts episodes.
 
     Raises: DataError for actions that are not finite or of another shape, and for a worker that fails.
     """
-    total = members * episodes
+    total, shape = members * len(episodes), (members, len(episodes))
     count = max(1, min(workers, total))
-    starts = [_start(seed, episode) for episode in range(episodes)]
+    starts = [_start(seed, episode) for episode in episodes]
     parts = [slice(first, None, count) for first in range(count)]  # interleaved: every worker serves all members
     observations = np.zeros((total, spec.observation_dim), dtype=np.float32)
     rewards, returns = np.zeros(total), np.zeros(total)
@@ -811,9 +811,8 @@ def rollout(
         exchange(None)
         finished = 0
         while running.any():
-            actions = np.asarray(act(observations.reshape(members, episodes, -1).copy()))
-            if actions.shape != (members, episodes, spec.action_dim):
-                expected = (members, episodes, spec.action_dim)
+            actions = np.asarray(act(observations.reshape(*shape, -1).copy()))
+            if actions.shape != (expected := (*shape, spec.action_dim)):
                 raise DataError(f"act: actions of shape {actions.shape}, expected {expected}.")
             if not np.isfinite(actions).all():
                 member = int(np.argmin(np.isfinite(actions).all(axis=(1, 2))))
@@ -824,7 +823,7 @@ def rollout(
             if progress and total - running.sum() > finished:
                 finished = total - int(running.sum())
                 progress(finished, total)
-    return returns.reshape(members, episodes), lengths.reshape(members, episodes)
+    return returns.reshape(shape), lengths.reshape(shape)
 
 
 def _start(seed: int, episode: int) -> int:

@@ -839,10 +839,11 @@ def pair_up(trial: Trial) -> Pairs:
     return list(enumerate(pair_members(len(members), count)))
 
 
-def actor(trial: Trial, pairs: Pairs) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+def actor(trial: Trial, pairs: Pairs, first: int = 0) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
     """What chooses actions in a trial: observations (pairs, E, O) -> actions (pairs, E, A).
 
-    The noise belongs to the policy's member, so that its pairs differ by guidance alone.
+    The noise belongs to the policy's member, so that its pairs differ by guidance alone. first: the first of the E
+    episodes, where a trial is played in parts.
     """
     import torch
 
@@ -854,7 +855,8 @@ def actor(trial: Trial, pairs: Pairs) -> Callable[[NDArray[np.float32]], NDArray
     if guidance is not None:
         guidance.pick([j or 0 for _, j in pairs])
     seeds = [trial.bundle["seeds"][i] for i, _ in pairs]
-    random = Randomness(seeds, f"evaluate {trial.section.seed}", trial.device)
+    part = f" from {first}" if first else ""
+    random = Randomness(seeds, f"evaluate {trial.section.seed}{part}", trial.device)
 
     def choose(observations: NDArray[np.float32]) -> NDArray[np.float32]:
         states = torch.from_numpy(observations).to(trial.device)
@@ -869,7 +871,7 @@ AT_ONCE = 150  # rollouts side by side: a PyBullet environment takes 30 MB
 
 
 def slices(trial: Trial) -> list[Pairs]:
-    """A trial's pairs, so many at a time that AT_ONCE rollouts run side by side."""
+    """A trial's pairs, so many at a time that AT_ONCE rollouts run side by side, or one, if it has more episodes."""
     pairs, size = pair_up(trial), max(1, AT_ONCE // trial.section.episodes)
     return [pairs[first : first + size] for first in range(0, len(pairs), size)]
 
@@ -882,21 +884,25 @@ def play(trial: Trial, workers: int, title: str = "evaluate") -> tuple[NDArray[n
 
     episodes, parts = trial.section.episodes, slices(trial)
 
-    def some(pairs: Pairs, before: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    def some(pairs: Pairs, first: int, before: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         return rollout(
-            actor(trial, pairs),
+            actor(trial, pairs, first),
             EnvironmentSpec(**trial.bundle["environment"]),
             members=len(pairs),
-            episodes=episodes,
+            episodes=range(first, min(first + AT_ONCE, episodes)),
             seed=trial.section.seed,
             workers=workers,
             progress=lambda done, _: show(before + done, "episodes"),
         )
 
+    found = []
     with progress(title, sum(map(len, parts)) * episodes) as show:
-        found = [some(pairs, i * len(parts[0]) * episodes) for i, pairs in enumerate(parts)]
-    returns, lengths = zip(*found, strict=True)
-    return np.concatenate(returns), np.concatenate(lengths)
+        for i, pairs in enumerate(parts):
+            before = i * len(parts[0]) * episodes
+            blocks = [some(pairs, first, before + len(pairs) * first) for first in range(0, episodes, AT_ONCE)]
+            found.append([np.concatenate(block, axis=1) for block in zip(*blocks, strict=True)])
+    returns, lengths = (np.concatenate(part) for part in zip(*found, strict=True))
+    return returns, lengths
 
 
 def summarize(scores: NDArray[np.float64]) -> dict[str, Any]:
@@ -1015,7 +1021,8 @@ def pick_inference(
     policy, labels = run.policy, learns_labels(run.policy)  # a policy that saw none has nothing to weigh
     if labels and section.w != 1 and policy.label_dropout == 0:
         raise MdptError(
-            f"w {section.w:g}: this policy learned with label_dropout 0 and knows no noise without a label; only 1 is possible"
+            f"w {section.w:g}: this policy learned with label_dropout 0 and knows no noise without a label; "
+            "only 1 is possible"
         )
     ranked = guidance is not None and section.guide != "gradient"
     steered = guidance is not None and section.guide != "rank"
@@ -1409,13 +1416,13 @@ def estimate_seconds(trials: Sequence[Trial], workers: int) -> float:
     each, seconds = step_seconds(spec), 0.0
     for trial in trials:
         parts = slices(trial)
-        choose, rows = actor(trial, parts[0]), len(parts[0])
-        observations = np.zeros((rows, trial.section.episodes, spec.observation_dim), dtype=np.float32)
+        choose, rows, episodes = actor(trial, parts[0]), len(parts[0]), min(AT_ONCE, trial.section.episodes)
+        observations = np.zeros((rows, episodes, spec.observation_dim), dtype=np.float32)
         choose(observations)  # the first call is slower
         began = time.perf_counter()
         choose(observations)
-        once = time.perf_counter() - began + each * math.ceil(rows * trial.section.episodes / workers)
-        seconds += once * sum(map(len, parts)) / rows
+        once = time.perf_counter() - began + each * math.ceil(rows * episodes / workers)
+        seconds += once * sum(map(len, parts)) / rows * trial.section.episodes / episodes
     return spec.max_episode_steps * seconds
 
 

@@ -518,6 +518,17 @@ def test_many_rollouts_are_played_in_slices(folder: Path, monkeypatch: pytest.Mo
     for one, other in zip(whole["cells"], parts["cells"], strict=True):
         assert pair_scores(one) == pytest.approx(pair_scores(other), abs=1e-4)
         assert [pair["guidance_seed"] for pair in one["pairs"]] == [pair["guidance_seed"] for pair in other["pairs"]]
+    alone = "toy-bc-unguided.policy.pt --temperature 0 --episodes"
+    monkeypatch.setattr(mdpt, "AT_ONCE", 9)
+    whole = scores(f"{alone} 5")
+    monkeypatch.setattr(mdpt, "AT_ONCE", 2)  # less than a member's episodes
+    parts = scores(f"{alone} 5")
+    for one, other in zip(whole["members"], parts["members"], strict=True):
+        assert one["returns"] == pytest.approx(other["returns"], abs=1e-4) and one["lengths"] == other["lengths"]
+    trial = mdpt.load_trial(Path("toy-bc-unguided.policy.pt"), None, {}, "cpu")
+    states, pairs = np.zeros((2, 2, 2), dtype=np.float32), mdpt.pair_up(trial)
+    first, again, later = (mdpt.actor(trial, pairs, start)(states) for start in (0, 0, 2))
+    assert np.array_equal(first, again) and not np.isclose(first, later).all()  # each part has its own noise
 
 
 def test_swap_judges_a_foreign_algorithm_by_the_stronger_of_the_two(folder: Path) -> None:
