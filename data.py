@@ -834,7 +834,7 @@ def _start(seed: int, episode: int) -> int:
 def film_episode(
     act: Callable[[Array], Array], spec: EnvironmentSpec, *, seed: int, every: int
 ) -> Iterator[tuple[int, float, Array]]:
-    """Play an episode from the first of `rollout`'s starts: now and then, and at its end, steps, return so far, a frame.
+    """Play an episode from `rollout`'s first start: now and then, and at its end, steps, return so far, a frame.
 
     act: observation (O,) float32 -> action (A,) in [-1, 1]. A frame is (height, width, 3) uint8, drawn off-screen by
     the environment itself.

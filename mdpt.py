@@ -667,7 +667,7 @@ class Meter:
 
 
 def memory_now(device: Any, *, restart: bool = False) -> int:
-    """Peak bytes since the last restart: allocated on CUDA, resident on a CPU. restart: begin anew, give the current."""
+    """Peak bytes since the last restart, allocated on CUDA, resident on a CPU; restart: from the current ones on."""
     import torch
 
     if device.type == "cuda":
@@ -1665,7 +1665,7 @@ def swap_line(report: dict[str, Any]) -> str:
     return line + (f"; w of cfg policies {' or '.join(f'{w:g}' for w in sorted(weights))}" if weights else "")
 
 
-# --- pictures and film ---------------------------------------------------------------------------------------------------
+# --- pictures and film ------------------------------------------------------------------------------------------
 
 INK, SHADE = "black", "0.75"  # pictures read alike in black and white, and by colour-blind people
 MARKERS = "osD^vP*X"
@@ -1905,8 +1905,8 @@ def account_line(account: dict[str, Any]) -> str:
     return (
         f"{account['parameters_trained']:,} parameters trained of {account['parameters_held']:,} held, "
         f"optimizer {account['optimizer_bytes'] / 2**20:.1f} MiB, "
-        f"peak {account['peak_bytes'] / 2**20:.1f} MiB above the data, {account['seconds']:.1f} s on {account['device']}, "
-        f"{account['seconds_per_1000_steps']:.2f} s per 1,000 steps"
+        f"peak {account['peak_bytes'] / 2**20:.1f} MiB above the data, "
+        f"{account['seconds']:.1f} s on {account['device']}, {account['seconds_per_1000_steps']:.2f} s per 1,000 steps"
     )
 
 
