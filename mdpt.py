@@ -1228,7 +1228,7 @@ def plan_swap(
             named[path] = inner
     if not named:
         raise MdptError(f"{', '.join(map(str, bundles))}: no guidance inside; name one with --guidance FILE")
-    for path, bundle in (bundles | named).items():
+    for path, bundle in (*bundles.items(), *named.items()):
         warn_unfinished(path, bundle)
     bare = {key: value for key, value in options.items() if key in ("episodes", "temperature", "seed")}
     trials: list[Trial] = []

@@ -1349,6 +1349,18 @@ def test_a_resumed_run_tells_another_device(folder: Path, monkeypatch: pytest.Mo
     assert f"warning: {text}" in run("guidance toy.toml --out cut.pt --resume").stderr
 
 
+def test_unfinished_bundles_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with interrupted_at(12, monkeypatch):
+        run("policy toy.toml --guidance toy-idql.guidance.pt --out cut.pt", code=1)
+        run("guidance toy.toml --out short.pt", code=1)
+    policy, guidance = (
+        f"warning: {name} is unfinished, at step 13" for name in ("cut.pt: this policy", "short.pt: this guidance")
+    )
+    assert run("swap cut.pt --episodes 1 --workers 1").stderr.startswith(policy)
+    assert run("evaluate toy-dql.policy.pt --infer-guidance short.pt --workers 1").stderr.startswith(guidance)
+    assert run("policy toy.toml --guidance short.pt --out under.pt").stderr.startswith(guidance)
+
+
 def test_time_left_counts_from_where_a_run_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     clock = iter([0.0, 10.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
