@@ -1698,6 +1698,11 @@ def draw_dataset(axes: Axes, dataset: dict[str, Any]) -> None:
         axes.axhline(dataset[f"{kind}_score"], color="0.5", linestyle=style, label=f"dataset {kind}")
 
 
+def draw_legend(figure: Figure) -> None:
+    columns = max(1, int(figure.get_figwidth() / 2.2))  # inches, enough for a bundle's name
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+
+
 def plot_scores(path: Path, report: dict[str, Any]) -> None:
     """Score of each member, an episode a dot, beside the median of members and the dataset."""
     import numpy as np
@@ -1706,7 +1711,7 @@ def plot_scores(path: Path, report: dict[str, Any]) -> None:
 
     members, reference = report["members"], report["protocol"]["reference"]
     title = f"{report['protocol']['policy']}: {protocol_line(report['protocol'], len(members))}"
-    with picture(path, title, 7, 4.2) as figure:
+    with picture(path, title, 7, 4.5) as figure:
         axes = figure.add_subplot()
         for x, member in enumerate(members):
             episodes = normalized_score(np.array(member["returns"]), reference)
@@ -1716,7 +1721,7 @@ def plot_scores(path: Path, report: dict[str, Any]) -> None:
         draw_dataset(axes, report["dataset"])
         axes.set_xticks(range(len(members)), [str(member["seed"]) for member in members])
         axes.set(xlabel="seed", ylabel="normalized score")
-        axes.legend(frameon=False, fontsize="small")
+        draw_legend(figure)
 
 
 def plot_curve(path: Path, report: dict[str, Any]) -> None:
@@ -1727,7 +1732,7 @@ def plot_curve(path: Path, report: dict[str, Any]) -> None:
     steps = [point["step"] for point in curve]
     scores = np.array([[member["score"] for member in point["members"]] for point in curve])  # (steps, S)
     title = f"{report['protocol']['policy']}: {protocol_line(report['protocol'], scores.shape[1])}"
-    with picture(path, title, 7, 4.2) as figure:
+    with picture(path, title, 7, 4.5) as figure:
         axes = figure.add_subplot()
         axes.plot(steps, scores, color=SHADE, linewidth=1)
         axes.plot(steps, np.median(scores, 1), color=INK, marker="o", label="median of members")
@@ -1735,7 +1740,7 @@ def plot_curve(path: Path, report: dict[str, Any]) -> None:
         axes.fill_between(steps, low, high, color="0.9", label="interquartile range")
         draw_dataset(axes, curve[0]["dataset"])
         axes.set(xlabel="gradient steps", ylabel="normalized score")
-        axes.legend(frameon=False, fontsize="small")
+        draw_legend(figure)
 
 
 def plot_history(path: Path, bundle: Bundle, name: Path) -> None:
@@ -1770,8 +1775,8 @@ def plot_swap(path: Path, report: dict[str, Any]) -> None:
     scores = {key: np.array([pair["score"] for pair in cell["pairs"]]) for key, cell in cells.items()}
     found = {(entry["policy"], entry["guidance"]): entry["summary"] for entry in report["summary"]}  # the last: all
     middle = np.array([[found[p, g]["median"] if (p, g) in found else np.nan for g in guidances] for p in policies])
-    width, heights = 2 + 1.5 * len(guidances), (1 + 0.45 * len(policies), 3.2)
-    with picture(path, swap_line(report), width, sum(heights) + 0.5) as figure:
+    heights = 1 + 0.45 * len(policies), 3.2
+    with picture(path, swap_line(report), 2 + 1.5 * len(guidances), sum(heights) + 0.5) as figure:
         matrix, boxes = figure.subplots(2, 1, height_ratios=heights)
         matrix.imshow(middle, cmap="cividis", aspect="auto")
         middling = (np.nanmin(middle) + np.nanmax(middle)) / 2
@@ -1798,7 +1803,7 @@ def plot_swap(path: Path, report: dict[str, Any]) -> None:
         boxes.set_xticks(range(len(guidances)), columns, fontsize=8)
         boxes.set_title("score of every pair of members", fontsize=8)
         boxes.set(ylabel="normalized score")
-        figure.legend(loc="outside lower center", ncols=max(1, int(width / 2.6)), frameon=False, fontsize=8)
+        draw_legend(figure)
 
 
 FRAME_EVERY = 3  # steps: at the 60 per second of PyBullet, 20 frames per second
