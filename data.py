@@ -77,15 +77,9 @@ def environment_spec(environment_id: str) -> EnvironmentSpec:
             raise DataError(f"{environment_id}: its {name} space is {space}; only a Box with one axis can be learned.")
     if not np.issubdtype(actions.dtype, np.floating):
         raise DataError(f"{environment_id}: its actions are {actions.dtype}, {actions}; only floats can be learned.")
-    with np.errstate(over="ignore", invalid="ignore"):
-        half = (actions.high.astype(np.float32) - actions.low.astype(np.float32)) / 2
-    if not (np.isfinite(half) & (half > 0)).all():
-        raise DataError(
-            f"{environment_id}: its actions lack finite bounds that differ, {actions}; wrap it to give such."
-        )
     if environment.spec is None or not environment.spec.max_episode_steps:
         raise DataError(f"{environment_id}: it has no time limit; register it with max_episode_steps.")
-    return EnvironmentSpec(
+    spec = EnvironmentSpec(
         id=environment_id,
         observation_dim=observations.shape[0],
         action_dim=actions.shape[0],
@@ -93,6 +87,13 @@ def environment_spec(environment_id: str) -> EnvironmentSpec:
         action_high=tuple(actions.high.tolist()),
         max_episode_steps=environment.spec.max_episode_steps,
     )
+    with np.errstate(over="ignore", invalid="ignore"):
+        _, half = _center_and_half(spec)
+    if not (np.isfinite(half) & (half > 0)).all():
+        raise DataError(
+            f"{environment_id}: its actions lack finite bounds that differ, {actions}; wrap it to give such."
+        )
+    return spec
 
 
 def scale_actions(actions: Array, spec: EnvironmentSpec) -> Array:
@@ -226,28 +227,9 @@ def read_hdf5(path: Path, spec: EnvironmentSpec) -> tuple[dict[str, Array], tupl
     Raises: DataError that names the key and the first row at fault.
     Source: the D4RL wiki, "Off-policy evaluation and dataset format".
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file.")
-    try:
-        readable = h5py.is_hdf5(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
-    if not readable:
-        raise DataError(f"{path}: not an HDF5 file. Expected D4RL's format: observations, actions, rewards, terminals.")
     columns = {"observations": spec.observation_dim, "actions": spec.action_dim, "rewards": 0, "terminals": 0}
     optional = {"next_observations": spec.observation_dim, "timeouts": 0}
-    raw: dict[str, Array] = {}
-    try:
-        with h5py.File(path, "r") as file:
-            for key in columns | optional:
-                if key in file and isinstance(file[key], h5py.Dataset):
-                    raw[key] = np.asarray(file[key][()])
-                elif key in columns:
-                    found = ", ".join(sorted(map(str, file)))
-                    raise DataError(f"{path}: the key {key!r} is missing. It has: {found or 'none'}.")
-    except (OSError, RuntimeError, LookupError, TypeError, ValueError, MemoryError) as error:  # h5py, where damaged
-        raise DataError(f"{path}: a truncated or damaged HDF5 file; get it again. {_one_line(error)}") from error
-
+    raw = _read_arrays(path, [*columns], [*optional])
     rows = len(raw["observations"]) if raw["observations"].ndim else 0
     for key, array in raw.items():
         width = (columns | optional)[key]
@@ -281,6 +263,30 @@ def read_hdf5(path: Path, spec: EnvironmentSpec) -> tuple[dict[str, Array], tupl
     if "timeouts" not in raw:
         warnings.append(f"{path}: no 'timeouts'; episodes end at terminals and every {spec.max_episode_steps} rows.")
     return raw, tuple(warnings)
+
+
+def _read_arrays(path: Path, required: Sequence[str], optional: Sequence[str]) -> dict[str, Array]:
+    """The arrays of an HDF5 file under these keys, unchecked."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file.")
+    try:
+        readable = h5py.is_hdf5(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+    if not readable:
+        raise DataError(f"{path}: not an HDF5 file. Expected D4RL's format: observations, actions, rewards, terminals.")
+    raw: dict[str, Array] = {}
+    try:
+        with h5py.File(path, "r") as file:
+            for key in (*required, *optional):
+                if key in file and isinstance(file[key], h5py.Dataset):
+                    raw[key] = np.asarray(file[key][()])
+                elif key in required:
+                    found = ", ".join(sorted(map(str, file)))
+                    raise DataError(f"{path}: the key {key!r} is missing. It has: {found or 'none'}.")
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, MemoryError) as error:  # h5py, where damaged
+        raise DataError(f"{path}: a truncated or damaged HDF5 file; get it again. {_one_line(error)}") from error
+    return raw
 
 
 def _forbid(path: Path, key: str, array: Array, bad: Array, expected: str) -> None:
@@ -622,8 +628,7 @@ def collect_dataset(
         for shard, start in enumerate(range(0, share, SHARD))
     ]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()  # now, not after minutes of play
+        make_writable_folder(path.parent)
     except OSError as error:
         raise DataError(
             f"{path.parent}: cannot be written ({error.strerror}); set MDPT_CACHE to another folder"
@@ -634,6 +639,12 @@ def collect_dataset(
     versions = {name: importlib.metadata.version(name) for name in ("pybullet", "pybullet_envs_gymnasium", "numpy")}
     _write_hdf5(path, arrays, made_by | versions)
     return path
+
+
+def make_writable_folder(folder: Path) -> None:
+    """Make a folder and try to write there: now, not after hours of work. Raises: OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def _cache_folder() -> Path:

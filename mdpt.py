@@ -14,7 +14,6 @@ import platform
 import shlex
 import signal
 import sys
-import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -2219,13 +2218,13 @@ def given_options(context: typer.Context) -> dict[str, Any]:
 
 def unfinished(path: Path, board: Path | None, overwrite: bool, resume: bool) -> Bundle | None:
     """The unfinished bundle to go on from, or None to begin. Raises: MdptError where that would lose work."""
+    from data import make_writable_folder
     from models import read_bundle
 
     if overwrite and resume:
         raise MdptError("--overwrite begins anew and --resume goes on; give one of them")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()  # now, not after hours of training
+        make_writable_folder(path.parent)
     except OSError as error:
         raise MdptError(f"--out {path}: cannot be written ({error.strerror}); choose another") from error
     if path.is_dir():
