@@ -163,6 +163,12 @@ class PolicySection(TrainingSection):
             raise ValueError(f"guidance_from {self.guidance_from} is after guidance_until {self.guidance_until}")
         return self
 
+    @property
+    def learns_labels(self) -> bool:
+        """Whether the policy ever learns under a label."""
+        guided = self.scheme != "unguided" and self.guidance_from < self.guidance_until
+        return guided and self.algorithm == "cfg" and self.label_dropout < 1
+
 
 class EvaluationSection(Section):
     """[evaluation]: how a policy is tried."""
@@ -737,7 +743,7 @@ def train_policy(
         own = policy.loss(batch, guidance if guided else None, random)
         if guidance not in learner.modules:
             return own
-        w = float(learns_labels(section) and done >= section.guidance_from)
+        w = float(section.learns_labels and done >= section.guidance_from)
         return add(own, guidance.loss(batch, random, policy, w))
 
     tables = {"guidance": run.guidance, "policy": section}
@@ -869,10 +875,16 @@ def actor(trial: Trial, pairs: Pairs, first: int = 0) -> Callable[[NDArray[np.fl
 AT_ONCE = 150  # rollouts side by side: a PyBullet environment takes 30 MB
 
 
-def slices(trial: Trial) -> list[Pairs]:
-    """A trial's pairs, so many at a time that AT_ONCE rollouts run side by side, or one, if it has more episodes."""
-    pairs, size = pair_up(trial), max(1, AT_ONCE // trial.section.episodes)
-    return [pairs[first : first + size] for first in range(0, len(pairs), size)]
+def slices(trial: Trial) -> list[tuple[slice, slice]]:
+    """A trial's pairs and episodes, so many at a time that at most AT_ONCE rollouts run side by side."""
+    count, episodes = len(pair_up(trial)), trial.section.episodes
+    long = min(AT_ONCE, episodes)
+    many = AT_ONCE // long
+    return [
+        (slice(i, min(i + many, count)), slice(j, min(j + long, episodes)))
+        for i in range(0, count, many)
+        for j in range(0, episodes, long)
+    ]
 
 
 def play(trial: Trial, workers: int, title: str = "evaluate") -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -881,26 +893,21 @@ def play(trial: Trial, workers: int, title: str = "evaluate") -> tuple[NDArray[n
 
     from data import EnvironmentSpec, rollout
 
-    episodes, parts = trial.section.episodes, slices(trial)
-
-    def some(pairs: Pairs, first: int, before: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        return rollout(
-            actor(trial, pairs, first),
-            EnvironmentSpec(**trial.bundle["environment"]),
-            members=len(pairs),
-            episodes=range(first, min(first + AT_ONCE, episodes)),
-            seed=trial.section.seed,
-            workers=workers,
-            progress=lambda done, _: show(before + done, "episodes"),
-        )
-
-    found = []
-    with progress(title, sum(map(len, parts)) * episodes) as show:
-        for i, pairs in enumerate(parts):
-            before = i * len(parts[0]) * episodes
-            blocks = [some(pairs, first, before + len(pairs) * first) for first in range(0, episodes, AT_ONCE)]
-            found.append([np.concatenate(block, axis=1) for block in zip(*blocks, strict=True)])
-    returns, lengths = (np.concatenate(part) for part in zip(*found, strict=True))
+    pairs, episodes = pair_up(trial), range(trial.section.episodes)
+    returns = np.zeros((len(pairs), len(episodes)))
+    lengths = np.zeros(returns.shape, dtype=np.int64)  # 0: not played yet
+    with progress(title, returns.size) as show:
+        for part in slices(trial):
+            some, now = pairs[part[0]], episodes[part[1]]
+            returns[part], lengths[part] = rollout(
+                actor(trial, some, now.start),
+                EnvironmentSpec(**trial.bundle["environment"]),
+                members=len(some),
+                episodes=now,
+                seed=trial.section.seed,
+                workers=workers,
+                progress=lambda done, _: show(int(np.count_nonzero(lengths)) + done, "episodes"),
+            )
     return returns, lengths
 
 
@@ -949,6 +956,7 @@ def spread(table: NDArray[np.float64]) -> tuple[Any, Any]:
     count, width = table.shape[-2:]
     rows = np.arange(count)[:, None]
     ordered = np.sort(table[..., rows, (rows + np.arange(width)) % width], axis=-2)  # (..., S, K), nan last
+    # numpy's nanpercentile goes through a bootstrap's tables one by one, twenty times slower than this
     last = (~np.isnan(ordered)).sum(axis=-2, keepdims=True) - 1  # (..., 1, K); -1: all nan
 
     def quantile(share: float) -> Any:
@@ -1017,7 +1025,7 @@ def pick_inference(
         first = error.errors()[0]
         option = "--" + str(first["loc"][0]).replace("_", "-")
         raise MdptError(f"{option} {first['input']}: {first['msg'].replace('Input should', 'should')}") from error
-    policy, labels = run.policy, learns_labels(run.policy)  # a policy that saw none has nothing to weigh
+    policy, labels = run.policy, run.policy.learns_labels  # a policy that saw none has nothing to weigh
     if labels and section.w != 1 and policy.label_dropout == 0:
         raise MdptError(
             f"w {section.w:g}: this policy learned with label_dropout 0 and knows no noise without a label; "
@@ -1047,12 +1055,6 @@ def pick_inference(
         w=section.w if labels else 0.0,
         guidance_weight=section.guidance_weight if steered else 0.0,
     )
-
-
-def learns_labels(policy: PolicySection) -> bool:
-    """Whether a policy ever learns under a label."""
-    guided = policy.scheme != "unguided" and policy.guidance_from < policy.guidance_until
-    return guided and policy.algorithm == "cfg" and policy.label_dropout < 1
 
 
 OWN = "its own"  # the guidance a policy was trained under
@@ -1414,14 +1416,16 @@ def estimate_seconds(trials: Sequence[Trial], workers: int) -> float:
     spec = EnvironmentSpec(**trials[0].bundle["environment"])
     each, seconds = step_seconds(spec), 0.0
     for trial in trials:
-        parts = slices(trial)
-        choose, rows, episodes = actor(trial, parts[0]), len(parts[0]), min(AT_ONCE, trial.section.episodes)
-        observations = np.zeros((rows, episodes, spec.observation_dim), dtype=np.float32)
+        pairs = pair_up(trial)
+        members, episodes = (part.stop for part in slices(trial)[0])
+        choose = actor(trial, pairs[:members])
+        observations = np.zeros((members, episodes, spec.observation_dim), dtype=np.float32)
         choose(observations)  # the first call is slower
         began = time.perf_counter()
         choose(observations)
-        once = time.perf_counter() - began + each * math.ceil(rows * episodes / workers)
-        seconds += once * sum(map(len, parts)) / rows * trial.section.episodes / episodes
+        together = members * episodes
+        once = time.perf_counter() - began + each * math.ceil(together / workers)
+        seconds += once * len(pairs) * trial.section.episodes / together
     return spec.max_episode_steps * seconds
 
 
@@ -1462,20 +1466,18 @@ def begin_swap(trials: Sequence[Trial], file: Path | None, overwrite: bool) -> d
         stored = json.loads(file.read_text(encoding="utf-8"))
         settings, cells = stored["settings"], stored["cells"]
         changed = [name for name, value in report["settings"].items() if settings.get(name) != value]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        if overwrite:
-            return report
-        raise MdptError(
-            f"{file}: exists already and is no swap; choose another name, or --overwrite to replace it"
-        ) from error
-    if changed and overwrite:
-        return report
-    if changed:
-        raise MdptError(
-            f"{file}: holds a swap with other {', '.join(changed)}; repeat its options to go on, "
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        problem = "exists already and is no swap; choose another name, or --overwrite to replace it"
+    else:
+        if not changed:
+            return report | {"cells": cells}
+        problem = (
+            f"holds a swap with other {', '.join(changed)}; repeat its options to go on, "
             "choose another name, or --overwrite to begin anew"
         )
-    return report | {"cells": cells}
+    if overwrite:
+        return report
+    raise MdptError(f"{file}: {problem}")
 
 
 def bundle_files(trials: Sequence[Trial]) -> set[str]:
@@ -1782,12 +1784,12 @@ def plot_swap(path: Path, report: dict[str, Any]) -> None:
         for (row, p), (column, g) in product(enumerate(policies), enumerate(guidances)):
             if (p, g) in scores:
                 mark = " *" if cells[p, g]["warnings"] else ""
-                text, ink = f"{middle[row, column]:.1f}{mark}", middle[row, column] > middling
-                text += f"\nIQR {found[p, g]['iqr']:.1f}"
-                matrix.text(column, row, text, ha="center", va="center", fontsize=8, color="black" if ink else "white")
-        columns = [textwrap.fill(name, 20) for name in guidances]
+                text = f"{middle[row, column]:.1f}{mark}\nIQR {found[p, g]['iqr']:.1f}"
+                ink = "black" if middle[row, column] > middling else "white"
+                matrix.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
+        columns, lines = ([textwrap.fill(name, 20) for name in names] for names in (guidances, policies))
         matrix.set_xticks(range(len(guidances)), columns, fontsize=8)
-        matrix.set_yticks(range(len(policies)), [textwrap.fill(name, 20) for name in policies], fontsize=8)
+        matrix.set_yticks(range(len(policies)), lines, fontsize=8)
         star = "; *: other data" if any(cell["warnings"] for cell in report["cells"]) else ""
         matrix.set_title(f"median score (IQR) by policy and guidance{star}", fontsize=8)
         wide = 0.8 / len(policies)

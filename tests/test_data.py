@@ -276,7 +276,7 @@ def test_short_missing_foreign_and_truncated_files(tmp_path: Path) -> None:
     linked = write(tmp_path / "linked.hdf5", {key: value for key, value in rows(10).items() if key != "rewards"})
     with h5py.File(linked, "a") as file:
         file["rewards"] = h5py.SoftLink("/nowhere")
-    with pytest.raises(DataError, match=r"linked\.hdf5: (the key 'rewards' is missing|a truncated or damaged)"):
+    with pytest.raises(DataError, match=r"linked\.hdf5: a truncated or damaged HDF5 file; get it again\. KeyError: "):
         data.read_hdf5(linked, SPEC)
     with pytest.raises(DataError, match=r"cut\.hdf5: a truncated or damaged HDF5 file; get it again\. OSError: "):
         data.read_hdf5(whole, SPEC)
