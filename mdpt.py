@@ -318,7 +318,7 @@ class Learner:
         gradients = iter(torch.autograd.grad(loss.sum(), self.parameters))
         for part in self.parts:
             pieces = [next(gradients).flatten(1) for _ in part.network.parameters()]
-            torch.cat(pieces, dim=1, out=part.gradient)
+            torch.cat(pieces, dim=1, out=part.gradient[:, : part.network.size])
             by_member = part.gradient.view(len(loss), -1)  # (S, copies * P)
             norm = torch.linalg.vector_norm(by_member, dim=1, keepdim=True)
             by_member.mul_((part.gradient_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -491,15 +491,27 @@ def progress(title: str, total: int, start: int = 0) -> Iterator[Callable[[int, 
     yield log
 
 
-def pick_device(name: str) -> str:
-    """ "cpu" or "cuda". Raises: MdptError where cuda is asked for and missing."""
+def pick_device(name: str, begun: Bundle | None = None) -> tuple[str, str]:
+    """ "cpu" or "cuda", and what multiplies matrices on the CPU; begun: a run that goes on as it was begun.
+
+    Raises: MdptError where cuda is asked for and missing.
+    """
     import torch
+
+    from models import choose_products
 
     if name not in ("auto", "cpu", "cuda"):
         raise MdptError(f"device {name}: expected auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise MdptError("device cuda: this machine or this torch has none; use --device cpu")
-    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+    device = "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+    before = {} if begun is None else begun["accounting"]
+    products = choose_products(before.get("products"))
+    if (was := before.get("device", device)) != device:
+        warn(f"this run was begun on {was}, goes on on {device}: other random numbers than it would have had")
+    elif (way := before.get("products", products)) != products:
+        warn(f"this run was begun with {way} matrix products, which this machine has not: its rounding changes")
+    return device, products
 
 
 def load_data(run: Experiment, workers: int) -> Dataset:
@@ -595,10 +607,6 @@ def train_bundle(
         bundle |= {key: resumed[key] for key in ("step", "history", "accounting")}
         learner.restore(resumed["training"])
         meter.before = resumed["accounting"]
-        if (before := meter.before["device"]) != str(meter.device):
-            warn(
-                f"{out}: was begun on {before}, goes on on {meter.device}: other random numbers than it would have had"
-            )
     milestones = {round(section.steps * (i + 1) / section.snapshots) for i in range(section.snapshots)}
     monitor = Monitor(
         title=f"{bundle['kind']} {section.algorithm}",
@@ -648,8 +656,8 @@ ACTING = ("average.", "target_q.", "value.")  # the weights that act or are aske
 class Meter:
     """What a training run costs: time, memory above the loaded dataset, parameters, optimizer state."""
 
-    def __init__(self, device: Any) -> None:
-        self.device: Any = device
+    def __init__(self, device: Any, products: str) -> None:
+        self.device, self.products = device, products
         self.before: dict[str, Any] = {"seconds": 0.0, "peak_bytes": 0}
         self.began, self.base = time.perf_counter(), memory_now(device, restart=True)
 
@@ -661,13 +669,14 @@ class Meter:
         state = [value for part in learner.parts for state in part.adam.state.values() for value in state.values()]
         held = [p.numel() for module in (*learner.modules, *learner.frozen) for p in module.parameters()]
         return {
-            "parameters_trained": sum(part.network.vector.numel() for part in learner.parts),
+            "parameters_trained": sum(parameter.numel() for parameter in learner.parameters),
             "parameters_held": sum(held),
             "optimizer_bytes": sum(value.nbytes for value in state if torch.is_tensor(value)),
             "peak_bytes": max(self.before["peak_bytes"], memory_now(self.device) - self.base),
             "seconds": seconds,
             "seconds_per_1000_steps": 1000 * seconds / step,
             "device": str(self.device),
+            "products": self.products,
         }
 
 
@@ -693,11 +702,11 @@ def train_guidance(run: Experiment, out: Path, resumed: Bundle | None, workers: 
     """Train a guidance from the data alone, judge it on held-out episodes, and write its bundle."""
     from models import Transitions, save_bundle
 
-    device = pick_device(run.device)
+    device, products = pick_device(run.device, resumed)
     dataset = load_data(run, workers)
     bundle = new_bundle("guidance", run, dataset)
     transitions = Transitions(vars(dataset), device)
-    meter = Meter(transitions.rows.device)
+    meter = Meter(transitions.rows.device, products)
     guidance: Guidance = new_module(bundle, device, out, resumed, companion=True)
     learner = Learner([(guidance, run.guidance)], lambda batch, random, _: guidance.loss(batch, random))
     train_bundle(bundle, learner, run.guidance, transitions, [(bundle, guidance)], out, resumed, meter, board)
@@ -712,13 +721,13 @@ def train_policy(
     """Train a policy under a frozen guidance, together with one ("joint"), or unguided, and write its bundle."""
     from models import Transitions, add, build_guidance, check_fit, pair_members
 
-    section, device = run.policy, pick_device(run.device)
+    section, (device, products) = run.policy, pick_device(run.device, resumed)
     dataset = load_data(run, workers)
     bundle = new_bundle("policy", run, dataset)
     if section.scheme == "joint":
         bundle["guidance"] = new_bundle("guidance", run, dataset)
     transitions = Transitions(vars(dataset), device)
-    meter = Meter(transitions.rows.device)
+    meter = Meter(transitions.rows.device, products)
     policy: Policy = new_module(bundle, device, out, resumed)
     guidance: Guidance | None = None
     frozen: list[Guidance] = []
@@ -1071,6 +1080,7 @@ class Trial:
     section: EvaluationSection
     how: Inference
     device: str
+    products: str
     warnings: list[str]
     crossed: bool = False  # every member of the policy with every one of the guidance
 
@@ -1117,9 +1127,8 @@ def prepare(
     warnings = check_fit(bundle, guidance) if guidance is not None else []
     for warning in warnings:
         warn(warning)
-    device = pick_device(device or run.device)
     name = "none" if guidance is None else name
-    trial = Trial(path, bundle, guidance, name, section, how, device, warnings, crossed)
+    trial = Trial(path, bundle, guidance, name, section, how, *pick_device(device or run.device), warnings, crossed)
     pair_up(trial)
     return trial
 
@@ -1169,6 +1178,7 @@ def protocol(trial: Trial) -> dict[str, Any]:
         "seed": trial.section.seed,
         "environment": trial.bundle["environment"]["id"],
         "reference": trial.bundle["reference"],
+        "products": trial.products,
         "warnings": trial.warnings,
     }
 
@@ -1455,7 +1465,7 @@ def begin_swap(trials: Sequence[Trial], file: Path | None, overwrite: bool) -> d
             "bundles": {name: digest(Path(name)) for name in sorted(bundle_files(trials))},
             "cells": [[str(trial.path), trial.name, trial.crossed] for trial in trials],
             "evaluation": [trial.section.model_dump() for trial in trials],
-            "device": trials[0].device,
+            "device": [trials[0].device, trials[0].products],
             "version": version(),
         },
         "cells": [],
@@ -1653,6 +1663,7 @@ def protocol_line(how: dict[str, Any], members: int | str) -> str:
     if how["step"] is not None:
         early = f"weights of step {how['step']} of {how['steps']} (online selection, if chosen by score)"
         parts.append("last weights" if how["step"] == how["steps"] else early)
+    parts += [f"{how['products']} products"] if how["products"] != "default" else []
     return ", ".join(parts)
 
 
@@ -1912,7 +1923,7 @@ def account_line(account: dict[str, Any]) -> str:
         f"{account['parameters_trained']:,} parameters trained of {account['parameters_held']:,} held, "
         f"optimizer {account['optimizer_bytes'] / 2**20:.1f} MiB, "
         f"peak {account['peak_bytes'] / 2**20:.1f} MiB above the data, "
-        f"{account['seconds']:.1f} s on {account['device']}, {account['seconds_per_1000_steps']:.2f} s per 1,000 steps"
+        f"{account['seconds']:.1f} s on {account['device']} ({account['products']} products), {account['seconds_per_1000_steps']:.2f} s per 1,000 steps"
     )
 
 
@@ -1949,10 +1960,15 @@ def refuse_to_overwrite(path: Path, overwrite: bool) -> None:
 # --- commands ---------------------------------------------------------------------------------------------------
 
 
+SPINS = "3000"  # turns a thread waits awake: the default, 300,000 and more, starves any other run on the same cores
+
+
 class Commands(TyperGroup):
     """Turns a user's mistake into one line on stderr and exit code 1."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        if "OMP_WAIT_POLICY" not in os.environ:  # read when torch loads
+            os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
         try:
             code = super().main(*args, **kwargs | {"standalone_mode": False})
         except (MdptError, typer.TyperException) as error:

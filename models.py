@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import math
 import os
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
@@ -25,6 +27,49 @@ from torch.nn import functional
 Loss = tuple[Tensor, dict[str, Tensor]]  # the loss of each member, (S,), and metrics of the same shape
 Bundle = dict[str, Any]
 Module = TypeVar("Module", bound=nn.Module)
+
+# --- matrix products --------------------------------------------------------------------------------------------
+
+
+def choose_products(wanted: str | None = None) -> str:
+    """Route the CPU's float32 matrix products for this process: "oneDNN" or "default"; returns which it is.
+
+    wanted: what an earlier process used, taken where this one can; None: oneDNN where it serves. CUDA is untouched.
+    """
+    if not _onednn_serves():
+        return "default"
+    _switch().fp32_precision = "none" if wanted == "default" else "bf16"
+    return wanted or "oneDNN"
+
+
+def _switch() -> Any:
+    return getattr(torch.backends.mkldnn, "matmul", None)  # torch has it since 2.9
+
+
+@functools.cache
+def _onednn_serves() -> bool:
+    """Whether oneDNN multiplies float32 exactly, on a processor for which MKL has only its AVX2 kernels.
+
+    torch sends products there only by leave to round them to bfloat16. oneDNN makes use of that leave where the
+    processor has units for it, so one product is checked. The processor decides, not a timing: a continued run must
+    not choose otherwise because the machine was busy.
+    """
+    switch = _switch()
+    if not hasattr(switch, "fp32_precision") or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    try:
+        processor = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        processor = platform.processor()
+    if "AuthenticAMD" not in processor:
+        return False
+    first, second = torch.randn(2, 2, 256, 256, generator=torch.Generator().manual_seed(0))
+    exact = first.double() @ second.double()
+    switch.fp32_precision = "bf16"
+    error = (torch.bmm(first, second) - exact).abs().max() / exact.abs().max()
+    switch.fp32_precision = "none"
+    return bool(error < 1e-5)
+
 
 # --- randomness and batches -------------------------------------------------------------------------------------
 
@@ -129,14 +174,14 @@ class Transitions:
 
 
 class _Mish(torch.autograd.Function):
-    """x tanh(softplus(x)) = x n / (n + 2) with n = e^x (e^x + 2): one exponential instead of three functions."""
+    """x tanh(softplus(x)) = x f, f = n / (n + 2), n = e^x (e^x + 2): one exponential instead of three functions."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        e = x.clamp(max=40.0).exp_()  # beyond 40 the factor is 1, and e^(2x) must not overflow
-        rest = torch.addcmul(e, e, e, value=0.5).add_(1.0).reciprocal_()  # 2 / (n + 2) = 1 - factor
-        factor = 1.0 - rest
-        slope = torch.addcmul(factor, x, rest.square_().mul_(e.addcmul_(e, e)))  # factor + x e (e + 1) (1 - factor)^2
+        e, half = _half_n(x)
+        rest = half.add(1.0).reciprocal_()  # 2 / (n + 2) = 1 - f
+        factor = half.mul_(rest)  # f as 1 - rest would lose its digits where x is negative
+        slope = torch.addcmul(factor, x, rest.square_().mul_(e.addcmul_(e, e)))  # f + x e (e + 1) (1 - f)^2
         ctx.save_for_backward(slope)
         return factor.mul_(x)
 
@@ -146,10 +191,17 @@ class _Mish(torch.autograd.Function):
         return gradients[0] * slope  # type: ignore[no-any-return]
 
 
+def _half_n(x: Tensor) -> tuple[Tensor, Tensor]:
+    e = x.clamp(max=40.0).exp_()  # beyond 40 the factor is 1, and e^(2x) must not overflow
+    return e, torch.addcmul(e, e, e, value=0.5)
+
+
 def mish(x: Tensor) -> Tensor:
-    """Mish (arXiv 1908.08681); the shipped kernel where no gradient is asked for."""
-    needs_gradient = torch.is_grad_enabled() and x.requires_grad
-    return _Mish.apply(x) if needs_gradient else functional.mish(x)  # type: ignore[no-untyped-call]
+    """Mish (arXiv 1908.08681)."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Mish.apply(x)  # type: ignore[no-untyped-call, no-any-return]
+    e, half = _half_n(x)
+    return half.div_(torch.add(half, 1.0, out=e)).mul_(x)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "mish": mish}
@@ -192,20 +244,26 @@ class LayerNorm(nn.Module):
 
 
 class Stack(nn.Module):
-    """Base of the networks: all parameters of a network are views into one tensor `vector`, (S copies, P).
+    """Base of the networks: all parameters of a network are views into one tensor `vector`, (S copies, >= P).
 
     An optimizer step, an average, a norm or a copy is then one operation for all layers and members.
     """
 
     copies = 1
+    size: int  # parameters of one network; a row is longer, and 0 from there on
     vector: Tensor
 
     def pack(self) -> None:
-        """Move the parameters into one tensor."""
+        """Move the parameters into one tensor, each row a whole number of the longest SIMD words.
+
+        An optimizer then rounds a row the same way however many there are.
+        """
         parameters = list(self.parameters())
         sizes = [parameter[0].numel() for parameter in parameters]
-        self.vector = torch.cat([parameter.detach().flatten(1) for parameter in parameters], dim=1)
-        for parameter, piece in zip(parameters, torch.split(self.vector, sizes, dim=1), strict=True):
+        self.size = sum(sizes)
+        pieces = torch.cat([parameter.detach().flatten(1) for parameter in parameters], dim=1)
+        self.vector = functional.pad(pieces, (0, -self.size % 16))
+        for parameter, piece in zip(parameters, torch.split(self.vector[:, : self.size], sizes, dim=1), strict=True):
             parameter.data = piece.view_as(parameter)
 
     @property
@@ -931,7 +989,7 @@ def act(policy: Policy, guidance: Guidance | None, observations: Tensor, random:
 
 # --- bundles ----------------------------------------------------------------------------------------------------
 
-BUNDLE_FORMAT, BUNDLE_VERSION = "mdpt bundle", 2
+BUNDLE_FORMAT, BUNDLE_VERSION = "mdpt bundle", 3
 
 
 class BundleError(Exception):
