@@ -1,32 +1,51 @@
-"""What is learned: networks, diffusion, losses, guidance, policies, bundles.
+"""What is learned: networks, diffusion, losses, guidance, policies, acting, the training loop, bundles.
 
 Shapes: S members (one per seed), B batch, N candidates, O observation dimensions, A action dimensions,
-T diffusion steps, E environments, H hidden units. Observations are raw, actions are scaled to [-1, 1],
-rewards are scaled by the dataset's reward scale.
+T diffusion steps, E episodes, R episodes that still run, H hidden units. Observations are raw, actions are scaled to
+[-1, 1], rewards are scaled by the dataset's reward scale.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import functools
 import hashlib
+import importlib.metadata
 import math
 import os
 import platform
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise, zip_longest
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, NoReturn, Self
 
+import numpy as np
 import torch
+from mdpt.data import (
+    Array,
+    Dataset,
+    EnvironmentSpec,
+    Experiment,
+    GuidanceSection,
+    MdptError,
+    PolicySection,
+    TrainingSection,
+    Watch,
+    discounted_returns,
+    reference_returns,
+    rollout,
+    unscale_actions,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 
 Loss = tuple[Tensor, dict[str, Tensor]]  # the loss of each member, (S,), and metrics of the same shape
 Bundle = dict[str, Any]
-Module = TypeVar("Module", bound=nn.Module)
 
 # --- matrix products --------------------------------------------------------------------------------------------
 
@@ -75,14 +94,14 @@ def _onednn_serves() -> bool:
 
 
 class Randomness:
-    """Named streams of random numbers, one per member.
+    """Named streams of random numbers, one per member (or per episode of one, when acting).
 
-    Each draw depends on (member seed, purpose, name, step) alone. So member k of many draws what seed k alone
+    Each draw depends on (seed, purpose, name, step) alone. So member k of many draws what seed k alone
     draws, a resumed run draws what an uninterrupted one would have, and adding a draw changes no other.
     Values are made for a block of steps at once, so that no training step loops over the members.
     """
 
-    def __init__(self, seeds: Sequence[int], purpose: str, device: torch.device | str = "cpu") -> None:
+    def __init__(self, seeds: Sequence[int | str], purpose: str, device: torch.device | str = "cpu") -> None:
         self.seeds, self.purpose, self.device, self.step = tuple(seeds), purpose, torch.device(device), 0
         self._generator = torch.Generator(self.device)
         self._blocks: dict[str, tuple[int, Tensor]] = {}
@@ -115,7 +134,7 @@ class Randomness:
             self._blocks[key] = block, torch.stack(members, dim=1)
         return self._blocks[key][1][offset]
 
-    def _seeded(self, seed: int, name: str, block: int) -> torch.Generator:
+    def _seeded(self, seed: int | str, name: str, block: int) -> torch.Generator:
         digest = hashlib.blake2b(f"{seed}/{self.purpose}/{name}/{block}".encode(), digest_size=8).digest()
         return self._generator.manual_seed(int.from_bytes(digest) >> 1)
 
@@ -281,13 +300,6 @@ class Stack(nn.Module):
         """self <- (1 - rate) self + rate online."""
         self.vector.lerp_(online.vector, rate)
 
-    def pick(self, members: Sequence[int]) -> None:
-        """Keep the given members, in the given order, repetitions allowed."""
-        rows = [member * self.copies + copy for member in members for copy in range(self.copies)]
-        for parameter in self.parameters():
-            parameter.data = parameter.data[rows]
-        self.pack()
-
 
 class ValueNetwork(Stack):
     """Multilayer perceptron to one value: (S copies, B, inputs) -> (S copies, B).
@@ -337,37 +349,66 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, random: Randomness | None) -> Tensor:
         y = x
         if random is not None and self.dropout > 0:
-            kept = random.uniform(f"{self.name}.dropout", *x.shape[1:]) >= self.dropout
-            y = x * (kept / (1.0 - self.dropout))
+            survives = random.uniform(f"{self.name}.dropout", *x.shape[1:]) >= self.dropout
+            y = x * (survives / (1.0 - self.dropout))
         return x + self.narrow(self.activation(self.widen(self.norm(y))))  # type: ignore[no-any-return]
+
+
+class Perceptron(nn.Module):
+    """Hidden layers of a denoiser, one after the other. Source: Diffusion-QL (arXiv 2208.06193)."""
+
+    equal_widths = False
+
+    def __init__(self, random: Randomness, section: PolicySection) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[section.activation]
+        widths = enumerate(pairwise(section.hidden))
+        self.layers = nn.ModuleList(Linear(random, f"hidden{i}", a, b) for i, (a, b) in widths)
+
+    def forward(self, x: Tensor, random: Randomness | None) -> Tensor:
+        x = self.activation(x)
+        for layer in self.layers:
+            x = self.activation(layer(x))
+        return x
+
+
+class ResidualNetwork(nn.Module):
+    """Residual blocks of a denoiser, all of one width. Source: IDQL (arXiv 2304.10573), LN-ResNet."""
+
+    equal_widths = True
+
+    def __init__(self, random: Randomness, section: PolicySection) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[section.activation]
+        self.blocks = nn.ModuleList(
+            ResidualBlock(random, f"block{i}", width, section.activation, section.dropout)
+            for i, width in enumerate(section.hidden)
+        )
+
+    def forward(self, x: Tensor, random: Randomness | None) -> Tensor:
+        for block in self.blocks:
+            x = block(x, random)
+        return self.activation(x)
+
+
+NETWORKS: dict[str, type[Perceptron | ResidualNetwork]] = {"mlp": Perceptron, "resnet": ResidualNetwork}
 
 
 class Denoiser(Stack):
     """Predicts the noise in a noisy action: (S, B, A) -> (S, B, A), given the observation and the diffusion step.
 
     The first layer acts on [action, step, observation, label]. It is kept as a sum of maps, so that the observation's
-    share is computed once for a whole chain and the step's once for all rows. `network`: "mlp" (Diffusion-QL,
-    arXiv 2208.06193) or "resnet" (IDQL, arXiv 2304.10573). `labels`: adds an embedding of {dropped, worse, better}.
+    share is computed once for a whole chain and the step's once for all rows. `labels`: adds an embedding of {dropped,
+    worse, better}.
     """
 
     features: Tensor
 
     def __init__(
-        self,
-        random: Randomness,
-        *,
-        observation_dim: int,
-        action_dim: int,
-        diffusion_steps: int,
-        network: str,
-        labels: bool,
-        hidden: Sequence[int],
-        activation: str,
-        dropout: float,
-        time_features: int,
+        self, random: Randomness, section: PolicySection, observation_dim: int, action_dim: int, labels: bool
     ) -> None:
         super().__init__()
-        self.activation, first = ACTIVATIONS[activation], hidden[0]
+        first, time_features = section.hidden[0], section.time_features
         fan_in = action_dim + time_features + observation_dim
         self.observation = Linear(random, "observation", observation_dim, first, fan_in=fan_in)
         self.action = Linear(random, "action", action_dim, first, fan_in=fan_in)
@@ -375,15 +416,10 @@ class Denoiser(Stack):
         self.time_out = Linear(random, "time_out", 2 * time_features, time_features)
         self.time = Linear(random, "time", time_features, first, fan_in=fan_in)
         self.label = Linear(random, "label", 3, first, fan_in=fan_in) if labels else None
-        if network == "resnet":
-            names = [f"block{i}" for i in range(len(hidden))]
-            self.trunk = nn.ModuleList(ResidualBlock(random, name, first, activation, dropout) for name in names)
-        else:
-            self.trunk = nn.ModuleList(Linear(random, f"hidden{i}", a, b) for i, (a, b) in enumerate(pairwise(hidden)))
-        self.residual = network == "resnet"
-        self.out = Linear(random, "out", hidden[-1], action_dim)
+        self.trunk = NETWORKS[section.network or "mlp"](random, section)
+        self.out = Linear(random, "out", section.hidden[-1], action_dim)
         frequencies = torch.exp(-math.log(10_000) * torch.arange(time_features // 2) / max(1, time_features // 2 - 1))
-        angles = torch.arange(diffusion_steps)[:, None] * frequencies
+        angles = torch.arange(section.diffusion_steps)[:, None] * frequencies
         features = torch.cat([angles.sin(), angles.cos()], dim=1).to(random.device)
         self.register_buffer("features", features, persistent=False)  # (T, time_features)
         self.pack()
@@ -404,16 +440,7 @@ class Denoiser(Stack):
 
     def forward(self, actions: Tensor, time: Tensor, condition: Tensor, random: Randomness | None = None) -> Tensor:
         """actions: (S, B, A); time: (S, B or 1, H); condition: (S, B, H); random: for dropout, None when acting."""
-        x = self.action(actions) + condition + time
-        if self.residual:
-            for block in self.trunk:
-                x = block(x, random)
-            x = self.activation(x)
-        else:
-            x = self.activation(x)
-            for layer in self.trunk:
-                x = self.activation(layer(x))
-        return self.out(x)  # type: ignore[no-any-return]
+        return self.out(self.trunk(self.action(actions) + condition + time, random))  # type: ignore[no-any-return]
 
 
 class Normalizer(nn.Module):
@@ -535,7 +562,7 @@ def noise_loss(predicted: Tensor, noise: Tensor, weight: Tensor | None = None) -
     return loss, {"noise_loss": loss.detach()}
 
 
-def value_loss(q: Tensor) -> Loss:
+def improvement_loss(q: Tensor) -> Loss:
     """Minus the mean value of the policy's own actions, in units of their mean absolute value.
 
     q: (S, B), with gradient to the actions.
@@ -575,57 +602,25 @@ class Guidance(nn.Module):
         self,
         random: Randomness,
         normalizer: Normalizer,
-        *,
-        algorithm: str,
+        section: GuidanceSection,
         observation_dim: int,
         action_dim: int,
-        hidden: Sequence[int],
-        activation: str,
-        layer_norm: bool,
-        discount: float,
-        expectile: float,
-        tau: float,
-        bootstrap_candidates: int,
-        actor_hidden: Sequence[int],
-        time_features: int,
-        eta: float,
-        diffusion_steps: int,
-        ema_decay: float,
         companion: bool = True,
     ) -> None:
         super().__init__()
-        self.algorithm = GUIDANCES[algorithm]
-        self.normalizer = normalizer
-        self.discount, self.expectile, self.tau = discount, expectile, tau
-        self.bootstrap_candidates = bootstrap_candidates
-        self.online_q = ValueNetwork(
-            random, "q", observation_dim + action_dim, hidden, activation, layer_norm, copies=2
-        )
+        self.section, self.normalizer, self.algorithm = section, normalizer, GUIDANCES[section.algorithm]
+        shape = section.hidden, section.activation, section.layer_norm
+        self.online_q = ValueNetwork(random, "q", observation_dim + action_dim, *shape, copies=2)
         self.target_q = self.online_q.frozen_copy()
-        self.value = ValueNetwork(random, "v", observation_dim, hidden, activation, layer_norm)
+        self.value = ValueNetwork(random, "v", observation_dim, *shape)
         self.actor: Policy | None = None
         if companion and self.algorithm.has_actor:
-            self.actor = Policy(
-                random,
-                normalizer,
-                algorithm="dql",
-                observation_dim=observation_dim,
-                action_dim=action_dim,
-                hidden=actor_hidden,
-                activation=activation,
-                dropout=0.0,
-                time_features=time_features,
-                diffusion_steps=diffusion_steps,
-                noise_schedule="vp",
-                sampler="ddpm",
-                sampling_steps=diffusion_steps,
-                eta=eta,
-                ema_decay=ema_decay,
-                label_dropout=0.0,
-                advantage_weight="none",
-                advantage_expectile=0.7,
-                advantage_temperature=1.0,
-            )
+            shared = ("activation", "time_features", "diffusion_steps", "eta", "ema_decay")
+            table = {key: getattr(section, key) for key in shared} | {
+                "algorithm": "dql",
+                "hidden": section.actor_hidden,
+            }
+            self.actor = Policy(random, normalizer, PolicySection(**table), observation_dim, action_dim)
 
     @property
     def members(self) -> int:
@@ -659,27 +654,21 @@ class Guidance(nn.Module):
         """The networks that learn."""
         return [self.online_q, self.value, *(self.actor.networks() if self.actor else [])]
 
-    def loss(self, batch: Batch, random: Randomness, actor: Policy | None = None, w: float = 1.0) -> Loss:
-        """The algorithm's loss. actor: the policy that learns along in a joint run, in place of a companion.
-
-        w: weight of its classifier-free guidance, 0 for as long as it has learned no labels.
-        """
-        return self.algorithm.loss(self, batch, random, actor, w)
+    def loss(self, batch: Batch, random: Randomness, actor: Sampler | None = None) -> Loss:
+        """The algorithm's loss. actor: what acts in a joint run, in place of the companion."""
+        return self.algorithm.loss(self, batch, random, actor)
 
     def follow(self, step: int) -> None:
         """Targets and averages after gradient step `step`: target <- (1 - tau) target + tau online."""
-        self.target_q.follow(self.online_q, self.tau)
+        self.target_q.follow(self.online_q, self.section.tau)
         if self.actor is not None:
             self.actor.follow(step)
 
-    def pick(self, members: Sequence[int]) -> None:
-        """Keep the given members, in the given order, repetitions allowed."""
-        for network in self.children():
-            if isinstance(network, Stack):
-                network.pick(members)
+
+Sampler = Callable[[Tensor, Randomness], Tensor]  # raw observations (S, B, O) -> actions (S, B, A)
 
 
-def implicit_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Policy | None, w: float) -> Loss:
+def implicit_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Sampler | None) -> Loss:
     """Implicit Q-learning (arXiv 2110.06169, Algorithm 1; arXiv 2304.10573): no action outside the data is valued."""
     with torch.no_grad():
         target_q = guidance.q(batch.observations, batch.actions)
@@ -687,28 +676,29 @@ def implicit_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor:
     v = guidance.v(batch.observations)
     q = guidance.twins(guidance.online_q, batch.observations, batch.actions)
     return add(
-        expectile_loss(target_q, v, guidance.expectile),
-        td_loss(q, batch.rewards, batch.terminals, next_v, guidance.discount),
+        expectile_loss(target_q, v, guidance.section.expectile),
+        td_loss(q, batch.rewards, batch.terminals, next_v, guidance.section.discount),
     )
 
 
-def diffusion_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Policy | None, w: float) -> Loss:
+def diffusion_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Sampler | None) -> Loss:
     """The critics of Diffusion-QL (arXiv 2208.06193, eq. 4), bootstrapped by the actor, or else by a companion.
 
     Of `bootstrap_candidates` next actions the best counts. V regresses to Q at the data's actions. The companion
     learns along by the loss of "dql".
     """
     companion = guidance.actor if actor is None else None
-    actor = actor or companion
+    if companion is not None:
+        actor = companion.act_alone
     if actor is None:
         raise RuntimeError("this guidance was built to be used, or to learn beside a policy")
-    repeated = batch.next_observations.repeat_interleave(guidance.bootstrap_candidates, dim=1)  # (S, B N, O)
+    repeated = batch.next_observations.repeat_interleave(guidance.section.bootstrap_candidates, dim=1)  # (S, B N, O)
     with torch.no_grad():
-        next_actions = actor.sample(repeated, random, w=w)
+        next_actions = actor(repeated, random)
         next_q = guidance.q(repeated, next_actions).view(*batch.rewards.shape, -1).amax(-1)
         target_q = guidance.q(batch.observations, batch.actions)
     q = guidance.twins(guidance.online_q, batch.observations, batch.actions)
-    critic = td_loss(q, batch.rewards, batch.terminals, next_q, guidance.discount)
+    critic = td_loss(q, batch.rewards, batch.terminals, next_q, guidance.section.discount)
     value = expectile_loss(target_q, guidance.v(batch.observations), 0.5)
     loss = add(critic, value)
     return loss if companion is None else add(loss, companion.loss(batch, guidance, random))
@@ -718,7 +708,7 @@ def diffusion_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor
 class GuidanceAlgorithm:
     """A line of the registry: how a guidance learns, and whether it needs an actor to do so."""
 
-    loss: Callable[[Guidance, Batch, Randomness, Policy | None, float], Loss]
+    loss: Callable[[Guidance, Batch, Randomness, Sampler | None], Loss]
     has_actor: bool = False
 
 
@@ -738,49 +728,20 @@ class Policy(nn.Module):
         self,
         random: Randomness,
         normalizer: Normalizer,
-        *,
-        algorithm: str,
+        section: PolicySection,
         observation_dim: int,
         action_dim: int,
-        hidden: Sequence[int],
-        activation: str,
-        dropout: float,
-        time_features: int,
-        diffusion_steps: int,
-        noise_schedule: str,
-        sampler: str,
-        sampling_steps: int,
-        eta: float,
-        ema_decay: float,
-        label_dropout: float,
-        advantage_weight: str,
-        advantage_expectile: float,
-        advantage_temperature: float,
     ) -> None:
         super().__init__()
-        self.algorithm = POLICIES[algorithm]
-        self.normalizer, self.action_dim = normalizer, action_dim
-        self.eta, self.ema_decay, self.label_dropout = eta, ema_decay, label_dropout
-        self.weighting = advantage_weight, advantage_expectile, advantage_temperature
-        self.sampling_steps = sampling_steps if sampler == "dpm-solver++" else None
-        self.diffusion = Diffusion(make_schedule(noise_schedule, diffusion_steps), random.device)
-        self.denoiser = Denoiser(
-            random,
-            observation_dim=observation_dim,
-            action_dim=action_dim,
-            diffusion_steps=diffusion_steps,
-            network=self.algorithm.network,
-            labels=self.algorithm.labels,
-            hidden=hidden,
-            activation=activation,
-            dropout=dropout,
-            time_features=time_features,
-        )
+        self.section, self.normalizer, self.algorithm = section, normalizer, POLICIES[section.algorithm]
+        self.action_dim = action_dim
+        self.diffusion = Diffusion(make_schedule(section.noise_schedule, section.diffusion_steps), random.device)
+        self.denoiser = Denoiser(random, section, observation_dim, action_dim, self.algorithm.labels)
         self.average = self.denoiser.frozen_copy()
 
     @property
     def members(self) -> int:
-        return self.denoiser.members
+        return self.average.members
 
     def networks(self) -> list[Stack]:
         """The networks that learn."""
@@ -792,12 +753,7 @@ class Policy(nn.Module):
 
     def follow(self, step: int) -> None:
         """Move the average after gradient step `step`; it forgets the initial weights faster than ema_decay."""
-        self.average.follow(self.denoiser, 1.0 - min(self.ema_decay, (1 + step) / (10 + step)))
-
-    def pick(self, members: Sequence[int]) -> None:
-        """Keep the given members, in the given order, repetitions allowed."""
-        for network in (self.denoiser, self.average):
-            network.pick(members)
+        self.average.follow(self.denoiser, 1.0 - min(self.section.ema_decay, (1 + step) / (10 + step)))
 
     def predict(self, batch: Batch, random: Randomness, labels: Tensor | None = None) -> Prediction:
         """Noise the batch's actions at random diffusion steps and predict that noise."""
@@ -813,17 +769,16 @@ class Policy(nn.Module):
     def sample(
         self,
         observations: Tensor,
-        random: Randomness,
+        noises: Tensor,
         *,
         candidates: int = 1,
-        temperature: float = 1.0,
         w: float = 1.0,
         guidance: Guidance | None = None,
         guidance_weight: float = 0.0,
     ) -> Tensor:
         """Actions of the averaged policy: raw observations (S, B, O) -> (S, B N, A), the N of a state side by side.
 
-        temperature scales all sampling noise. w is the weight of classifier-free guidance (0: unguided; arXiv
+        noises: as from `noises`, for B N rows. w is the weight of classifier-free guidance (0: unguided; arXiv
         2207.12598), for policies that know labels. guidance_weight > 0 shifts the predicted noise by
         -guidance_weight * sqrt(1 - alpha_bar) * dQ/da at the one-step estimate of the clean action, without that
         estimate's Jacobian (Q-guided flow, arXiv 2606.11087, in DDPM's terms: Diffusion Models Beat GANs,
@@ -850,17 +805,25 @@ class Policy(nn.Module):
                 noise = noise - guidance_weight * self.diffusion.noise[t] * gradient
             return noise
 
-        return self.denoise_all(denoise, temperature * self.draw(random, "act", repeated.shape[1]))
+        return self.denoise_all(denoise, noises)
 
-    def draw(self, random: Randomness, name: str, rows: int) -> Tensor:
+    def act_alone(self, observations: Tensor, random: Randomness, w: float = 1.0) -> Tensor:
+        """One action for each of B states, unranked: (S, B, O) -> (S, B, A)."""
+        return self.sample(observations, self.noises(random, "act", observations.shape[1]), w=w)
+
+    def noises(self, random: Randomness, name: str, rows: int) -> Tensor:
         """The noise a chain needs: (S, T, rows, A), or (S, 1, rows, A) for a deterministic solver."""
-        return random.normal(name, self.diffusion.steps if self.sampling_steps is None else 1, rows, self.action_dim)
+        return random.normal(name, 1 if self.solves else self.diffusion.steps, rows, self.action_dim)
+
+    @property
+    def solves(self) -> bool:
+        return self.section.sampler == "dpm-solver++"
 
     def denoise_all(self, denoise: Denoise, noises: Tensor) -> Tensor:
         """Run the policy's sampler: noises as drawn -> clean actions (S, rows, A)."""
-        if self.sampling_steps is None:
-            return self.diffusion.reverse(denoise, noises)
-        return self.diffusion.solve(denoise, noises, self.sampling_steps)
+        if self.solves:
+            return self.diffusion.solve(denoise, noises, self.section.sampling_steps)
+        return self.diffusion.reverse(denoise, noises)
 
 
 @dataclass(frozen=True)
@@ -878,38 +841,54 @@ class Prediction:
 def cloning_loss(policy: Policy, batch: Batch, guidance: Guidance | None, random: Randomness) -> Loss:
     """The noise error alone (DDPM, arXiv 2006.11239), its transitions weighted by the advantage if so set."""
     step = policy.predict(batch, random)
-    rule, expectile, temperature = policy.weighting
-    if guidance is None or rule == "none":
+    section = policy.section
+    if guidance is None or section.advantage_weight == "none":
         return noise_loss(step.predicted, step.noise)
     with torch.no_grad():
         advantage = guidance.advantage(batch.observations, batch.actions)
-    return noise_loss(step.predicted, step.noise, advantage_weights(advantage, rule, expectile, temperature))
+    weights = advantage_weights(
+        advantage, section.advantage_weight, section.advantage_expectile, section.advantage_inverse_temperature
+    )
+    return noise_loss(step.predicted, step.noise, weights)
 
 
-def chain_value_loss(policy: Policy, batch: Batch, guidance: Guidance | None, random: Randomness) -> Loss:
+def chain_loss(policy: Policy, batch: Batch, guidance: Guidance | None, random: Randomness) -> Loss:
     """Noise error plus eta times the value of actions from the whole chain (Diffusion-QL, arXiv 2208.06193, eq. 3)."""
     step = policy.predict(batch, random)
     cloning = noise_loss(step.predicted, step.noise)
-    if guidance is None or policy.eta == 0:
+    if guidance is None or policy.section.eta == 0:
         return cloning
 
     def denoise(x: Tensor, t: int) -> Tensor:
         return policy.denoiser(x, step.times[:, t : t + 1], step.condition)  # type: ignore[no-any-return]
 
-    actions = policy.denoise_all(denoise, policy.draw(random, "chain", batch.rewards.shape[1]))
+    actions = policy.denoise_all(denoise, policy.noises(random, "chain", batch.rewards.shape[1]))
     q = guidance.one_q(batch.observations, actions, random.integers("twin", 2))
-    return add(cloning, value_loss(q), policy.eta)
+    return add(cloning, improvement_loss(q), policy.section.eta)
 
 
-def one_step_value_loss(policy: Policy, batch: Batch, guidance: Guidance | None, random: Randomness) -> Loss:
+def one_step_loss(policy: Policy, batch: Batch, guidance: Guidance | None, random: Randomness) -> Loss:
     """As the whole chain's, but at the one-step estimate of the clean action (EDP, arXiv 2305.20081, eq. 9)."""
     step = policy.predict(batch, random)
     cloning = noise_loss(step.predicted, step.noise)
-    if guidance is None or policy.eta == 0:
+    if guidance is None or policy.section.eta == 0:
         return cloning
     actions = policy.diffusion.clean(step.noisy, step.predicted, step.t)
     q = guidance.one_q(batch.observations, actions, random.integers("twin", 2))
-    return add(cloning, value_loss(q), policy.eta)
+    return add(cloning, improvement_loss(q), policy.section.eta)
+
+
+def noise_regression_loss(policy: Policy, batch: Batch, guidance: Guidance | None, random: Randomness) -> Loss:
+    """Squared error to noise - eta sqrt(1 - alpha_bar) dQ/da at the noisy action (DAC, arXiv 2405.20555, eq. 11)."""
+    step = policy.predict(batch, random)
+    if guidance is None or policy.section.eta == 0:
+        return noise_loss(step.predicted, step.noise)
+    noisy = step.noisy.detach().requires_grad_()
+    q = guidance.one_q(batch.observations, noisy, random.integers("twin", 2))
+    (gradient,) = torch.autograd.grad(q.sum(), noisy)
+    deviation = policy.diffusion.levels[step.t][..., 1:]  # (S, B, 1)
+    loss, metrics = noise_loss(step.predicted, step.noise - policy.section.eta * deviation * gradient)
+    return loss, metrics | {"policy_q": q.detach().mean(-1)}
 
 
 def label_loss(policy: Policy, batch: Batch, guidance: Guidance | None, random: Randomness) -> Loss:
@@ -924,8 +903,8 @@ def label_loss(policy: Policy, batch: Batch, guidance: Guidance | None, random: 
     if guidance is None or better is None:
         step = policy.predict(batch, random)
         return noise_loss(step.predicted, step.noise)
-    kept = random.uniform("label", better.shape[1]) >= policy.label_dropout
-    step = policy.predict(batch, random, labels=kept * (1 + better.long()))
+    shown = random.uniform("label", better.shape[1]) >= policy.section.label_dropout
+    step = policy.predict(batch, random, labels=shown * (1 + better.long()))
     loss, metrics = noise_loss(step.predicted, step.noise)
     return loss, metrics | {"better": better.float().mean(-1)}
 
@@ -942,10 +921,42 @@ class PolicyAlgorithm:
 POLICIES = {
     "bc": PolicyAlgorithm(cloning_loss),
     "idql": PolicyAlgorithm(cloning_loss, network="resnet"),
-    "dql": PolicyAlgorithm(chain_value_loss),
-    "edp": PolicyAlgorithm(one_step_value_loss),
+    "dql": PolicyAlgorithm(chain_loss),
+    "edp": PolicyAlgorithm(one_step_loss),
+    "dac": PolicyAlgorithm(noise_regression_loss),
     "cfg": PolicyAlgorithm(label_loss, labels=True),
 }
+
+
+def check_algorithms(run: Experiment) -> Experiment:
+    """The experiment with all that follows from its algorithms filled in; this is what bundles hold.
+
+    Raises: MdptError for a name that no registry has, or a setting that the algorithm cannot take.
+    """
+
+    def known(where: str, name: str, registry: Mapping[str, Any]) -> Any:
+        if name in registry:
+            return registry[name]
+        near = difflib.get_close_matches(name, registry, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise MdptError(f"{where} = {name!r}: should be one of {', '.join(registry)}{hint}")
+
+    known("[guidance] algorithm", run.guidance.algorithm, GUIDANCES)
+    section = run.policy
+    algorithm = known("[policy] algorithm", section.algorithm, POLICIES)
+    network = section.network or algorithm.network
+    if known("[policy] network", network, NETWORKS).equal_widths and len(set(section.hidden)) > 1:
+        raise MdptError(f"[policy] hidden = {section.hidden}: the blocks of network {network!r} are all of one width")
+    return run.model_copy(update={"policy": section.model_copy(update={"network": network})})
+
+
+def learns_labels(section: PolicySection) -> bool:
+    """Whether a policy ever learns under a label."""
+    guided = section.scheme != "unguided" and section.guidance_from < section.guidance_until
+    return guided and POLICIES[section.algorithm].labels and section.label_dropout < 1
+
+
+# --- acting -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -961,39 +972,491 @@ class Inference:
 
 
 @torch.no_grad()
-def act(policy: Policy, guidance: Guidance | None, observations: Tensor, random: Randomness, how: Inference) -> Tensor:
-    """Choose actions: raw observations (S, E, O) -> (S, E, A), scaled.
+def act(
+    policy: Policy,
+    guidance: Guidance | None,
+    observations: Tensor,
+    noises: Tensor,
+    uniform: Tensor,
+    how: Inference,
+) -> Tensor:
+    """Choose actions: raw observations (S, B, O) -> (S, B, A), scaled.
 
     Of N candidates per state the guidance takes the best ("max"), or draws one with probability proportional to
-    exp(weight_temperature * q) ("softmax"; V would cancel, since it does not depend on the action).
+    exp(weight_temperature * q) ("softmax"; V would cancel, since it does not depend on the action). noises: standard
+    normal, as from `Policy.noises` for B N rows. uniform: (S, B, N) in [0, 1), for "softmax".
     """
     actions = policy.sample(
         observations,
-        random,
+        how.temperature * noises,
         candidates=how.candidates,
-        temperature=how.temperature,
         w=how.w,
         guidance=guidance,
         guidance_weight=how.guidance_weight,
-    ).view(*observations.shape[:2], how.candidates, -1)  # (S, E, N, A)
+    ).view(*observations.shape[:2], how.candidates, -1)  # (S, B, N, A)
     if guidance is None or how.candidates == 1:
         return actions[:, :, 0]
     repeated = observations.repeat_interleave(how.candidates, dim=1)
-    scores = guidance.q(repeated, actions.flatten(1, 2)).view(actions.shape[:3])  # (S, E, N)
+    scores = guidance.q(repeated, actions.flatten(1, 2)).view(actions.shape[:3])  # (S, B, N)
     if how.selection == "softmax":  # the Gumbel-max trick draws from the softmax
-        uniform = random.uniform("selection", *scores.shape[1:]).clamp(1e-20, 1 - 1e-7)
-        scores = how.weight_temperature * scores - (-uniform.log()).log()
+        scores = how.weight_temperature * scores - (-uniform.clamp(1e-20, 1 - 1e-7).log()).log()
     best = scores.argmax(-1)[..., None, None].expand(-1, -1, 1, actions.shape[-1])
     return actions.gather(2, best).squeeze(2)
 
 
+class Agent:
+    """One policy member, perhaps under one guidance member, in numbered episodes that run side by side.
+
+    What it draws depends on the member's seed, the episode's number, the step and `seed` alone.
+    """
+
+    def __init__(
+        self, policy: Bundle, guidance: Bundle | None, how: Inference, *, seed: int, episodes: Sequence[int]
+    ) -> None:
+        self.policy, self.how = build_policy(policy, "cpu"), how
+        self.guidance = None if guidance is None else build_guidance(guidance, "cpu")
+        (member,) = policy["seeds"]
+        self.random = Randomness([f"{member} episode {episode}" for episode in episodes], f"evaluate {seed}")
+
+    def __call__(self, observations: Array, running: Array) -> Array:
+        """Actions (R, A) in [-1, 1], from observations (R, O) of the episodes at the places `running` (R,)."""
+        count, rows = self.how.candidates, torch.from_numpy(running)
+        noises = self.policy.noises(self.random, "act", count)[rows]  # (R, T, N, A)
+        uniform = self.random.uniform("selection", count)[rows]  # (R, N)
+        self.random.step += 1
+        states = torch.from_numpy(observations)[None]
+        noises = noises.transpose(0, 1).flatten(1, 2)[None]  # (1, T, R N, A)
+        actions: Array = act(self.policy, self.guidance, states, noises, uniform[None], self.how)[0].numpy()
+        return actions
+
+
+@dataclass(frozen=True)
+class Play:
+    """A task for a worker: episodes of one policy member under one guidance member (bundles of one member)."""
+
+    policy: Bundle
+    guidance: Bundle | None
+    how: Inference
+    seed: int
+    episodes: tuple[int, ...]
+    products: str
+
+
+def play(task: Play, watch: Watch, **film: Any) -> tuple[Array, Array]:
+    """Raw returns and lengths of a task's episodes, as from `data.rollout`; on one thread, so that no bit depends on
+    how many there are.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        choose_products(task.products)
+        agent = Agent(task.policy, task.guidance, task.how, seed=task.seed, episodes=task.episodes)
+        spec = EnvironmentSpec(**task.policy["environment"])
+        return rollout(agent, spec, task.episodes, seed=task.seed, watch=watch, **film)
+    finally:
+        torch.set_num_threads(threads)
+
+
+# --- learning ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Parameters:
+    """A network that learns: its optimizer, initial learning rate and gradient-norm limit."""
+
+    network: Stack
+    learning_rate: float
+    gradient_norm: float
+
+    def __post_init__(self) -> None:
+        self.gradient = self.network.vector.grad = torch.zeros_like(self.network.vector)
+        self.adam = torch.optim.Adam([self.network.vector], lr=self.learning_rate, fused=True)
+
+
+class Learner:
+    """Modules that learn together under one loss, with Adam, cosine decay and a gradient-norm limit per member.
+
+    frozen: guidance that the loss uses and nothing here changes; it only counts as held.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[tuple[Guidance | Policy, TrainingSection]],
+        loss: Callable[[Batch, Randomness, float], Loss],
+        frozen: Sequence[Guidance] = (),
+    ) -> None:
+        self.modules, self.loss, self.frozen = [module for module, _ in modules], loss, frozen
+        self.networks = [
+            Parameters(network, section.learning_rate, section.gradient_norm)
+            for module, section in modules
+            for network in module.networks()
+        ]
+        self.parameters = [parameter for each in self.networks for parameter in each.network.parameters()]
+
+    def update(self, loss: Tensor, step: int, steps: int) -> None:
+        """One gradient step of every network, then targets and averages follow. loss: (S,)."""
+        gradients = iter(torch.autograd.grad(loss.sum(), self.parameters))
+        for each in self.networks:
+            pieces = [next(gradients).flatten(1) for _ in each.network.parameters()]
+            torch.cat(pieces, dim=1, out=each.gradient[:, : each.network.size])
+            by_member = each.gradient.view(len(loss), -1)  # (S, copies * P)
+            norm = torch.linalg.vector_norm(by_member, dim=1, keepdim=True)
+            by_member.mul_((each.gradient_norm / (norm + 1e-6)).clamp(max=1.0))
+            each.adam.param_groups[0]["lr"] = each.learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+            each.adam.step()
+        for module in self.modules:
+            module.follow(step)
+
+    def broken_member(self) -> int | None:
+        """The first member with a weight that is not finite."""
+        rows = [each.network.vector.view(each.network.members, -1) for each in self.networks]
+        finite = torch.cat(rows, dim=1).isfinite().all(1)
+        return None if finite.all() else int(finite.int().argmin())
+
+    def state(self) -> list[dict[str, Any]]:
+        """Optimizer states, one per network, as plain containers."""
+        return [each.adam.state_dict() for each in self.networks]
+
+    def restore(self, states: Sequence[dict[str, Any]]) -> None:
+        for each, state in zip(self.networks, states, strict=True):
+            each.adam.load_state_dict(state)
+
+
+@dataclass
+class Run:
+    """How a training run meets the world: what it goes on from, and what hears of it.
+
+    begun: an unfinished bundle of the same run. extend: its steps may differ. save: keeps the bundle. show: hears each
+    new entry of the history. interrupted: whether to end after this step.
+    """
+
+    device: str = "cpu"
+    begun: Bundle | None = None
+    extend: bool = False
+    save: Callable[[Bundle], None] = lambda bundle: None
+    show: Callable[[dict[str, Any]], None] = lambda entry: None
+    interrupted: Callable[[], bool] = lambda: False
+
+
+def train(
+    learner: Learner,
+    transitions: Transitions,
+    section: TrainingSection,
+    bundle: Bundle,
+    parts: Sequence[tuple[Bundle, Guidance | Policy]],
+    cost: Cost,
+    run: Run,
+) -> None:
+    """The training loop of guidance and policy alike: sample, step, log, save.
+
+    parts: the modules that learn, each with the bundle its weights go to: `bundle` itself, or one inside it.
+    """
+    steps, seeds, start = section.steps, bundle["seeds"], bundle["step"]
+    random = Randomness(seeds, f"{bundle['kind']} train", transitions.rows.device)
+    milestones = {round(steps * (i + 1) / section.snapshots) for i in range(section.snapshots)}
+    history = History(bundle["history"], start, seeds)
+    for step in range(start, steps):
+        random.step = step
+        batch = transitions.sample(random, section.batch_size)
+        loss, metrics = learner.loss(batch, random, step / steps)
+        learner.update(loss, step, steps)
+        history.record(loss.detach(), metrics)
+        done, stopped = step + 1, run.interrupted()
+        if done % max(1, steps // 200) == 0 or done in milestones or done == steps or stopped:
+            run.show(history.average())
+        if done in milestones or stopped:
+            if (member := learner.broken_member()) is not None:
+                history.give_up("weights", member, "not finite", done)
+            for target, module in parts:
+                keep_weights(target, module, done, done == steps, done in milestones)
+                target["accounting"] = cost.read(learner, done)
+            bundle["training"] = None if done == steps else learner.state()
+            run.save(bundle)
+            history.kept = done
+        if stopped and done < steps:
+            raise MdptError(f"interrupted after step {done} of {steps}; the same command goes on")
+
+
+ACTING = ("average.", "target_q.", "value.")  # the weights that act or are asked for values
+
+
+def keep_weights(bundle: Bundle, module: nn.Module, step: int, complete: bool, snapshot: bool) -> None:
+    """Put a module's weights into its bundle, and beside them, if this is a snapshot, those that act."""
+    weights = weights_of(module)
+    if complete:  # a companion actor has done its work
+        weights = {name: value for name, value in weights.items() if not name.startswith("actor.")}
+    bundle.update(step=step, complete=complete, weights=weights)
+    if snapshot:
+        acting = {name: value for name, value in weights.items() if name.startswith(ACTING)}
+        bundle["snapshots"] = bundle["snapshots"] | {step: acting}
+
+
+class History:
+    """What a run's losses and metrics were, averaged over the steps between two entries; it ends with the first NaN.
+
+    entries: of the bundle, which this continues. kept: the last step that was saved.
+    """
+
+    def __init__(self, entries: list[dict[str, Any]], start: int, seeds: Sequence[int]) -> None:
+        self.entries, self.kept, self.seeds = entries, start, seeds
+        self.pending: list[tuple[Tensor, dict[str, Tensor]]] = []
+        self.start, self.began = start, time.perf_counter()
+
+    def record(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:
+        self.pending.append((loss, metrics))
+
+    def average(self) -> dict[str, Any]:
+        """A new entry of what came since the last; one transfer from the device. Raises: MdptError for a NaN."""
+        done = (self.entries[-1]["step"] if self.entries else 0) + len(self.pending)
+        losses = torch.stack([loss for loss, _ in self.pending]).cpu()  # (steps, S)
+        bad = (~losses.isfinite()).nonzero()
+        if len(bad):
+            step, member = done - len(self.pending) + int(bad[0, 0]), int(bad[0, 1])
+            self.give_up("loss", member, losses[bad[0, 0], member].item(), step)
+        names = sorted({name for _, metrics in self.pending for name in metrics})
+        means = {
+            name: torch.stack([metrics[name] for _, metrics in self.pending if name in metrics]).mean(0).tolist()
+            for name in names
+        }
+        self.entries.append({"step": done, "loss": losses.mean(0).tolist(), **means})
+        self.pending.clear()
+        return self.entries[-1]
+
+    def give_up(self, what: str, member: int, value: object, step: int) -> NoReturn:
+        """End the run: raises MdptError."""
+        kept = f"the last good weights, of step {self.kept}, are kept" if self.kept else "no snapshot was reached"
+        raise MdptError(
+            f"the {what} of member {member} (seed {self.seeds[member]}) became {value} at step {step}; {kept}; "
+            "lower learning_rate or look at the data"
+        )
+
+
+class Cost:
+    """What a training run costs: time, memory above the loaded dataset, parameters, optimizer state."""
+
+    def __init__(self, device: torch.device, products: str, begun: Bundle | None) -> None:
+        self.device, self.products = device, products
+        self.before = {"seconds": 0.0, "peak_bytes": 0} if begun is None else begun["accounting"]
+        self.began, self.base = time.perf_counter(), memory_now(device, restart=True)
+
+    def read(self, learner: Learner, step: int) -> dict[str, Any]:
+        """The account after `step` gradient steps; counts and bytes are of all members together."""
+        seconds = self.before["seconds"] + time.perf_counter() - self.began
+        state = [value for each in learner.networks for state in each.adam.state.values() for value in state.values()]
+        held = [p.numel() for module in (*learner.modules, *learner.frozen) for p in module.parameters()]
+        return {
+            "parameters_trained": sum(parameter.numel() for parameter in learner.parameters),
+            "parameters_held": sum(held),
+            "optimizer_bytes": sum(value.nbytes for value in state if torch.is_tensor(value)),
+            "peak_bytes": max(self.before["peak_bytes"], memory_now(self.device) - self.base),
+            "seconds": seconds,
+            "seconds_per_1000_steps": 1000 * seconds / step,
+            "device": str(self.device),
+            "products": self.products,
+        }
+
+
+def memory_now(device: torch.device, *, restart: bool = False) -> int:
+    """Peak bytes since the last restart, allocated on CUDA, resident on a CPU; restart: from the current ones on."""
+    if device.type == "cuda":
+        if restart:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        if restart:
+            Path("/proc/self/clear_refs").write_text("5")
+        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):  # no Linux, or one that hides this: the whole process's peak is all there is
+        import resource  # not there on Windows
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def pick_device(name: str) -> str:
+    """ "cpu" or "cuda". Raises: MdptError where cuda is asked for and missing."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise MdptError("device cuda: this machine or this torch has none; use --device cpu")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def train_guidance(experiment: Experiment, dataset: Dataset, run: Run) -> Bundle:
+    """Train a guidance from the data alone and judge it on held-out episodes."""
+    products = choose_products(None if run.begun is None else run.begun["accounting"]["products"])
+    bundle = new_bundle("guidance", experiment, dataset)
+    transitions = Transitions(vars(dataset), run.device)
+    cost = Cost(transitions.rows.device, products, run.begun)
+    guidance = build_guidance(bundle, run.device, new=True)
+    learner = Learner([(guidance, experiment.guidance)], lambda batch, random, _: guidance.loss(batch, random))
+    if run.begun is not None:
+        go_on(bundle, run, [(bundle, guidance)], learner)
+    train(learner, transitions, experiment.guidance, bundle, [(bundle, guidance)], cost, run)
+    bundle["quality"] = guidance_quality(guidance, dataset, experiment.guidance.discount, run.device)
+    run.save(bundle)
+    return bundle
+
+
+def train_policy(experiment: Experiment, dataset: Dataset, teacher: Bundle | None, run: Run) -> Bundle:
+    """Train a policy under a frozen guidance, together with one ("joint"), or unguided."""
+    section = experiment.policy
+    products = choose_products(None if run.begun is None else run.begun["accounting"]["products"])
+    bundle = new_bundle("policy", experiment, dataset)
+    transitions = Transitions(vars(dataset), run.device)
+    cost = Cost(transitions.rows.device, products, run.begun)
+    policy = build_policy(bundle, run.device, new=True)
+    parts: list[tuple[Bundle, Guidance | Policy]] = [(bundle, policy)]
+    guidance: Guidance | None = None
+    joint = section.scheme == "joint"
+    if joint:
+        bundle["guidance"] = new_bundle("guidance", experiment, dataset)
+        guidance = build_guidance(bundle["guidance"], run.device, new=True, companion=False)
+        parts.insert(0, (bundle["guidance"], guidance))
+    elif teacher is not None:
+        bundle["guidance"] = teacher | {"snapshots": {}, "training": None}  # what acts, not how it got there
+        members = pair_members(policy.members, len(teacher["seeds"]))
+        guidance = build_guidance(select_members(teacher, members), run.device)
+        if policy.algorithm.labels:
+            transitions.label(guidance)
+
+    def loss(batch: Batch, random: Randomness, done: float) -> Loss:
+        guided = section.guidance_from <= done < section.guidance_until
+        own = policy.loss(batch, guidance if guided else None, random)
+        if guidance is None or not joint:
+            return own
+        labelled = learns_labels(section) and done >= section.guidance_from  # until then it knows no labels
+        act_alone = functools.partial(policy.act_alone, w=float(labelled))
+        return add(own, guidance.loss(batch, random, act_alone))
+
+    tables: dict[str, TrainingSection] = {"guidance": experiment.guidance, "policy": section}
+    frozen = [guidance] if guidance is not None and not joint else []
+    learner = Learner([(module, tables[target["kind"]]) for target, module in parts], loss, frozen)
+    if run.begun is not None:
+        go_on(bundle, run, parts, learner)
+    train(learner, transitions, section, bundle, parts, cost, run)
+    return bundle
+
+
+def go_on(bundle: Bundle, run: Run, parts: Sequence[tuple[Bundle, Guidance | Policy]], learner: Learner) -> None:
+    """Bring a new bundle, its modules and their optimizers to where the run that was begun stopped.
+
+    Raises: MdptError where that was another run, naming what differs.
+    """
+    begun = run.begun or {}
+    check_same_run(bundle, begun, run.extend)
+    bundle |= {key: begun[key] for key in ("step", "history", "accounting")}
+    for target, module in parts:
+        stored = begun if target is bundle else begun["guidance"]
+        target["snapshots"] = stored["snapshots"]
+        module.load_state_dict(stored["weights"])
+    learner.restore(begun["training"])
+
+
+def check_same_run(ours: Bundle, theirs: Bundle, extend: bool) -> None:
+    """Raises: MdptError naming what differs, of all that shapes a module: its tables, seeds, training set, guidance.
+
+    extend: there may be more steps.
+    """
+    if ours["kind"] != theirs["kind"]:
+        raise MdptError(f"is an unfinished {theirs['kind']} bundle, expected a {ours['kind']} bundle")
+    joint = ours["kind"] == "policy" and ours["experiment"]["policy"]["scheme"] == "joint"
+    unused = {"guidance": {"steps", "batch_size"} if joint else set(), "policy": set(), "data": set()}
+    fields = {
+        f"[{table}] {key}": [bundle["experiment"][table].get(key) for bundle in (ours, theirs)]
+        for table in ("guidance", "policy")
+        if joint or table == ours["kind"]
+        for key in ours["experiment"][table].keys() - unused[table] - {"snapshots"}
+    }
+    fields |= {
+        f"[data] {key}": [bundle["experiment"]["data"].get(key) for bundle in (ours, theirs)]
+        for key in ("seed", "held_out", "reward_scale")
+    }
+    fields |= {key: [bundle[key] for bundle in (ours, theirs)] for key in ("seeds", "environment")}
+    fields["data (by content)"] = [bundle["dataset"]["hash"][:8] for bundle in (ours, theirs)]
+    steps = f"[{ours['kind']}] steps"
+    if extend and fields[steps][0] > fields[steps][1]:
+        del fields[steps]
+    changed = [f"{name} was {was}, is {now}" for name, (now, was) in sorted(fields.items()) if now != was]
+    if not joint and ours["guidance"] is not None and not same_weights(ours["guidance"], theirs["guidance"]):
+        changed.append("the guidance has other weights")
+    if changed:
+        hint = "; --extend lets it have more steps" if [steps] == [text.split(" was ")[0] for text in changed] else ""
+        raise MdptError(f"was begun as another run: {'; '.join(changed)}{hint}; --overwrite begins anew")
+
+
+def same_weights(first: Bundle | None, second: Bundle | None) -> bool:
+    ours, theirs = (bundle["weights"] if bundle else {} for bundle in (first, second))
+    return ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
+
+
+@torch.no_grad()
+def guidance_quality(guidance: Guidance, dataset: Dataset, discount: float, device: str) -> dict[str, Any]:
+    """How far to trust a guidance, on held-out episodes: V against discounted Monte-Carlo returns, Q among members.
+
+    Correlations are Pearson's, one per member, over rows whose return is known (the episode ended, or what a time
+    limit cut off weighs at most 5 %). The spread is the deviation of Q over members, averaged, beside that over rows.
+    """
+    held_out = dataset.held_out
+    if not len(held_out.rewards):
+        return {"rows": 0}
+    returns, known = discounted_returns(held_out.rewards, held_out.terminals, held_out.timeouts, discount)
+    tensors = [torch.from_numpy(array) for array in (held_out.observations, held_out.actions)]
+    found = []
+    for block in zip(*(torch.split(tensor, 8192) for tensor in tensors), strict=True):
+        observations, actions = (part.to(device).expand(guidance.members, -1, -1) for part in block)
+        found.append(torch.stack([guidance.v(observations), guidance.q(observations, actions)]).cpu())
+    v, q = torch.cat(found, dim=-1).double().numpy()  # (S, rows)
+    enough = known.sum() > 1 and returns[known].std() > 0
+    return {
+        "rows": int(known.sum()),
+        "correlation": [float(np.corrcoef(member[known], returns[known])[0, 1]) for member in v] if enough else [],
+        "mean_v": v[:, known].mean(1).tolist() if enough else [None] * len(v),
+        "mean_return": float(returns[known].mean()) if enough else None,
+        "q_spread_members": float(q.std(0).mean()) if len(q) > 1 else None,
+        "q_spread_rows": float(q.std(1).mean()),
+    }
+
+
 # --- bundles ----------------------------------------------------------------------------------------------------
 
-BUNDLE_FORMAT, BUNDLE_VERSION = "mdpt bundle", 3
+BUNDLE_FORMAT, BUNDLE_VERSION = "mdpt bundle", 4
 
 
-class BundleError(Exception):
-    """A bundle that cannot be written, read or combined: what, where, got and expected, what to do."""
+def version() -> str:
+    """The installed version; pyproject.toml is its only source."""
+    return importlib.metadata.version("mdpt")
+
+
+def new_bundle(kind: str, experiment: Experiment, dataset: Dataset) -> Bundle:
+    """All of a bundle that does not change while it learns."""
+    observations = torch.from_numpy(dataset.observations).double()
+    returns = dataset.episode_returns
+    return {
+        "format": BUNDLE_FORMAT,
+        "version": BUNDLE_VERSION,
+        "kind": kind,
+        "experiment": experiment.model_dump(),
+        "seeds": list(experiment.seeds),
+        "environment": asdict(dataset.environment),
+        "reference": reference_returns(experiment.data.reference),
+        "dataset": dataset.identity
+        | {
+            "training_transitions": len(dataset.rewards),
+            "episodes": len(returns),
+            "mean_return": float(returns.mean()),
+            "best_return": float(returns.max()),
+        },
+        "normalizer": {
+            "mean": observations.mean(0).float(),
+            "deviation": observations.std(0, unbiased=False).float() + 1e-3,  # 1e-3 as TD3+BC: some features never vary
+        },
+        "reward_scale": dataset.reward_scale,
+        "versions": {"mdpt": version(), "torch": str(torch.__version__), "python": platform.python_version()},
+        "step": 0,
+        "complete": False,
+        "history": [],
+        "snapshots": {},
+        "accounting": {},
+        "guidance": None,
+    }
 
 
 def save_bundle(path: Path, bundle: Bundle) -> None:
@@ -1011,7 +1474,7 @@ def save_bundle(path: Path, bundle: Bundle) -> None:
             temporary.unlink(missing_ok=True)  # still there only if something failed, or Ctrl-C came
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where the disk is full
         reason = getattr(error, "strerror", None) or "torch could not store it; is the disk full?"
-        raise BundleError(f"{path}: cannot write the bundle ({reason}); choose another --out") from error
+        raise MdptError(f"{path}: cannot write the bundle ({reason}); choose another --out") from error
 
 
 def read_bundle(path: Path) -> Bundle:
@@ -1019,25 +1482,25 @@ def read_bundle(path: Path) -> Bundle:
 
     FILE@STEP gives the snapshot of that gradient step (a joint run's guidance likewise), FILE@last the last weights.
 
-    Raises: BundleError for a file that is missing, damaged, no bundle, of another version, or without that snapshot.
+    Raises: MdptError for a file that is missing, damaged, no bundle, of another version, or without that snapshot.
     """
     name, at, step = path.name.rpartition("@")
     if at and name and not path.exists():
         return _at_step(read_bundle(path.with_name(name)), path, step)
     if not path.is_file():
-        raise BundleError(f"{path}: no such bundle; `mdpt guidance` and `mdpt policy` write them")
+        raise MdptError(f"{path}: no such bundle; `mdpt guidance` and `mdpt policy` write them")
     try:
         bundle = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
-        raise BundleError(f"{path}: cannot be read ({error.strerror})") from error
+        raise MdptError(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # torch raises many kinds for a damaged or foreign file
-        raise BundleError(
+        raise MdptError(
             f"{path}: cannot be read as a bundle, it is damaged or something else; write it anew"
         ) from error
     if not isinstance(bundle, dict) or bundle.get("format") != BUNDLE_FORMAT:
-        raise BundleError(f"{path}: is no mdpt bundle; expected a file written by `mdpt guidance` or `mdpt policy`")
+        raise MdptError(f"{path}: is no mdpt bundle; expected a file written by `mdpt guidance` or `mdpt policy`")
     if bundle.get("version") != BUNDLE_VERSION:
-        raise BundleError(
+        raise MdptError(
             f"{path}: bundle version {bundle.get('version')}, this mdpt reads version {BUNDLE_VERSION}; "
             "train it anew or use the mdpt that wrote it"
         )
@@ -1049,7 +1512,7 @@ def _at_step(bundle: Bundle, path: Path, step: str) -> Bundle:
         return bundle
     if not step.isdecimal() or int(step) not in bundle["snapshots"]:
         known = ", ".join(f"@{known}" for known in bundle["snapshots"])
-        raise BundleError(f"{path}: no snapshot @{step}; there are {known or 'none yet'} and @last")
+        raise MdptError(f"{path}: no snapshot @{step}; there are {known or 'none yet'} and @last")
     inner = bundle["guidance"]
     if inner is not None and inner["snapshots"] and bundle["experiment"]["policy"]["scheme"] == "joint":
         bundle["guidance"] = _at_step(inner, path, step)
@@ -1060,33 +1523,33 @@ def _at_step(bundle: Bundle, path: Path, step: str) -> Bundle:
 def read_guidance(path: Path) -> Bundle:
     """The guidance bundle in `path`, or the one inside the policy bundle there.
 
-    Raises: BundleError, also for a policy bundle without guidance.
+    Raises: MdptError, also for a policy bundle without guidance.
     """
     bundle = read_bundle(path)
     if bundle["kind"] == "policy":
         if bundle["guidance"] is None:
-            raise BundleError(f"{path}: this policy was trained unguided and holds no guidance; give a guidance bundle")
+            raise MdptError(f"{path}: this policy was trained unguided and holds no guidance; give a guidance bundle")
         bundle = bundle["guidance"]
     return bundle
 
 
 def read_policy(path: Path) -> Bundle:
-    """The policy bundle in `path`. Raises: BundleError, also for a guidance bundle."""
+    """The policy bundle in `path`. Raises: MdptError, also for a guidance bundle."""
     bundle = read_bundle(path)
     if bundle["kind"] != "policy":
-        raise BundleError(f"{path}: is a {bundle['kind']} bundle; expected a policy bundle, written by `mdpt policy`")
+        raise MdptError(f"{path}: is a {bundle['kind']} bundle; expected a policy bundle, written by `mdpt policy`")
     return bundle
 
 
 def check_fit(first: Bundle, second: Bundle) -> list[str]:
     """Warnings about using two bundles together.
 
-    Raises: BundleError listing each environment property in which they differ, by value.
+    Raises: MdptError listing each environment property in which they differ, by value.
     """
     ours, theirs = first["environment"], second["environment"]
     mismatches = [f"{key} {ours[key]} against {theirs[key]}" for key in ours if ours[key] != theirs[key]]
     if mismatches:
-        raise BundleError(
+        raise MdptError(
             f"the {first['kind']} and the {second['kind']} do not fit together: {'; '.join(mismatches)}; "
             "use bundles of one environment"
         )
@@ -1099,45 +1562,85 @@ def check_fit(first: Bundle, second: Bundle) -> list[str]:
 def pair_members(policies: int, guidances: int) -> list[int]:
     """The guidance member that goes with each policy member: by position; one guidance member serves all.
 
-    Raises: BundleError for any other difference in number, naming both.
+    Raises: MdptError for any other difference in number, naming both.
     """
     if guidances not in (1, policies):
-        raise BundleError(
+        raise MdptError(
             f"{policies} policy members cannot be paired with {guidances} guidance members; "
             "use the same number, or a guidance with one member"
         )
     return list(range(policies)) if guidances > 1 else [0] * policies
 
 
-def build_guidance(bundle: Bundle, device: torch.device | str) -> Guidance:
-    """The guidance of a bundle, frozen, without what only its training needed."""
-    weights = {name: value for name, value in bundle["weights"].items() if not name.startswith("actor.")}
-    guidance = _build(Guidance, bundle, device, companion=False)
-    guidance.load_state_dict(weights)
+def select_members(bundle: Bundle, members: Sequence[int]) -> Bundle:
+    """The bundle of the given members, in the given order, repetitions allowed, with no more than acting needs."""
+    count = len(bundle["seeds"])
+
+    def rows(tensor: Tensor) -> Tensor:  # (S copies, ...)
+        return tensor.view(count, -1, *tensor.shape[1:])[list(members)].flatten(0, 1)
+
+    weights = {name: rows(tensor) for name, tensor in acting_weights(bundle).items()}
+    bare: Bundle = {"history": [], "snapshots": {}, "training": None, "guidance": None}
+    return bundle | bare | {"weights": weights, "seeds": [bundle["seeds"][member] for member in members]}
+
+
+def build_guidance(bundle: Bundle, device: str, *, new: bool = False, companion: bool = True) -> Guidance:
+    """The guidance of a bundle, frozen, without what only its training needed; new: one that is yet to learn."""
+    guidance = Guidance(*_shape(bundle, device), companion=new and companion)
+    if new:
+        return guidance
     del guidance.online_q  # its targets speak for it
+    guidance.load_state_dict(acting_weights(bundle))
     return guidance.requires_grad_(False)
 
 
-def build_policy(bundle: Bundle, device: torch.device | str) -> Policy:
-    """The policy of a bundle, without its guidance."""
-    policy = _build(Policy, bundle, device)
-    policy.load_state_dict(bundle["weights"])
+def build_policy(bundle: Bundle, device: str, *, new: bool = False) -> Policy:
+    """The policy of a bundle, without its guidance, ready to act; new: one that is yet to learn."""
+    policy = Policy(*_shape(bundle, device))
+    if not new:
+        del policy.denoiser  # its average acts
+        policy.load_state_dict(acting_weights(bundle))
     return policy
 
 
-def build_new(bundle: Bundle, device: torch.device | str, *, companion: bool) -> Guidance | Policy:
-    """What a bundle describes, with initial weights. companion: a guidance brings the actor it may need to learn."""
-    if bundle["kind"] == "guidance":
-        return _build(Guidance, bundle, device, companion=companion)
-    return _build(Policy, bundle, device)
+def acting_weights(bundle: Bundle) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in bundle["weights"].items() if name.startswith(ACTING)}
 
 
-def _build(kind: type[Module], bundle: Bundle, device: torch.device | str, **extra: Any) -> Module:
-    normalizer = Normalizer(**bundle["normalizer"]).to(device)
+def _shape(bundle: Bundle, device: str) -> tuple[Randomness, Normalizer, Any, int, int]:
+    section = getattr(Experiment.model_validate(bundle["experiment"]), bundle["kind"])
     random = Randomness(bundle["seeds"], f"{bundle['kind']} init", device)
-    return kind(random, normalizer, **bundle["architecture"], **extra)
+    sizes = bundle["environment"]["observation_dim"], bundle["environment"]["action_dim"]
+    return random, Normalizer(**bundle["normalizer"]).to(device), section, *sizes
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """Named weights as independent CPU tensors, online and target or averaged ones."""
     return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
+
+
+def load_agent(
+    path: Path | str, guidance: Path | str | None = None, *, member: int = 0, seed: int = 0, **how: Any
+) -> Callable[[Array], Array]:
+    """A policy for use in other programs: observations (O,) or (E, O) -> actions (A,) or (E, A), in the environment's unit.
+
+    guidance: another bundle to rank candidates by than the one inside. how: fields of `Inference`, such as candidates.
+
+    Raises: MdptError, as for `mdpt evaluate`.
+    """
+    bundle = read_policy(Path(path))
+    teacher = bundle["guidance"] if guidance is None else read_guidance(Path(guidance))
+    if teacher is not None:
+        check_fit(bundle, teacher)
+        teacher = select_members(teacher, [pair_members(len(bundle["seeds"]), len(teacher["seeds"]))[member]])
+    spec, agents = EnvironmentSpec(**bundle["environment"]), {}
+
+    def choose(observations: Array) -> Array:
+        rows = np.atleast_2d(np.asarray(observations, dtype=np.float32))
+        if len(rows) not in agents:
+            one = select_members(bundle, [member])
+            agents[len(rows)] = Agent(one, teacher, Inference(**how), seed=seed, episodes=range(len(rows)))
+        actions = unscale_actions(agents[len(rows)](rows, np.arange(len(rows))).clip(-1, 1), spec)
+        return actions if np.ndim(observations) == 2 else actions[0]
+
+    return choose
