@@ -7,6 +7,7 @@ guidance, E episodes, R episodes that still run. Nothing here knows of torch.
 from __future__ import annotations
 
 import ast
+import collections
 import contextlib
 import ctypes
 import difflib
@@ -398,6 +399,143 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
+# --- work in other processes ------------------------------------------------------------------------------------
+
+
+class Watch:
+    """What a worker is at, so that an environment that hangs can be named."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.doing, self.since = seconds, "", float("inf")
+
+    @contextlib.contextmanager
+    def over(self, doing: str) -> Iterator[None]:
+        """Say what begins, which may take `seconds`, and turn whatever goes wrong there into a line about it."""
+        self.doing, self.since = doing, time.monotonic()
+        try:
+            yield
+        except MdptError:
+            raise
+        except BaseException as error:  # an environment may also exit, or interrupt itself
+            raise MdptError(f"{doing}: the environment failed. {_one_line(error)}") from error
+        finally:
+            self.since = float("inf")
+
+    @property
+    def late(self) -> bool:
+        return time.monotonic() - self.since > self.seconds
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Where work is done: in `count` processes here (1: in this one), or by the workers of a Dask scheduler.
+
+    timeout: seconds that one step of an environment may take. cluster: the scheduler's address.
+    """
+
+    count: int = 1
+    timeout: float = 600.0
+    cluster: str | None = None
+
+
+def parallel(
+    work: Callable[[Task, Watch], Found], tasks: Iterable[Task], workers: Workers, total: int
+) -> Generator[Found, None, None]:
+    """work(task, watch) for each of `total` tasks, in their order. No process here outlives this one, even if killed.
+
+    Raises: MdptError, also for an environment that fails or hangs, and for a worker that dies.
+    """
+    count = min(workers.count, total)
+    if workers.cluster is not None:
+        yield from _on_cluster(work, tasks, workers)
+    elif count <= 1:
+        with _quiet(1):
+            for task in tasks:
+                yield _watched(work, task, workers.timeout)
+    else:
+        import joblib
+        from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+        pool = joblib.Parallel(n_jobs=count, backend="loky", batch_size=1, return_as="generator")
+        try:
+            yield from pool(joblib.delayed(_in_worker)(work, task, workers.timeout, os.getpid()) for task in tasks)
+        except TerminatedWorkerError as error:
+            raise MdptError(
+                "a worker process ended unexpectedly: its environment ended it, or memory ran out; --workers 1 plays in "
+                "this process"
+            ) from error
+
+
+def _on_cluster(
+    work: Callable[[Task, Watch], Found], tasks: Iterable[Task], workers: Workers
+) -> Generator[Found, None, None]:
+    """The same by Dask's workers, a few tasks ahead of what was taken; a task of a worker that is lost is repeated."""
+    try:
+        distributed: Any = importlib.import_module("distributed")
+    except ImportError as error:
+        raise MdptError("--cluster needs the package distributed: pip install 'mdpt[cluster]'") from error
+    try:
+        client = distributed.Client(workers.cluster, timeout=10, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise MdptError(f"--cluster {workers.cluster}: no Dask scheduler answers there ({_one_line(error)})") from error
+    with client:
+        if not client.ncores():
+            raise MdptError(f"--cluster {workers.cluster}: its scheduler has no workers yet; start some")
+        ahead: collections.deque[Any] = collections.deque()
+        for task in tasks:
+            ahead.append(client.submit(_watched, work, task, workers.timeout, pure=False))
+            if len(ahead) > 2 * sum(client.ncores().values()):
+                yield _result_of(ahead.popleft())
+        while ahead:
+            yield _result_of(ahead.popleft())
+
+
+def _result_of(future: Any) -> Any:
+    distributed: Any = importlib.import_module("distributed")
+    try:
+        return future.result()
+    except distributed.KilledWorker as error:
+        raise MdptError("a task ended several workers of the cluster, one after the other; see their logs") from error
+    except ImportError as error:
+        raise MdptError(f"a worker of the cluster lacks a module: {_one_line(error)}; install it there") from error
+
+
+def _in_worker(work: Callable[[Task, Watch], Found], task: Task, timeout: float, parent: int) -> Found:
+    if os.environ.get("MDPT_WORKER_OF") != str(parent):
+        os.environ["MDPT_WORKER_OF"] = str(parent)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone decides
+        _silence(1)  # PyBullet writes there at each connection
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    return _watched(work, task, timeout)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _watched(work: Callable[[Task, Watch], Found], task: Task, timeout: float) -> Found:
+    """work(task, watch) in a thread of its own, given up where the environment hangs."""
+    watch, found, failed = Watch(timeout), [], []
+
+    def run() -> None:
+        try:
+            found.append(work(task, watch))
+        except BaseException as error:  # noqa: BLE001 (raised again where the thread is waited for)
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(min(0.5, timeout / 4))
+        if watch.late:
+            raise MdptError(f"{watch.doing}: took longer than {timeout:g} s; --timeout SECONDS says how long it may")
+    if failed:
+        raise failed[0]
+    return found[0]
+
+
 # --- sources ----------------------------------------------------------------------------------------------------
 
 
@@ -587,16 +725,16 @@ class Dataset:
 
 
 def load_dataset(
-    section: DataSection, workers: int = 1, progress: Callable[[int], None] | None = None, timeout: float = 600.0
+    section: DataSection, workers: Workers = Workers(), progress: Callable[[int], None] | None = None
 ) -> Dataset:
     """Read a D4RL-format file ("hdf5"), or roll one out first ("collect"), and make it ready for training.
 
-    workers, progress, timeout: as for `collect_dataset`.
+    workers, progress: as for `collect_dataset`.
 
     Raises: MdptError for a mistake in any of it.
     """
     if section.source == "collect":
-        path = collect_dataset(section, workers, progress, timeout)
+        path = collect_dataset(section, workers, progress)
     else:
         path = Path(section.path or "")
     spec = environment_spec(section.environment)
@@ -685,112 +823,19 @@ def _content_hash(raw: dict[str, Array]) -> str:
     return digest.hexdigest()
 
 
-# --- work in other processes ------------------------------------------------------------------------------------
-
-
-class Watch:
-    """What a worker is at, so that an environment that hangs can be named."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.doing, self.since = seconds, "", float("inf")
-
-    @contextlib.contextmanager
-    def over(self, doing: str) -> Iterator[None]:
-        """Say what begins, which may take `seconds`, and turn whatever goes wrong there into a line about it."""
-        self.doing, self.since = doing, time.monotonic()
-        try:
-            yield
-        except MdptError:
-            raise
-        except BaseException as error:  # an environment may also exit, or interrupt itself
-            raise MdptError(f"{doing}: the environment failed. {_one_line(error)}") from error
-        finally:
-            self.since = float("inf")
-
-    @property
-    def late(self) -> bool:
-        return time.monotonic() - self.since > self.seconds
-
-
-def parallel(
-    work: Callable[[Task, Watch], Found], tasks: Iterable[Task], workers: int, timeout: float
-) -> Generator[Found, None, None]:
-    """work(task, watch) for each task, in the order of the tasks, in `workers` processes (1: in this one).
-
-    timeout: seconds that one step of an environment may take. No process outlives this one, even if that is killed.
-
-    Raises: MdptError, also for an environment that fails or hangs, and for a worker that dies.
-    """
-    if workers == 1:
-        with _quiet(1):
-            for task in tasks:
-                yield _watched(work, task, timeout)
-        return
-    import joblib
-    from joblib.externals.loky.process_executor import TerminatedWorkerError
-
-    pool = joblib.Parallel(n_jobs=workers, backend="loky", batch_size=1, return_as="generator")
-    try:
-        yield from pool(joblib.delayed(_in_worker)(work, task, timeout, os.getpid()) for task in tasks)
-    except TerminatedWorkerError as error:
-        code = re.search(r"EXIT|SIG\w+", str(error))
-        raise MdptError(
-            f"a worker process ended unexpectedly{f' ({code[0]})' if code else ''}: its environment ended it, or "
-            "memory ran out; --workers 1 plays in this process"
-        ) from error
-
-
-def _in_worker(work: Callable[[Task, Watch], Found], task: Task, timeout: float, parent: int) -> Found:
-    if os.environ.get("MDPT_WORKER_OF") != str(parent):
-        os.environ["MDPT_WORKER_OF"] = str(parent)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone decides
-        _silence(1)  # PyBullet writes there at each connection
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    return _watched(work, task, timeout)
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-def _watched(work: Callable[[Task, Watch], Found], task: Task, timeout: float) -> Found:
-    """work(task, watch) in a thread of its own, given up where the environment hangs."""
-    watch, found, failed = Watch(timeout), [], []
-
-    def run() -> None:
-        try:
-            found.append(work(task, watch))
-        except BaseException as error:  # noqa: BLE001 (raised again where the thread is waited for)
-            failed.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(min(0.5, timeout / 4))
-        if watch.late:
-            raise MdptError(f"{watch.doing}: took longer than {timeout:g} s; --timeout SECONDS says how long it may")
-    if failed:
-        raise failed[0]
-    return found[0]
-
-
 # --- collecting -------------------------------------------------------------------------------------------------
 
 
 def collect_dataset(
     section: DataSection,
-    workers: int,
+    workers: Workers = Workers(),
     progress: Callable[[int], None] | None = None,
-    timeout: float = 600.0,
     cache: Path | None = None,
 ) -> Path:
     """Roll out PyBullet's bundled agent with perturbed weights into a D4RL-format file, or find it in the cache.
 
     The file depends on the environment and the settings only, not on `workers`. The cache is `cache`, else
-    $MDPT_CACHE, else mdpt in $XDG_CACHE_HOME or ~/.cache. progress counts transitions. timeout: seconds that one step
-    of the environment may take.
+    $MDPT_CACHE, else mdpt in $XDG_CACHE_HOME or ~/.cache. progress counts transitions.
 
     Raises: MdptError without an agent for this environment, a damaged cached file.
     """
@@ -821,7 +866,7 @@ def collect_dataset(
             f"{path.parent}: cannot be written ({error.strerror}); set MDPT_CACHE to another folder"
         ) from error
     parts: list[dict[str, Array]] = []
-    for part in parallel(collect_shard, shards, min(workers, len(shards)), timeout):
+    for part in parallel(collect_shard, shards, workers, len(shards)):
         parts.append(part)
         if progress:
             progress(sum(len(part["rewards"]) for part in parts))

@@ -28,6 +28,8 @@ if __name__ == "mdpt":  # found as a file in the checkout before the installed p
 
 import numpy as np
 import typer
+from typer.core import TyperGroup
+
 from mdpt.data import (
     TOGETHER,
     Array,
@@ -36,6 +38,7 @@ from mdpt.data import (
     Experiment,
     MdptError,
     Watch,
+    Workers,
     check_experiment,
     compare,
     load_dataset,
@@ -48,14 +51,14 @@ from mdpt.data import (
     summarize,
     tabulate,
 )
-from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from mdpt.models import Bundle, Inference, Play, Run
     from rich.console import Console
     from rich.table import Table
+
+    from mdpt.models import Bundle, Inference, Play, Run
 
     Pairs = list[tuple[int, int | None]]  # policy member, guidance member
 
@@ -195,11 +198,11 @@ def scalar_writer(
     return write
 
 
-def load_data(experiment: Experiment, workers: int, timeout: float) -> Dataset:
+def load_data(experiment: Experiment, workers: Workers) -> Dataset:
     """The experiment's dataset, collected first where that is its source and the cache does not have it."""
     reference_returns(experiment.data.reference)  # a mistake in it shall not wait for the collection
     with progress("collect", experiment.data.transitions) as show:
-        dataset = load_dataset(experiment.data, workers, lambda done: show(done, ""), timeout)
+        dataset = load_dataset(experiment.data, workers, lambda done: show(done, ""))
     for warning in dataset.warnings:
         warn(warning)
     return dataset
@@ -346,9 +349,7 @@ def tell(cells: Sequence[Cell]) -> None:
         warn(text)
 
 
-def play_cells(
-    cells: Sequence[Cell], file: Path | None, overwrite: bool, workers: int, timeout: float
-) -> dict[str, Any]:
+def play_cells(cells: Sequence[Cell], file: Path | None, overwrite: bool, workers: Workers) -> dict[str, Any]:
     """Play all cells and judge them. With a file, each finished cell is stored, and a run cut short goes on there."""
     from mdpt import models
 
@@ -357,7 +358,7 @@ def play_cells(
     left = cells[len(report["cells"]) :]
     tasks = (task for cell in left for task in cut_into_tasks(cell, products))
     few = sum(len(cell.pairs) * math.ceil(cell.section.episodes / TOGETHER) for cell in left)
-    found = parallel(models.play, tasks, min(workers, max(1, few)), timeout)
+    found = parallel(models.play, tasks, workers, few)
     done = 0
     with closing(found), progress("play", max(1, sum(cell.rollouts for cell in left))) as show:
         for cell in left:
@@ -972,7 +973,7 @@ def plot_swap(path: Path, report: dict[str, Any]) -> None:
 FRAME_EVERY = 3  # steps: at the 60 per second of PyBullet, 20 frames per second
 
 
-def film(cell: Cell, seed: int | None, path: Path, timeout: float) -> None:
+def film(cell: Cell, seed: int | None, path: Path, workers: Workers) -> None:
     """Play one episode of the member with this seed (None: the first) and write it as a GIF, figures in each frame."""
     from PIL import Image, ImageDraw
 
@@ -998,7 +999,7 @@ def film(cell: Cell, seed: int | None, path: Path, timeout: float) -> None:
         def shoot(task: Play, watch: Watch) -> None:
             models.play(task, watch, look=look, every=FRAME_EVERY)
 
-        list(parallel(shoot, [replace(task, episodes=task.episodes[:1])], 1, timeout))
+        list(parallel(shoot, [replace(task, episodes=task.episodes[:1])], replace(workers, count=1, cluster=None), 1))
     try:
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=50, loop=0)
     except OSError as error:
@@ -1158,24 +1159,51 @@ def need_tensorboard(folder: Path | None) -> Path | None:
 
 
 ExperimentFile = Annotated[Path, typer.Argument(help="experiment file, TOML")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="table.key=value, over the file; repeatable")]
-Seeds = Annotated[str | None, typer.Option(help="such as 0,1,2: one member each")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda")]
-Out = Annotated[Path | None, typer.Option(help="bundle to write; named after the experiment by default")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="begin anew, replacing files that exist")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="TABLE.KEY=VALUE", help="override a field of the experiment file; repeatable"),
+]
+Seeds = Annotated[str | None, typer.Option(metavar="0,1,2", help="one member each, trained side by side")]
+Device = Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu or cuda")]
+Out = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="bundle to write; named after the experiment, algorithm and scheme by default"),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="begin anew, and replace files that exist")]
 Extend = Annotated[bool, typer.Option("--extend", help="let an unfinished run have more steps than it was begun with")]
 Board = Annotated[
     Path | None,
-    typer.Option("--tensorboard", help="folder for the training history, as it grows", callback=need_tensorboard),
+    typer.Option(
+        "--tensorboard",
+        metavar="FOLDER",
+        help="the training history as it grows, for TensorBoard",
+        callback=need_tensorboard,
+    ),
 ]
-Workers = Annotated[int, typer.Option(min=1, help="processes that simulate; changes no result")]
-Timeout = Annotated[float, typer.Option(min=0.1, help="seconds that one step of an environment may take")]
-Json = Annotated[Path | None, typer.Option("--json", help="write all figures, each episode's return included")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="evaluation.key=value; repeatable")]
-Episodes = Annotated[int | None, typer.Option(help="episodes of each pair of members")]
-Candidates = Annotated[int | None, typer.Option(help="actions drawn per state")]
-Plot = Annotated[Path | None, typer.Option("--plot", help="draw it: .png, .svg or .pdf")]
-EvaluationSeed = Annotated[int | None, typer.Option("--seed", help="of start states and sampling noise")]
+Count = Annotated[int, typer.Option(min=1, metavar="N", help="processes that simulate; changes no result")]
+Timeout = Annotated[
+    float, typer.Option(min=0.1, metavar="SECONDS", help="how long one step of an environment may take")
+]
+Cluster = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="play on the workers of this Dask scheduler, which must be trusted"),
+]
+Json = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", metavar="FILE", help="write all figures, each episode's return included; kept as cells finish"
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="evaluation.KEY=VALUE", help="override a field of [evaluation]; repeatable"),
+]
+Episodes = Annotated[int | None, typer.Option(metavar="N", help="episodes of each pair of members")]
+Candidates = Annotated[
+    int | None, typer.Option(metavar="N", help="actions drawn per state, of which the guidance takes one")
+]
+Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="draw what is shown: .png, .svg or .pdf")]
+EvaluationSeed = Annotated[int | None, typer.Option("--seed", metavar="N", help="of start states and sampling noise")]
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 LONG = 600.0  # seconds
 
@@ -1201,7 +1229,7 @@ def guidance(
     overwrite: Overwrite = False,
     extend: Extend = False,
     board: Board = None,
-    workers: Workers = CORES,
+    workers: Count = CORES,
     timeout: Timeout = LONG,
 ) -> None:
     """Train a guidance, from the data alone."""
@@ -1210,7 +1238,7 @@ def guidance(
     run = load_run(experiment, overrides, seeds, device)
     path = out or Path(f"{run.name}-{run.guidance.algorithm}.guidance.pt")
     begun = unfinished(path, board, overwrite, extend)
-    dataset = load_data(run, workers, timeout)
+    dataset = load_data(run, Workers(workers, timeout))
     title = f"guidance {run.guidance.algorithm}"
     with training_run(title, run, run.guidance.steps, path, begun, extend, board) as training:
         bundle = train_guidance(run, dataset, training)
@@ -1226,7 +1254,7 @@ def guidance(
 def policy(
     experiment: ExperimentFile,
     guidance_file: Annotated[
-        Path | None, typer.Option("--guidance", help="frozen guidance, or a policy that holds one")
+        Path | None, typer.Option("--guidance", metavar="FILE", help="frozen guidance, or a policy that holds one")
     ] = None,
     overrides: Overrides = None,
     seeds: Seeds = None,
@@ -1235,7 +1263,7 @@ def policy(
     overwrite: Overwrite = False,
     extend: Extend = False,
     board: Board = None,
-    workers: Workers = CORES,
+    workers: Count = CORES,
     timeout: Timeout = LONG,
 ) -> None:
     """Train a diffusion policy under a frozen guidance."""
@@ -1256,7 +1284,7 @@ def policy(
     if teacher is not None and not teacher["complete"]:
         warn(f"{guidance_file}: this guidance is unfinished, at step {teacher['step']}")
     begun = unfinished(path, board, overwrite, extend)
-    dataset = load_data(run, workers, timeout)
+    dataset = load_data(run, Workers(workers, timeout))
     if teacher is not None:
         ours = {"kind": "policy", "environment": asdict(dataset.environment), "dataset": dataset.identity}
         for warning in check_fit(ours, teacher):
@@ -1270,7 +1298,10 @@ def policy(
 def evaluate(
     policies: Annotated[list[Path], typer.Argument(help="policy bundles; with --describe also a guidance bundle")],
     infer_guidance: Annotated[
-        str | None, typer.Option(help="bundle whose guidance ranks, or none; default: the one inside the policy's")
+        str | None,
+        typer.Option(
+            metavar="FILE", help="bundle whose guidance acts, or none; by default the one inside the policy's"
+        ),
     ] = None,
     settings: Settings = None,
     episodes: Episodes = None,
@@ -1279,15 +1310,16 @@ def evaluate(
     json_file: Json = None,
     curve: Annotated[bool, typer.Option("--curve", help="score every snapshot")] = False,
     plot_file: Plot = None,
-    video: Annotated[Path | None, typer.Option(help="film one episode, .gif, instead of scoring")] = None,
-    member: Annotated[int | None, typer.Option(help="seed of the member to film; default: the first")] = None,
+    video: Annotated[Path | None, typer.Option(metavar="FILE.gif", help="film one episode, instead of scoring")] = None,
+    member: Annotated[int | None, typer.Option(metavar="SEED", help="the member to film; by default the first")] = None,
     overwrite: Overwrite = False,
     describe_only: Annotated[bool, typer.Option("--describe", help="say what the bundle is; run nothing")] = False,
-    workers: Workers = CORES,
+    workers: Count = CORES,
     timeout: Timeout = LONG,
+    cluster: Cluster = None,
 ) -> None:
     """Score policies in their environment, their candidates ranked by a guidance."""
-    given = evaluation_settings(settings, episodes, candidates, seed)
+    given, where = evaluation_settings(settings, episodes, candidates, seed), Workers(workers, timeout, cluster)
     check_ending("--plot", plot_file, PICTURES)
     check_ending("--video", video, [".gif"])
     if describe_only and (curve or json_file or infer_guidance or given or video):
@@ -1311,9 +1343,9 @@ def evaluate(
     check_comparable(cells)
     tell(cells)
     if video is not None:
-        film(cells[0], member, video, timeout)
+        film(cells[0], member, video, where)
         return
-    report = play_cells(cells, json_file, overwrite, workers, timeout)
+    report = play_cells(cells, json_file, overwrite, where)
     results, entries = report["cells"], overall(report["summary"])
     show_table(score_table(results[0], entries[0]["summary"]) if len(results) == 1 else policy_table(entries))
     if len(policies) > 1:
@@ -1333,11 +1365,17 @@ def swap(
     policies: Annotated[list[Path], typer.Argument(help="policy bundles")],
     guidances: Annotated[
         list[Path] | None,
-        typer.Option("--guidance", help="bundle whose guidance ranks, repeatable; default: those inside the policies"),
+        typer.Option(
+            "--guidance",
+            metavar="FILE",
+            help="bundle whose guidance acts; repeatable; by default those inside the policies",
+        ),
     ] = None,
     pairs: Annotated[
         str | None,
-        typer.Option(help="matched: members by position; all: each with each; default: all, if not too many"),
+        typer.Option(
+            metavar="KIND", help="matched: by position; all: each with each; by default all, up to 2,000 rollouts"
+        ),
     ] = None,
     settings: Settings = None,
     episodes: Episodes = None,
@@ -1346,8 +1384,9 @@ def swap(
     json_file: Json = None,
     plot_file: Plot = None,
     overwrite: Overwrite = False,
-    workers: Workers = CORES,
+    workers: Count = CORES,
     timeout: Timeout = LONG,
+    cluster: Cluster = None,
 ) -> None:
     """Score every policy member under every guidance member, under none, and under its own."""
     if pairs not in (None, "matched", "all"):
@@ -1362,7 +1401,7 @@ def swap(
         "each member with each" if any(len(cell.pairs) > len(cell.bundle["seeds"]) for cell in cells) else "by position"
     )
     say(f"{len(cells)} cells, members paired {kind}: {sum(cell.rollouts for cell in cells)} rollouts", stderr=True)
-    report = play_cells(cells, json_file, overwrite, workers, timeout)
+    report = play_cells(cells, json_file, overwrite, Workers(workers, timeout, cluster))
     report["verdicts"] = judge_algorithms(report["cells"])
     for cell in filter(is_crossed, report["cells"]):
         show_table(member_table(cell))

@@ -26,6 +26,9 @@ from typing import Any, NoReturn, Self
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
 from mdpt.data import (
     Array,
     Dataset,
@@ -41,8 +44,6 @@ from mdpt.data import (
     rollout,
     unscale_actions,
 )
-from torch import Tensor, nn
-from torch.nn import functional
 
 Loss = tuple[Tensor, dict[str, Tensor]]  # the loss of each member, (S,), and metrics of the same shape
 Bundle = dict[str, Any]
@@ -853,7 +854,7 @@ def cloning_loss(policy: Policy, batch: Batch, guidance: Guidance | None, random
 
 
 def chain_loss(policy: Policy, batch: Batch, guidance: Guidance | None, random: Randomness) -> Loss:
-    """Noise error plus eta times the value of actions from the whole chain (Diffusion-QL, arXiv 2208.06193, eq. 3)."""
+    """Noise error minus eta times the scaled Q of actions from the whole chain (Diffusion-QL, arXiv 2208.06193, eq. 3)."""
     step = policy.predict(batch, random)
     cloning = noise_loss(step.predicted, step.noise)
     if guidance is None or policy.section.eta == 0:
@@ -868,7 +869,7 @@ def chain_loss(policy: Policy, batch: Batch, guidance: Guidance | None, random: 
 
 
 def one_step_loss(policy: Policy, batch: Batch, guidance: Guidance | None, random: Randomness) -> Loss:
-    """As the whole chain's, but at the one-step estimate of the clean action (EDP, arXiv 2305.20081, eq. 9)."""
+    """Noise error minus eta times the scaled Q of the one-step estimate of the clean action (EDP, arXiv 2305.20081, eq. 9)."""
     step = policy.predict(batch, random)
     cloning = noise_loss(step.predicted, step.noise)
     if guidance is None or policy.section.eta == 0:
@@ -879,7 +880,7 @@ def one_step_loss(policy: Policy, batch: Batch, guidance: Guidance | None, rando
 
 
 def noise_regression_loss(policy: Policy, batch: Batch, guidance: Guidance | None, random: Randomness) -> Loss:
-    """Squared error to noise - eta sqrt(1 - alpha_bar) dQ/da at the noisy action (DAC, arXiv 2405.20555, eq. 11)."""
+    """Squared error to noise - eta sqrt(1 - alpha_bar) dQ/da at the noisy action (DAC, arXiv 2405.20555)."""
     step = policy.predict(batch, random)
     if guidance is None or policy.section.eta == 0:
         return noise_loss(step.predicted, step.noise)

@@ -31,12 +31,12 @@ from mdpt import GuidanceSection, Learner, PolicySection
 from models import (
     ACTIVATIONS,
     Batch,
-    BundleError,
     Denoiser,
     Diffusion,
     Guidance,
     Inference,
     Linear,
+    MdptError,
     Normalizer,
     Policy,
     Randomness,
@@ -175,14 +175,14 @@ def test_noise_loss_by_hand() -> None:
     near(metrics["noise_loss"], [2.0])
 
 
-def test_value_loss_raises_q_and_its_scale_has_no_gradient() -> None:
+def test_improvement_loss_raises_q_and_its_scale_has_no_gradient() -> None:
     q = torch.tensor([[1.0, -3.0], [0.5, 0.5]], requires_grad=True)
-    loss, metrics = models.value_loss(q)
+    loss, metrics = models.improvement_loss(q)
     near(loss, [0.5, -1.0])  # -mean / mean absolute value
     loss.sum().backward()
     near(q.grad, [[-0.25, -0.25], [-1.0, -1.0]])  # -1 / (B scale): descent raises every q
     near(metrics["policy_q"], [-1.0, 0.5])
-    assert models.value_loss(torch.zeros(1, 2))[0].tolist() == [0.0]
+    assert models.improvement_loss(torch.zeros(1, 2))[0].tolist() == [0.0]
 
 
 def test_advantage_weights_by_hand() -> None:
@@ -201,7 +201,7 @@ def test_add_weighs_the_second() -> None:
 
 @pytest.mark.parametrize("algorithm", ["idql", "dql"])
 def test_guidance_members_learn_apart(algorithm: str) -> None:
-    guidance, _ = make_guidance((0, 1, 2), 3, 2, algorithm=algorithm)
+    guidance = make_guidance((0, 1, 2), 3, 2, algorithm=algorithm)
     random = Randomness((0, 1, 2), "train")
     loss, metrics = guidance.loss(noisy_data().sample(random, 16), random)
     assert loss.shape == (3,) and all(value.shape == (3,) for value in metrics.values())
@@ -210,9 +210,9 @@ def test_guidance_members_learn_apart(algorithm: str) -> None:
 
 @pytest.mark.parametrize("algorithm", POLICY_ALGORITHMS)
 def test_policy_members_learn_apart(algorithm: str) -> None:
-    guidance, _ = make_guidance((0, 1, 2), 3, 2)
+    guidance = make_guidance((0, 1, 2), 3, 2)
     guidance.requires_grad_(False)
-    policy, _ = make_policy((0, 1, 2), 3, 2, algorithm=algorithm)
+    policy = make_policy((0, 1, 2), 3, 2, algorithm=algorithm)
     random = Randomness((0, 1, 2), "train")
     loss, metrics = policy.loss(noisy_data().sample(random, 16), guidance, random)
     assert loss.shape == (3,) and all(value.shape == (3,) for value in metrics.values())
@@ -228,7 +228,7 @@ def check_only_member_one_learns(loss: Tensor, networks: Sequence[models.Stack])
 
 
 def test_implicit_q_loss_bootstraps_time_limits_only() -> None:
-    guidance, _ = make_guidance((4,), discount=0.9, expectile=0.8)
+    guidance = make_guidance((4,), discount=0.9, expectile=0.8)
     with torch.no_grad():
         guidance.target_q.vector.mul_(-3.0)  # so that targets and online critics differ
     data = Transitions(
@@ -258,7 +258,7 @@ def test_implicit_q_loss_bootstraps_time_limits_only() -> None:
 
 
 def test_diffusion_q_loss_takes_the_best_of_the_next_actions() -> None:
-    guidance, _ = make_guidance((4,), algorithm="dql", bootstrap_candidates=3, discount=0.9)
+    guidance = make_guidance((4,), algorithm="dql", bootstrap_candidates=3, discount=0.9)
     with torch.no_grad():
         guidance.target_q.vector.mul_(-3.0)
     next_actions = torch.tensor([[0.9, -0.9, 0.1, 0.2, 0.7, -0.3]])[..., None]  # three of each state, side by side
@@ -293,10 +293,10 @@ def test_diffusion_q_loss_takes_the_best_of_the_next_actions() -> None:
 
 
 def test_dql_and_edp_losses_are_cloning_plus_eta_times_value() -> None:
-    guidance, _ = make_guidance((0, 1), 3, 2)
+    guidance = make_guidance((0, 1), 3, 2)
     batch = noisy_data().sample(Randomness((0, 1), "x"), 16)
     for algorithm in ("dql", "edp"):
-        policy, _ = make_policy((0, 1), 3, 2, algorithm=algorithm, eta=2.0)
+        policy = make_policy((0, 1), 3, 2, algorithm=algorithm, eta=2.0)
         random = Randomness((0, 1), "train")
         step = policy.predict(batch, random)
         if algorithm == "dql":
@@ -321,7 +321,7 @@ def test_edp_and_dql_send_gradient_through_the_actions() -> None:
     rising = KnownQ(lambda observations, actions: 5.0 + actions[..., 0])
     batch = noisy_data(o=1, a=1).sample(Randomness((0,), "x"), 64)
     for algorithm in ("dql", "edp"):
-        policy, _ = make_policy((0,), algorithm=algorithm, eta=1.0)
+        policy = make_policy((0,), algorithm=algorithm, eta=1.0)
         random = Randomness((0,), "train")
         parameters = list(policy.denoiser.parameters())
 
@@ -334,7 +334,7 @@ def test_edp_and_dql_send_gradient_through_the_actions() -> None:
 
 
 def test_weighted_cloning_and_labels_reach_the_loss() -> None:
-    guidance, _ = make_guidance((0, 1), 3, 2)
+    guidance = make_guidance((0, 1), 3, 2)
     data = noisy_data()
     data.label(guidance)
     batch = data.sample(Randomness((0, 1), "x"), 32)
@@ -342,7 +342,7 @@ def test_weighted_cloning_and_labels_reach_the_loss() -> None:
     assert torch.equal(batch.labels, advantage > 0) and 0 < batch.labels.float().mean() < 1
     random = Randomness((0, 1), "train")
 
-    policy, _ = make_policy((0, 1), 3, 2, algorithm="bc", advantage_weight="expectile", advantage_expectile=0.9)
+    policy = make_policy((0, 1), 3, 2, algorithm="bc", advantage_weight="expectile", advantage_expectile=0.9)
     step = policy.predict(batch, random)
     weight = torch.where(advantage > 0, 0.9, 0.1)
     expected = (weight[..., None] * (step.predicted - step.noise) ** 2).mean((1, 2))
@@ -351,7 +351,7 @@ def test_weighted_cloning_and_labels_reach_the_loss() -> None:
     unlabelled = copy.copy(batch)
     object.__setattr__(unlabelled, "labels", None)
     for dropout in (0.0, 1.0, 0.5):
-        policy, _ = make_policy((0, 1), 3, 2, algorithm="cfg", label_dropout=dropout)
+        policy = make_policy((0, 1), 3, 2, algorithm="cfg", label_dropout=dropout)
         kept = random.uniform("label", 32) >= dropout
         labels = torch.where(kept, torch.where(advantage > 0, 2, 1), 0)
         step = policy.predict(batch, random, labels)
@@ -450,7 +450,7 @@ def test_value_network_is_its_members_side_by_side(activation: str, layer_norm: 
 
 @pytest.mark.parametrize("layer_norm", [False, True])
 def test_twins_are_two_separate_networks(layer_norm: bool) -> None:
-    guidance, _ = make_guidance((0, 1, 2), 3, 2, layer_norm=layer_norm)
+    guidance = make_guidance((0, 1, 2), 3, 2, layer_norm=layer_norm)
     with torch.no_grad():
         for norm in [*guidance.online_q.norms, *guidance.value.norms]:  # fresh ones would all be alike
             norm.scale.copy_(torch.rand(norm.scale.shape, generator=torch.Generator().manual_seed(1)) + 0.5)
@@ -557,7 +557,7 @@ def test_initial_weights_are_uniform_within_the_fan_in() -> None:
 
 def every_network() -> list[models.Stack]:
     random = Randomness([5, 6, 7], "init")
-    policies = [make_policy((5, 6, 7), 3, 2, algorithm=name)[0].denoiser for name in ("dql", "idql", "cfg")]
+    policies = [make_policy((5, 6, 7), 3, 2, algorithm=name).denoiser for name in ("dql", "idql", "cfg")]
     values = [ValueNetwork(random, "v", 4, [8], "relu", True), ValueNetwork(random, "q", 4, [8], "relu", True, 2)]
     return [*values, *policies]
 
@@ -594,8 +594,8 @@ def test_follow_moves_the_target_a_little_towards_online() -> None:
 
 
 def test_guidance_and_policy_follow_at_their_rates() -> None:
-    guidance, _ = make_guidance(tau=0.25)
-    policy, _ = make_policy(ema_decay=0.9)
+    guidance = make_guidance(tau=0.25)
+    policy = make_policy(ema_decay=0.9)
     for network in (guidance.online_q, policy.denoiser):
         network.vector.fill_(2.0)
     for network in (guidance.target_q, policy.average):
@@ -609,7 +609,7 @@ def test_guidance_and_policy_follow_at_their_rates() -> None:
 
 
 def test_pick_keeps_and_repeats_whole_members() -> None:
-    guidance, _ = make_guidance((5, 6, 7), 3, 2)
+    guidance = make_guidance((5, 6, 7), 3, 2)
     observations, actions = torch.randn(1, 4, 3).expand(3, -1, -1), torch.rand(1, 4, 2).expand(3, -1, -1)
     with torch.no_grad():
         q, v, both = guidance.q(observations, actions), guidance.v(observations), guidance.online_q.vector.clone()
@@ -621,7 +621,7 @@ def test_pick_keeps_and_repeats_whole_members() -> None:
     guidance.pick([1])
     assert guidance.members == 1 and torch.equal(guidance.online_q.vector, both[[0, 1]])
 
-    policy, _ = make_policy((5, 6, 7), 3, 2)
+    policy = make_policy((5, 6, 7), 3, 2)
     online, average = policy.denoiser.vector.clone(), policy.average.vector.mul_(2.0).clone()
     policy.pick([2, 1])
     assert policy.members == 2
@@ -1001,7 +1001,7 @@ def test_cfg_without_weight_is_the_unconditional_prediction(trained_cfg: Policy)
 
 def test_gradient_guidance_by_hand() -> None:
     """One diffusion step without noise: the action is moved by weight (1 - alpha_bar) / sqrt(alpha_bar) dQ/da."""
-    policy, _ = make_policy(SEEDS, diffusion_steps=1)
+    policy = make_policy(SEEDS, diffusion_steps=1)
     rising = KnownQ(lambda observations, actions: 2.0 * actions[..., 0])
     plain = actions_of(policy, rising, 3, temperature=0.0)
     alpha_bar = 1 - float(make_schedule("vp", 1)[0])
@@ -1054,7 +1054,7 @@ def test_best_of_n_is_the_argmax_and_raises_the_reward(trained_bc: Policy, train
 
 def test_candidates_are_ranked_in_their_own_state() -> None:
     """Each state prefers another action, so mixing up states or candidates would show."""
-    policy, _ = make_policy((0, 1, 2), 3, 2)
+    policy = make_policy((0, 1, 2), 3, 2)
     known = KnownQ(lambda observations, actions: -(actions - observations[..., :2]).square().sum(-1))
     g = torch.Generator().manual_seed(0)
     observations = torch.rand(3, 4, 3, generator=g) * 2 - 1
@@ -1069,7 +1069,7 @@ def test_candidates_are_ranked_in_their_own_state() -> None:
 
 @pytest.mark.parametrize("inverse_temperature", [0.0, 2.0, 20.0])
 def test_softmax_selects_with_its_probabilities(inverse_temperature: float) -> None:
-    policy, _ = make_policy((0,))
+    policy = make_policy((0,))
     known = KnownQ(lambda observations, actions: 3.0 - actions[..., 0])
     observations = torch.zeros(1, 20_000, 1)
     random = Randomness((0,), "try")
@@ -1090,7 +1090,7 @@ def test_softmax_selects_with_its_probabilities(inverse_temperature: float) -> N
 
 
 def test_temperature_scales_the_sampling_noise() -> None:
-    policy, _ = make_policy((0,))
+    policy = make_policy((0,))
     random = Randomness((0,), "try")
     zero = lambda x, t: torch.zeros_like(x)
     drawn = policy.draw(random, "act", 9)
@@ -1100,7 +1100,7 @@ def test_temperature_scales_the_sampling_noise() -> None:
         network.data.zero_()  # predicts no noise
     near(policy.sample(torch.zeros(1, 9, 1), random, temperature=1e-3), one, 1e-6)
     assert one.abs().max() > 1e-4
-    policy, _ = make_policy((0,))
+    policy = make_policy((0,))
     still = actions_of(policy, n=5, temperature=0.0)
     near(still, still[:, :1].expand(1, 5))
     assert actions_of(policy, n=5).std() > 0.1
@@ -1147,7 +1147,7 @@ def test_frozen_guidance_is_bit_identical_after_policy_training(algorithm: str, 
 
 
 def test_acting_changes_nothing() -> None:
-    guidance, policy = frozen_guidance(SEEDS), make_policy(SEEDS, 3, 2, algorithm="idql")[0]
+    guidance, policy = frozen_guidance(SEEDS), make_policy(SEEDS, 3, 2, algorithm="idql")
     before = weights_of(policy)
     chosen = [
         act(policy, guidance, torch.ones(2, 5, 3), Randomness(SEEDS, "try"), Inference(candidates=4)) for _ in range(2)
@@ -1356,7 +1356,7 @@ def test_failed_write_keeps_the_old_file_and_leaves_nothing(
         raise error
 
     monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(BundleError, match=f"^{path}: cannot write the bundle .*; choose another --out$"):
+    with pytest.raises(MdptError, match=f"^{path}: cannot write the bundle .*; choose another --out$"):
         save_bundle(path, {"a": 2})
     assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["b.pt"]
 
@@ -1378,7 +1378,7 @@ def test_write_replaces_and_makes_the_folder(tmp_path: Path) -> None:
         assert read_bundle(path)["a"] == value
     assert [entry.name for entry in path.parent.iterdir()] == ["b.pt"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(BundleError) as caught:
+    with pytest.raises(MdptError) as caught:
         save_bundle(tmp_path / "file" / "b.pt", {})
     where = tmp_path / "file" / "b.pt"
     assert str(caught.value) in (
@@ -1395,7 +1395,7 @@ def test_bundles_open_with_weights_only(tmp_path: Path) -> None:
             return os.mkdir, (str(tmp_path / "ran"),)
 
     torch.save({"format": "mdpt bundle", "version": models.BUNDLE_VERSION, "kind": Harmful()}, tmp_path / "harmful.pt")
-    with pytest.raises(BundleError, match="cannot be read as a bundle"):
+    with pytest.raises(MdptError, match="cannot be read as a bundle"):
         read_bundle(tmp_path / "harmful.pt")
     assert not (tmp_path / "ran").exists()
     save_bundle(tmp_path / "p.pt", policy_bundle(SEEDS, guidance_bundle(frozen_guidance(SEEDS), SEEDS)))
@@ -1445,7 +1445,7 @@ BAD_FILES: dict[str, tuple[Callable[..., Any], Callable[[Path], Any], str]] = {
 def test_bad_files(read: Callable[..., Any], write: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
     path = tmp_path / "b.pt"
     write(path)
-    with pytest.raises(BundleError) as caught:
+    with pytest.raises(MdptError) as caught:
         read(path)
     assert str(caught.value) == f"{path}: {message}"
 
@@ -1461,10 +1461,10 @@ def test_snapshots_by_step(tmp_path: Path) -> None:
         for key, value in bundle["weights"].items():
             assert torch.equal(read["weights"][key], value + moved * key.startswith("average.")), (name, key)
     for step in ("11", "best"):
-        with pytest.raises(BundleError) as caught:
+        with pytest.raises(MdptError) as caught:
             read_bundle(tmp_path / f"p.pt@{step}")
         assert str(caught.value) == f"{path}@{step}: no snapshot @{step}; there are @10, @20 and @last"
-    with pytest.raises(BundleError) as caught:
+    with pytest.raises(MdptError) as caught:
         read_bundle(tmp_path / "q.pt@10")
     assert str(caught.value) == f"{tmp_path / 'q.pt'}: no such bundle; `mdpt guidance` and `mdpt policy` write them"
 
@@ -1491,7 +1491,7 @@ def test_bundles_that_do_not_fit() -> None:
         )
     ]
     theirs["environment"] |= {"id": "Other-v0", "action_high": [1, 2]}
-    with pytest.raises(BundleError) as caught:
+    with pytest.raises(MdptError) as caught:
         check_fit(ours, theirs)
     assert str(caught.value) == (
         "the policy and the guidance do not fit together: id Toy-v0 against Other-v0; "
@@ -1500,7 +1500,7 @@ def test_bundles_that_do_not_fit() -> None:
 
 
 def test_members_are_paired_by_position() -> None:
-    with pytest.raises(BundleError) as caught:
+    with pytest.raises(MdptError) as caught:
         pair_members(2, 3)
     assert str(caught.value) == (
         "2 policy members cannot be paired with 3 guidance members; use the same number, or a guidance with one member"
@@ -1515,7 +1515,7 @@ def test_members_are_paired_by_position() -> None:
     one.pick(pair_members(3, one.members))
     assert one.members == 3 and not any(p.requires_grad for p in one.parameters())
     near(one.q(observations.expand(3, -1, -1), actions.expand(3, -1, -1)), q.expand(3, -1), 1e-6)
-    policy, _ = make_policy((0, 1, 2), 3, 2)
+    policy = make_policy((0, 1, 2), 3, 2)
     assert act(policy, one, torch.randn(3, 5, 3), Randomness((0, 1, 2), "try"), Inference(candidates=4)).shape == (
         3,
         5,

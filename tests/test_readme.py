@@ -1,0 +1,110 @@
+"""The README's tables follow from the code, and its Python runs. `python -P tests/test_readme.py` writes the tables anew."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from mdpt.data import Experiment, Section
+from mdpt.mdpt import app
+from mdpt.models import GUIDANCES, POLICIES
+
+FILE = Path(__file__).parent.parent / "README.md"
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+def option_rows(command: str) -> Iterator[str]:
+    """An option of a command, and its help."""
+    yield from ("| option | meaning |", "|---|---|")
+    for option in COMMANDS[command].params:
+        if option.opts[0].startswith("--"):
+            value = "" if option.is_flag else f" {option.metavar or option.type.name.upper()}"
+            yield f"| `{option.opts[0]}{value}` | {option.help} |"
+
+
+def allowed(schema: dict[str, Any]) -> str:
+    """What a field accepts, from its JSON schema."""
+    if "anyOf" in schema:
+        return ", or ".join(allowed(branch) for branch in schema["anyOf"] if branch != {"type": "null"})
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    if "prefixItems" in schema:
+        return f"[{', '.join(allowed(item) for item in schema['prefixItems'])}]"
+    if schema["type"] == "array":
+        return f"list of {allowed(schema['items'])}"
+    if "pattern" in schema:
+        return f"text of the form `{schema['pattern']}`"
+    words = [{"integer": "integer", "number": "number", "string": "text", "boolean": "boolean"}[schema["type"]]]
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    words += [f"{sign} {schema[key]:g}" for key, sign in signs.items() if key in schema]
+    words += [f"multiple of {schema['multipleOf']}"] if "multipleOf" in schema else []
+    return words[0] + (f" {', '.join(words[1:])}" if words[1:] else "")
+
+
+def field_rows(table: type[Section]) -> Iterator[str]:
+    """A field of a table: name, default, what is allowed, meaning."""
+    yield from ("| field | default | allowed | meaning |", "|---|---|---|---|")
+    properties = table.model_json_schema()["properties"]
+    for name, field in table.model_fields.items():
+        if "$ref" not in properties[name]:
+            default = "" if field.default is None else f"`{json.dumps(field.default)}`"
+            yield f"| `{name}` | {default} | {allowed(properties[name])} | {field.description} |"
+
+
+def algorithm_rows(registry: dict[str, Any]) -> Iterator[str]:
+    """An algorithm, and how it learns, by the first line about its loss; of policies also the network they bring."""
+    policies = registry is POLICIES
+    yield "| algorithm | how it learns | network |" if policies else "| algorithm | how it learns |"
+    yield "|---|---|---|" if policies else "|---|---|"
+    for name, line in registry.items():
+        how = inspect.getdoc(line.loss).partition("\n")[0]  # type: ignore[union-attr]
+        yield f"| `{name}` | {how} |" + (f" `{line.network}` |" if policies else "")
+
+
+TABLES: dict[str, Any] = {f"### `mdpt {name}`": (option_rows, name) for name in COMMANDS}
+TABLES |= {"### top level": (field_rows, Experiment)} | {
+    f"### `[{name}]`": (field_rows, type(field.default))
+    for name, field in Experiment.model_fields.items()
+    if isinstance(field.default, Section)
+}
+TABLES |= {"### Guidance algorithms": (algorithm_rows, GUIDANCES), "### Policy algorithms": (algorithm_rows, POLICIES)}
+
+
+def with_table(text: str, heading: str) -> str:
+    """The README with the first table under a heading made from the code."""
+    lines = text.splitlines()
+    assert lines.count(heading) == 1, heading
+    first = next(i for i in range(lines.index(heading), len(lines)) if lines[i].startswith("|"))
+    last = next(i for i in range(first, len(lines)) if not lines[i].startswith("|"))
+    rows, what = TABLES[heading]
+    return "\n".join([*lines[:first], *rows(what), *lines[last:], ""])
+
+
+@pytest.mark.parametrize("heading", TABLES)
+def test_the_tables_follow_from_the_code(heading: str) -> None:
+    text = FILE.read_text(encoding="utf-8")
+    assert with_table(text, heading) == text, "run `python -P tests/test_readme.py`"
+
+
+def test_the_front_door_is_short_and_has_both_command_lines() -> None:
+    """Each one line that makes an environment, installs and runs; `.ci/run` runs the second as it stands there."""
+    text = FILE.read_text(encoding="utf-8")
+    assert len(text.partition("\n## Options and fields\n")[0].encode()) <= 12_000
+    main, tests = re.findall(r"^python3\.11 -m venv .*$", text, re.MULTILINE)
+    assert " && pip install . && mdpt guidance hopper.toml && mdpt policy hopper.toml --guidance " in main
+    assert main.endswith(" && mdpt evaluate hopper-dql.policy.pt")
+    assert tests.endswith(" && pip install -e '.[test]' && pytest")
+
+
+if __name__ == "__main__":
+    readme = FILE.read_text(encoding="utf-8")
+    for each in TABLES:
+        readme = with_table(readme, each)
+    FILE.write_text(readme, encoding="utf-8")
