@@ -49,6 +49,11 @@ class MdptError(Exception):
     """A user's mistake: what, where, got and expected, what to do. Printed to stderr, exit code 1."""
 
 
+def version() -> str:
+    """The installed version; pyproject.toml is its only source."""
+    return importlib.metadata.version("mdpt")
+
+
 # --- the experiment file ----------------------------------------------------------------------------------------
 
 Positive = Annotated[int, Field(ge=1)]

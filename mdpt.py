@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version as installed_version
 from itertools import combinations, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,6 +49,7 @@ from mdpt.data import (
     reference_returns,
     summarize,
     tabulate,
+    version,
 )
 
 if TYPE_CHECKING:
@@ -107,6 +107,17 @@ def catching_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
+def about(path: Path | str) -> Iterator[None]:
+    """Put the file that a mistake is about before it, where it does not name it itself."""
+    try:
+        yield
+    except MdptError as error:
+        if str(path) in str(error):
+            raise
+        raise MdptError(f"{path}: {error}") from error
+
+
+@contextmanager
 def training_run(
     title: str, experiment: Experiment, steps: int, path: Path, begun: Bundle | None, extend: bool, board: Path | None
 ) -> Iterator[Run]:
@@ -118,7 +129,7 @@ def training_run(
     seeds, history = list(experiment.seeds), [] if begun is None else begun["history"]
     write = (lambda entry: None) if board is None else scalar_writer(board / path.stem, seeds, history)
     began = time.perf_counter()
-    with progress(title, steps, start) as bar, catching_interrupt() as interrupted:
+    with about(path), progress(title, steps, start) as bar, catching_interrupt() as interrupted:
 
         def show(entry: dict[str, Any]) -> None:
             write(entry)
@@ -128,26 +139,7 @@ def training_run(
         def save(bundle: Bundle) -> None:
             models.save_bundle(path, bundle)
 
-        run = models.Run(device, begun, extend, save, show, interrupted)
-        try:
-            if begun is not None:
-                tell_going_on(path, begun, steps, device)
-            yield run
-        except MdptError as error:
-            raise MdptError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
-
-
-def tell_going_on(path: Path, begun: Bundle, steps: int, device: str) -> None:
-    """Say from which step a run goes on, and what makes it end otherwise than it would have."""
-    from mdpt import models
-
-    account, planned = begun["accounting"], begun["experiment"][begun["kind"]]["steps"]
-    longer = f"; the learning rate now falls over {steps} steps, not {planned}" if steps != planned else ""
-    say(f"{path}: going on from step {begun['step']}{longer}", stderr=True)
-    if (was := account["device"].partition(":")[0]) != device:
-        warn(f"{path}: was begun on {was}, goes on on {device}: other random numbers than it would have had")
-    elif (way := account["products"]) != models.choose_products(way):
-        warn(f"{path}: was begun with {way} matrix products, which this machine has not: its rounding changes")
+        yield models.Run(device, begun, extend, save, show, interrupted, lambda text: warn(f"{path}: {text}"))
 
 
 def unfinished(path: Path, board: Path | None, overwrite: bool, extend: bool) -> Bundle | None:
@@ -214,10 +206,8 @@ def load_run(path: Path, overrides: Sequence[str] | None, seeds: str | None, dev
 
     options = {"seeds": None if seeds is None else f"[{seeds}]", "device": device}
     given = [f"{key}={value}" for key, value in options.items() if value is not None]
-    try:
+    with about(path):
         return check_algorithms(load_experiment(path, [*(overrides or []), *given]))
-    except MdptError as error:
-        raise MdptError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
 
 
 # --- cells and results ------------------------------------------------------------------------------------------
@@ -243,6 +233,10 @@ class Cell:
     @property
     def rollouts(self) -> int:
         return len(self.pairs) * self.section.episodes
+
+    @property
+    def tasks(self) -> int:
+        return len(self.pairs) * math.ceil(self.section.episodes / TOGETHER)
 
 
 def make_cell(
@@ -357,15 +351,14 @@ def play_cells(cells: Sequence[Cell], file: Path | None, overwrite: bool, worker
     report = begin_report(cells, products, file, overwrite)
     left = cells[len(report["cells"]) :]
     tasks = (task for cell in left for task in cut_into_tasks(cell, products))
-    few = sum(len(cell.pairs) * math.ceil(cell.section.episodes / TOGETHER) for cell in left)
-    found = parallel(models.play, tasks, workers, few)
+    found = parallel(models.play, tasks, workers, sum(cell.tasks for cell in left))
     done = 0
     with closing(found), progress("play", max(1, sum(cell.rollouts for cell in left))) as show:
         for cell in left:
             parts = []
-            for task in cut_into_tasks(cell, products):
+            for _ in range(cell.tasks):
                 parts.append(next(found))
-                done += len(task.episodes)
+                done += len(parts[-1][0])
                 show(done, "episodes")
             report["cells"].append(make_result(cell, parts, products))
             if file is not None:
@@ -377,14 +370,14 @@ def cut_into_tasks(cell: Cell, products: str) -> Iterator[Play]:
     """A cell's rollouts in tasks for workers, always the same: a few episodes of one pair of members each."""
     from mdpt.models import Play, select_members
 
-    episodes, count = range(cell.section.episodes), TOGETHER
+    episodes = range(cell.section.episodes)
     members = {i: select_members(cell.bundle, [i]) for i, _ in cell.pairs}
     teachers = {
         j: None if cell.teacher is None or j is None else select_members(cell.teacher, [j]) for _, j in cell.pairs
     }
     for i, j in cell.pairs:
-        for first in range(0, len(episodes), count):
-            some = tuple(episodes[first : first + count])
+        for first in episodes[::TOGETHER]:
+            some = tuple(episodes[first : first + TOGETHER])
             yield Play(members[i], teachers[j], cell.how, cell.section.seed, some, products)
 
 
@@ -622,11 +615,6 @@ def judge_algorithms(cells: Sequence[dict[str, Any]]) -> list[str]:
 
 
 # --- tables -----------------------------------------------------------------------------------------------------
-
-
-def version() -> str:
-    """The installed version; pyproject.toml is its only source."""
-    return installed_version("mdpt")
 
 
 def make_console(*, stderr: bool = False) -> Console:

@@ -12,7 +12,6 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import importlib.metadata
 import math
 import os
 import platform
@@ -43,6 +42,7 @@ from mdpt.data import (
     reference_returns,
     rollout,
     unscale_actions,
+    version,
 )
 
 Loss = tuple[Tensor, dict[str, Tensor]]  # the loss of each member, (S,), and metrics of the same shape
@@ -1127,8 +1127,8 @@ class Learner:
 class Run:
     """How a training run meets the world: what it goes on from, and what hears of it.
 
-    begun: an unfinished bundle of the same run. extend: its steps may differ. save: keeps the bundle. show: hears each
-    new entry of the history. interrupted: whether to end after this step.
+    begun: an unfinished bundle of the same run. extend: it may have more steps now. save: keeps the bundle. show: hears
+    each new entry of the history. interrupted: whether to end after this step. tell: hears what is noteworthy.
     """
 
     device: str = "cpu"
@@ -1137,6 +1137,7 @@ class Run:
     save: Callable[[Bundle], None] = lambda bundle: None
     show: Callable[[dict[str, Any]], None] = lambda entry: None
     interrupted: Callable[[], bool] = lambda: False
+    tell: Callable[[str], None] = lambda text: None
 
 
 def train(
@@ -1349,6 +1350,18 @@ def go_on(bundle: Bundle, run: Run, parts: Sequence[tuple[Bundle, Guidance | Pol
         target["snapshots"] = stored["snapshots"]
         module.load_state_dict(stored["weights"])
     learner.restore(begun["training"])
+    account, ours, theirs = (
+        begun["accounting"],
+        bundle["experiment"][bundle["kind"]],
+        begun["experiment"][bundle["kind"]],
+    )
+    longer = ours["steps"] != theirs["steps"]
+    schedule = f"; the learning rate now falls over {ours['steps']} steps, not {theirs['steps']}" if longer else ""
+    run.tell(f"going on from step {begun['step']}{schedule}")
+    if (was := account["device"].partition(":")[0]) != run.device:
+        run.tell(f"was begun on {was}, goes on on {run.device}: other random numbers than it would have had")
+    elif (way := account["products"]) != choose_products(way):
+        run.tell(f"was begun with {way} matrix products, which this machine has not: its rounding changes")
 
 
 def check_same_run(ours: Bundle, theirs: Bundle, extend: bool) -> None:
@@ -1419,11 +1432,6 @@ def guidance_quality(guidance: Guidance, dataset: Dataset, discount: float, devi
 # --- bundles ----------------------------------------------------------------------------------------------------
 
 BUNDLE_FORMAT, BUNDLE_VERSION = "mdpt bundle", 4
-
-
-def version() -> str:
-    """The installed version; pyproject.toml is its only source."""
-    return importlib.metadata.version("mdpt")
 
 
 def new_bundle(kind: str, experiment: Experiment, dataset: Dataset) -> Bundle:

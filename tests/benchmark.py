@@ -18,16 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import h5py  # type: ignore[import-untyped]
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import data
-import mdpt
-import models
-from models import Guidance, Inference, Normalizer, Policy, Randomness
+from mdpt import data, models
+from mdpt.data import DataSection, GuidanceSection, PolicySection
+from mdpt.models import Guidance, Inference, Normalizer, Policy, Randomness
 
 Work = Callable[[], object]
 O, A = 15, 3  # Hopper's
@@ -47,42 +45,39 @@ def random_transitions(rows: int) -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
-def build(kind: type[Any], section: Any, members: int, **settings: Any) -> tuple[Any, Any]:
-    """A guidance or policy with initial weights, and its section of the experiment."""
-    section = section(**settings)
-    names = set(kind.__init__.__kwdefaults__ or {}) | set(kind.__init__.__annotations__)
-    wanted = {key: value for key, value in section.model_dump().items() if key in names}
+def build(kind: type[Any], section: Any, members: int) -> Any:
+    """A guidance or policy with initial weights."""
     normalizer = Normalizer(torch.zeros(O), torch.ones(O))
-    random = Randomness(range(members), "benchmark")
-    return kind(random, normalizer, observation_dim=O, action_dim=A, **wanted), section
+    return kind(Randomness(range(members), "benchmark"), normalizer, section, O, A)
+
+
+def policy_section(algorithm: str) -> PolicySection:
+    return PolicySection(algorithm=algorithm, network=models.POLICIES[algorithm].network)
 
 
 def training(kind: str, algorithm: str, members: int, transitions: models.Transitions) -> Work:
     """A gradient step of "guidance", "policy" (under a frozen idql guidance) or "joint" training."""
-    of_guidance = {"algorithm": algorithm} if kind == "guidance" or algorithm in models.GUIDANCES else {}
-    guidance, guidance_section = build(
-        Guidance, mdpt.GuidanceSection, members, **(of_guidance if kind != "policy" else {})
-    )
-    policy, policy_section = build(
-        Policy, mdpt.PolicySection, members, **({"algorithm": algorithm} if kind != "guidance" else {})
-    )
     random = Randomness(range(members), "train")
+    ours = GuidanceSection(algorithm="idql" if kind == "policy" else algorithm)
+    guidance = build(Guidance, ours, members)
     if kind == "guidance":
-        learner = mdpt.Learner([(guidance, guidance_section)], lambda batch, random, _: guidance.loss(batch, random))
-    elif kind == "policy":
-        guidance.requires_grad_(False)
-        if policy.algorithm.labels:
-            transitions.label(guidance)
-        learner = mdpt.Learner(
-            [(policy, policy_section)], lambda batch, random, _: policy.loss(batch, guidance, random)
-        )
+        learner = models.Learner([(guidance, ours)], lambda batch, random, _: guidance.loss(batch, random))
     else:
-        guidance.actor = None
+        theirs = policy_section(algorithm)
+        policy = build(Policy, theirs, members)
+        if kind == "policy":
+            guidance.requires_grad_(False)
+            if policy.algorithm.labels:
+                transitions.label(guidance)
+            learner = models.Learner([(policy, theirs)], lambda batch, random, _: policy.loss(batch, guidance, random))
+        else:
+            guidance.actor = None
 
-        def both(batch: models.Batch, random: Randomness, _: float) -> models.Loss:
-            return models.add(policy.loss(batch, guidance, random), guidance.loss(batch, random, policy, 1.0))
+            def both(batch: models.Batch, random: Randomness, _: float) -> models.Loss:
+                own = policy.loss(batch, guidance, random)
+                return models.add(own, guidance.loss(batch, random, policy.act_alone))
 
-        learner = mdpt.Learner([(guidance, guidance_section), (policy, policy_section)], both)
+            learner = models.Learner([(guidance, ours), (policy, theirs)], both)
 
     def step() -> None:
         random.step += 1
@@ -94,18 +89,14 @@ def training(kind: str, algorithm: str, members: int, transitions: models.Transi
 
 def acting(algorithm: str, states: int, candidates: int) -> Work:
     """An action in each of `states` environments, the best of `candidates` by an idql guidance."""
-    policy, guidance = (
-        build(kind, section, 1, **settings)[0]
-        for kind, section, settings in (
-            (Policy, mdpt.PolicySection, {"algorithm": algorithm}),
-            (Guidance, mdpt.GuidanceSection, {}),
-        )
-    )
-    observations, random = torch.zeros(1, states, O), Randomness([0], "act")
+    policy, guidance = build(Policy, policy_section(algorithm), 1), build(Guidance, GuidanceSection(), 1)
+    random, observations = Randomness([0], "act"), torch.zeros(1, states, O)
+    uniform = torch.zeros(1, states, candidates)
 
     def act() -> None:
         random.step += 1
-        models.act(policy, guidance, observations, random, Inference(candidates=candidates))
+        noises = policy.noises(random, "act", states * candidates)
+        models.act(policy, guidance, observations, noises, uniform, Inference(candidates=candidates))
 
     return act
 
@@ -124,34 +115,33 @@ def seconds(work: Work, calls: int) -> float:
     return (time.perf_counter() - began) / calls
 
 
-def table(works: dict[tuple[str, str], Work], threads: list[int], rounds: int, calls: int) -> None:
-    """Print calls per second and share of the floor, for each work and number of threads."""
+def table(works: dict[tuple[str, str], Work], ways: list[tuple[str, int]], rounds: int, calls: int) -> None:
+    """Print calls per second and share of the floor, for each work and way: matrix products and number of threads."""
     side = 1536
-    product: Work = lambda: torch.mm(torch.ones(side, side), torch.ones(side, side))
-    found: dict[Any, list[float]] = {(name, count): [] for name in (*works, "rate") for count in threads}
+    first, second = torch.ones(2, side, side)
+    found: dict[Any, list[float]] = {(name, way): [] for name in (*works, "rate") for way in ways}
     operations = {name: arithmetic(work) for name, work in works.items()}
     for _ in range(rounds):
-        for count in threads:
-            torch.set_num_threads(count)
-            product()
-            found["rate", count].append(2 * side**3 / seconds(product, 2))
+        for way in ways:
+            models.choose_products(way[0])
+            torch.set_num_threads(way[1])
+            torch.mm(first, second)
+            found["rate", way].append(2 * side**3 / seconds(lambda: torch.mm(first, second), 3))
             for name, work in works.items():
                 work()
-                found[name, count].append(seconds(work, calls))
+                found[name, way].append(seconds(work, calls))
     middle = {key: statistics.median(values) for key, values in found.items()}
-    print(
-        "| work | size | " + " | ".join(f"{count} thread{'s' * (count > 1)} | of the floor" for count in threads) + " |"
-    )
-    print("|---|---|" + "---|---|" * len(threads))
-    for name in works:
+    names = [f"{products} products, {count} thread{'s' * (count > 1)}" for products, count in ways]
+    print("| work | size | " + " | ".join(f"{name} | of the floor" for name in names) + " |")
+    print("|---|---|" + "---|---|" * len(ways))
+    for name, work in works.items():
         cells = [
-            f"{1 / middle[name, n]:.1f} | {operations[name] / middle['rate', n] / middle[name, n]:.0%}" for n in threads
+            f"{1 / middle[name, way]:.1f} | {operations[name] / middle['rate', way] / middle[name, way]:.0%}"
+            for way in ways
         ]
-        print(f"| {name[0]} | {name[1]} | " + " | ".join(cells) + " |")
-    rates = ", ".join(
-        f"{middle['rate', count] / 1e9:.0f} GFLOP/s on {count} thread{'s' * (count > 1)}" for count in threads
-    )
-    print(f"\nCalls per second, median of {rounds} rounds of {calls}. Float32 matrix product: {rates}.\n")
+        print(f"| {name[0]} | {name[1]} | {' | '.join(cells)} |")
+    rates = ", ".join(f"{middle['rate', way] / 1e9:.0f} ({name})" for way, name in zip(ways, names, strict=True))
+    print(f"\nCalls per second, median of {rounds} rounds of {calls}. GFLOP/s of a large product: {rates}.\n")
 
 
 def loading(folder: Path, rows: int) -> float:
@@ -162,21 +152,11 @@ def loading(folder: Path, rows: int) -> float:
         for key, array in arrays.items():
             file[key] = array
         file["timeouts"] = np.arange(rows) % 1000 == 999
-    gymnasium.register("Shape-v0", entry_point="gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=1000)
     spec = data.EnvironmentSpec("Shape-v0", O, A, (-1.0,) * A, (1.0,) * A, 1000)
-    data.environment_spec = lambda name: spec
+    known, data.environment_spec = data.environment_spec, lambda name: spec
     began = time.perf_counter()
-    data.load_dataset(
-        source="hdf5",
-        environment_id="Shape-v0",
-        path=folder / "rows.hdf5",
-        reward_scale="return-range",
-        held_out=0.05,
-        seed=0,
-        collect=None,
-        workers=1,
-        progress=None,
-    )
+    data.load_dataset(DataSection(source="hdf5", path=str(folder / "rows.hdf5")))
+    data.environment_spec = known
     return time.perf_counter() - began
 
 
@@ -230,7 +210,8 @@ def main() -> None:
     parser.add_argument("--members", type=int, nargs="*", default=[1, 5])
     given = parser.parse_args()
     threads = sorted({1, len(os.sched_getaffinity(0))})
-    print(f"torch {torch.__version__}, matrix products: {getattr(models, 'choose_products', lambda: 'default')()}\n")
+    products = dict.fromkeys(["default", models.choose_products()])
+    print(f"torch {torch.__version__}, {len(os.sched_getaffinity(0))} cores\n")
     transitions = models.Transitions(random_transitions(100_000), "cpu")
     kinds = [("guidance", name) for name in models.GUIDANCES] + [("policy", name) for name in models.POLICIES]
     kinds += [("joint", name) for name in models.POLICIES if name in models.GUIDANCES]
@@ -242,7 +223,7 @@ def main() -> None:
     works |= {
         (f"act `{name}`", f"{states} x 50"): acting(name, states, 50) for name in ("dql", "idql") for states in (1, 10)
     }
-    table(works, threads, given.rounds, given.calls)
+    table(works, [(way, count) for count in threads for way in products], given.rounds, given.calls)
     with tempfile.TemporaryDirectory() as name:
         print(f"Loading {given.rows:,} transitions: {loading(Path(name), given.rows):.1f} s.")
         if given.episodes:

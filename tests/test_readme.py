@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
+from test_cli import TOY, run, write_toy_data
 
 from mdpt.data import Experiment, Section
 from mdpt.mdpt import app
@@ -101,6 +103,21 @@ def test_the_front_door_is_short_and_has_both_command_lines() -> None:
     assert " && pip install . && mdpt guidance hopper.toml && mdpt policy hopper.toml --guidance " in main
     assert main.endswith(" && mdpt evaluate hopper-dql.policy.pt")
     assert tests.endswith(" && pip install -e '.[test]' && pytest")
+
+
+def test_the_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("toy.toml").write_text(TOY)
+    write_toy_data(Path("toy.hdf5"))
+    run("guidance toy.toml")
+    run("policy toy.toml --guidance toy-idql.guidance.pt --out hopper-dql.policy.pt")
+    (code,) = re.findall(r"```python\n(.*?)```", FILE.read_text(encoding="utf-8"), re.DOTALL)
+    for observation, shape in ((np.zeros(2), (2,)), (np.zeros((3, 2)), (3, 2))):
+        names = {"observation": observation}
+        exec(code, names)  # noqa: S102
+        action = np.asarray(names["action"])
+        assert action.shape == shape and (action >= [-1, 0]).all() and (action <= [1, 4]).all() and action.any()
+    assert code.count("\n") <= 6
 
 
 if __name__ == "__main__":
