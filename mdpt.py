@@ -253,14 +253,7 @@ def make_cell(
     experiment = bundle["experiment"] | {"evaluation": dict(bundle["experiment"]["evaluation"])}
     if wrong := [setting for setting in settings if not setting.startswith("evaluation.")]:
         raise MdptError(f"--set {wrong[0]}: only evaluation.KEY=VALUE can be set here")
-    try:
-        run = check_experiment(policy, experiment, settings)
-    except MdptError as error:
-        if not settings:
-            raise MdptError(
-                f"written by mdpt {bundle['versions']['mdpt']}, which this mdpt does not follow: {error}"
-            ) from error
-        raise
+    run = check_experiment(policy, experiment, settings)
     how, idle = pick_inference(
         run, teacher, {text.split("=")[0].removeprefix("evaluation.").strip() for text in settings}
     )
@@ -350,6 +343,10 @@ def play_cells(cells: Sequence[Cell], file: Path | None, overwrite: bool, worker
     products = models.choose_products()
     report = begin_report(cells, products, file, overwrite)
     left = cells[len(report["cells"]) :]
+    if len(cells) > 1:
+        kind = "each with each" if any(len(cell.pairs) > len(cell.bundle["seeds"]) for cell in cells) else "by position"
+        rollouts = sum(cell.rollouts for cell in left)
+        say(f"{len(left)} of {len(cells)} cells to play, members paired {kind}: {rollouts} rollouts", stderr=True)
     tasks = (task for cell in left for task in cut_into_tasks(cell, products))
     found = parallel(models.play, tasks, workers, sum(cell.tasks for cell in left))
     done = 0
@@ -530,7 +527,11 @@ def plan_swap(
 def check_comparable(cells: Sequence[Cell]) -> None:
     """Raises: MdptError where the scores of a cell could not stand beside those of the first."""
     first, *others = [
-        (cell.policy, cell.section.model_dump(exclude={"w"}) | {"reference": list(cell.bundle["reference"])})
+        (
+            cell.policy,
+            cell.section.model_dump(exclude={"w"})
+            | {"reference": list(cell.bundle["reference"]), "environment": cell.bundle["environment"]["id"]},
+        )
         for cell in cells
     ]
     for name, theirs in others:
@@ -687,28 +688,22 @@ def score_table(cell: dict[str, Any], summary: dict[str, Any]) -> Table:
     return table
 
 
-def policy_table(entries: Sequence[dict[str, Any]]) -> Table:
-    """Several policies, or several steps of them, a line each."""
-    columns, steps = list(summary_cells(entries[0]["summary"])), best_steps(entries)
-    table = make_table("scores (0 to 100 between the reference returns)", "policy", "step", *columns, "")
+def policy_table(entries: Sequence[dict[str, Any]], curve: bool) -> Table:
+    """Several policies, or several steps of them, a line each. The best step is chosen by the very scores shown."""
+    columns = list(summary_cells(entries[0]["summary"]))
+    table = make_table("scores (0 to 100 between the reference returns)", "policy", "step", *columns, *[""] * curve)
     for entry in entries:
-        best, last = steps[entry["policy"].partition("@")[0]]
-        note = ["best (online selection)"] * (entry["step"] == best != last) + ["last"] * (entry["step"] == last)
-        several = len({other["step"] for other in entries}) > 1
+        points = [other for other in entries if of_policy(other, curve) == of_policy(entry, curve)]
+        best = max(points, key=lambda point: point["summary"]["iqm"])
+        notes = ["best (online selection)"] * (entry is best) + ["last"] * (entry is points[-1])
         cells = summary_cells(entry["summary"]).values()
-        table.add_row(entry["policy"], str(entry["step"]), *cells, ", ".join(note) if several else "")
+        table.add_row(entry["policy"], str(entry["step"]), *cells, *[", ".join(notes)] * curve)
     return table
 
 
-def best_steps(entries: Sequence[dict[str, Any]]) -> dict[str, tuple[int, int]]:
-    """For each policy the step of the highest IQM, chosen by the very scores that are shown, and the last one."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for entry in entries:
-        found.setdefault(entry["policy"].partition("@")[0], []).append(entry)
-    return {
-        name: (max(points, key=lambda point: point["summary"]["iqm"])["step"], points[-1]["step"])
-        for name, points in found.items()
-    }
+def of_policy(entry: dict[str, Any], curve: bool) -> str:
+    """The policy that an entry or result is of: the steps of a curve belong together."""
+    return str(entry["policy"]).rpartition("@")[0] if curve else str(entry["policy"])
 
 
 def rivalry_table(results: Sequence[dict[str, Any]]) -> Table:
@@ -807,7 +802,7 @@ def swap_line(report: dict[str, Any]) -> str:
     how = cells[0]["protocol"] | {"guidance": "each guidance", "step": None, "w": 0, "no_effect": sorted(idle)}
     members = {len({pair["policy_member"] for pair in cell["pairs"]}) for cell in cells}
     line = protocol_line(how, " or ".join(map(str, sorted(members)))) + "; under none 1 candidate"
-    return line + (f"; w of cfg policies {' or '.join(f'{w:g}' for w in sorted(weights))}" if weights else "")
+    return line + (f"; w of policies with labels {' or '.join(f'{w:g}' for w in sorted(weights))}" if weights else "")
 
 
 # --- pictures and film ------------------------------------------------------------------------------------------
@@ -878,7 +873,7 @@ def plot_curve(path: Path, report: dict[str, Any]) -> None:
     results = report["cells"]
     curves: dict[str, list[dict[str, Any]]] = {}
     for cell in results:
-        curves.setdefault(cell["policy"].partition("@")[0], []).append(cell)
+        curves.setdefault(of_policy(cell, True), []).append(cell)
     title = f"{', '.join(curves)}: {protocol_line(results[0]['protocol'] | {'step': None}, len(results[0]['pairs']))}"
     with picture(path, title, 7, 4.5) as figure:
         axes = figure.add_subplot()
@@ -1103,6 +1098,9 @@ def refuse_to_overwrite(path: Path, overwrite: bool) -> None:
 SPINS = "3000"  # turns a thread waits awake: the default, 300,000 and more, starves any other run on the same cores
 
 
+INTERRUPTED = 130
+
+
 class Commands(TyperGroup):
     """Turns a user's mistake into one line on stderr and exit code 1."""
 
@@ -1111,11 +1109,13 @@ class Commands(TyperGroup):
             os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
         try:
             code = super().main(*args, **kwargs | {"standalone_mode": False})
+            if code == INTERRUPTED:  # typer's answer to Ctrl-C
+                raise KeyboardInterrupt
         except (MdptError, typer.TyperException) as error:
             code = _fail(error)
         except (typer.Abort, KeyboardInterrupt):
             print("mdpt: interrupted", file=sys.stderr)
-            code = 130
+            code = INTERRUPTED
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -1335,12 +1335,12 @@ def evaluate(
         return
     report = play_cells(cells, json_file, overwrite, where)
     results, entries = report["cells"], overall(report["summary"])
-    show_table(score_table(results[0], entries[0]["summary"]) if len(results) == 1 else policy_table(entries))
-    if len(policies) > 1:
-        last = {cell["policy"].partition("@")[0]: cell for cell in results}
+    show_table(score_table(results[0], entries[0]["summary"]) if len(results) == 1 else policy_table(entries, curve))
+    last = {of_policy(cell, curve): cell for cell in results}
+    if len(last) > 1:
         show_table(rivalry_table(list(last.values())))
-    for cell in {cell["policy"].partition("@")[0]: cell for cell in results}.values():
-        name = f"{cell['policy']}: " if len(policies) > 1 else ""
+    for policy_name, cell in last.items():
+        name = f"{policy_name}: " if len(last) > 1 else ""
         say(name + protocol_line(cell["protocol"] | ({"step": None} if curve else {}), len(cell["pairs"])))
         say(f"{name}training cost: {account_line(cell['accounting'])}")
     write_json(json_file, report)
@@ -1385,10 +1385,6 @@ def swap(
     check_report(json_file, overwrite)
     cells = plan_swap(policies, guidances or [], pairs, evaluation_settings(settings, episodes, candidates, seed))
     tell(cells)
-    kind = (
-        "each member with each" if any(len(cell.pairs) > len(cell.bundle["seeds"]) for cell in cells) else "by position"
-    )
-    say(f"{len(cells)} cells, members paired {kind}: {sum(cell.rollouts for cell in cells)} rollouts", stderr=True)
     report = play_cells(cells, json_file, overwrite, Workers(workers, timeout, cluster))
     report["verdicts"] = judge_algorithms(report["cells"])
     for cell in filter(is_crossed, report["cells"]):
@@ -1412,6 +1408,8 @@ def evaluation_settings(
 
 
 def check_report(path: Path | None, overwrite: bool) -> None:
+    if path is not None and path.is_dir():
+        raise MdptError(f"--json {path}: is a folder; choose a file")
     if path is not None and not path.exists():  # one that exists may be gone on with
         refuse_to_overwrite(path, overwrite)
 

@@ -38,6 +38,7 @@ from mdpt.data import (
     PolicySection,
     TrainingSection,
     Watch,
+    check_experiment,
     discounted_returns,
     reference_returns,
     rollout,
@@ -194,15 +195,13 @@ class Transitions:
 
 
 class _Mish(torch.autograd.Function):
-    """x tanh(softplus(x)) = x f, f = n / (n + 2), n = e^x (e^x + 2): one exponential instead of three functions."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        e, half = _half_n(x)
-        rest = half.add(1.0).reciprocal_()  # 2 / (n + 2) = 1 - f
-        factor = half.mul_(rest)  # f as 1 - rest would lose its digits where x is negative
-        slope = torch.addcmul(factor, x, rest.square_().mul_(e.addcmul_(e, e)))  # f + x e (e + 1) (1 - f)^2
-        ctx.save_for_backward(slope)
+        p, v = _mish_parts(x)
+        inverse = torch.rsub(v, 1.0).reciprocal_()
+        factor = v.mul_(inverse)
+        rest = torch.rsub(p, 1.0).mul_(inverse).square_().mul_(p)  # factor' = p ((1 - p) / (1 - v))^2
+        ctx.save_for_backward(torch.addcmul(factor, x, rest))
         return factor.mul_(x)
 
     @staticmethod
@@ -211,17 +210,21 @@ class _Mish(torch.autograd.Function):
         return gradients[0] * slope  # type: ignore[no-any-return]
 
 
-def _half_n(x: Tensor) -> tuple[Tensor, Tensor]:
-    e = x.clamp(max=40.0).exp_()  # beyond 40 the factor is 1, and e^(2x) must not overflow
-    return e, torch.addcmul(e, e, e, value=0.5)
+def _mish_parts(x: Tensor) -> tuple[Tensor, Tensor]:
+    """p and v in x tanh(softplus(x)) = x v / (1 - v), v = p - p^2 / 2, p the sigmoid of x: one function, not three.
+
+    Nothing cancels where x is negative, nothing overflows where it is large.
+    """
+    p = torch.sigmoid(x)
+    return p, torch.addcmul(p, p, p, value=-0.5)
 
 
 def mish(x: Tensor) -> Tensor:
     """Mish (arXiv 1908.08681)."""
     if torch.is_grad_enabled() and x.requires_grad:
         return _Mish.apply(x)  # type: ignore[no-untyped-call, no-any-return]
-    e, half = _half_n(x)
-    return half.div_(torch.add(half, 1.0, out=e)).mul_(x)
+    _, v = _mish_parts(x)
+    return v.div_(torch.rsub(v, 1.0)).mul_(x)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "mish": mish}
@@ -739,6 +742,7 @@ class Policy(nn.Module):
         self.diffusion = Diffusion(make_schedule(section.noise_schedule, section.diffusion_steps), random.device)
         self.denoiser = Denoiser(random, section, observation_dim, action_dim, self.algorithm.labels)
         self.average = self.denoiser.frozen_copy()
+        self.times: Tensor | None = None  # (S, T, H), where the weights change no more
 
     @property
     def members(self) -> int:
@@ -793,7 +797,7 @@ class Policy(nn.Module):
             conditions.append(network.condition(normalized, better))
         conditions = [condition.repeat_interleave(candidates, dim=1) for condition in conditions]
         repeated = observations.repeat_interleave(candidates, dim=1)
-        times = network.times()
+        times = network.times() if self.times is None else self.times
 
         def denoise(x: Tensor, t: int) -> Tensor:
             noise: Tensor = network(x, times[:, t : t + 1], conditions[0])
@@ -1370,7 +1374,10 @@ def check_same_run(ours: Bundle, theirs: Bundle, extend: bool) -> None:
     extend: there may be more steps.
     """
     if ours["kind"] != theirs["kind"]:
-        raise MdptError(f"is an unfinished {theirs['kind']} bundle, expected a {ours['kind']} bundle")
+        raise MdptError(
+            f"is an unfinished {theirs['kind']} bundle, expected a {ours['kind']} bundle; choose another --out, or "
+            "--overwrite to replace it"
+        )
     joint = ours["kind"] == "policy" and ours["experiment"]["policy"]["scheme"] == "joint"
     unused = {"guidance": {"steps", "batch_size"} if joint else set(), "policy": set(), "data": set()}
     fields = {
@@ -1386,14 +1393,15 @@ def check_same_run(ours: Bundle, theirs: Bundle, extend: bool) -> None:
     fields |= {key: [bundle[key] for bundle in (ours, theirs)] for key in ("seeds", "environment")}
     fields["data (by content)"] = [bundle["dataset"]["hash"][:8] for bundle in (ours, theirs)]
     steps = f"[{ours['kind']}] steps"
-    if extend and fields[steps][0] > fields[steps][1]:
+    longer = fields[steps][0] > fields[steps][1]
+    if extend and longer:
         del fields[steps]
-    changed = [f"{name} was {was}, is {now}" for name, (now, was) in sorted(fields.items()) if now != was]
+    changed = {name: f"{name} was {was}, is {now}" for name, (now, was) in sorted(fields.items()) if now != was}
     if not joint and ours["guidance"] is not None and not same_weights(ours["guidance"], theirs["guidance"]):
-        changed.append("the guidance has other weights")
+        changed["guidance"] = "the guidance has other weights"
     if changed:
-        hint = "; --extend lets it have more steps" if [steps] == [text.split(" was ")[0] for text in changed] else ""
-        raise MdptError(f"was begun as another run: {'; '.join(changed)}{hint}; --overwrite begins anew")
+        hint = "; --extend lets it have more steps" if [*changed] == [steps] and longer else ""
+        raise MdptError(f"was begun as another run: {'; '.join(changed.values())}{hint}; --overwrite begins anew")
 
 
 def same_weights(first: Bundle | None, second: Bundle | None) -> bool:
@@ -1513,6 +1521,13 @@ def read_bundle(path: Path) -> Bundle:
             f"{path}: bundle version {bundle.get('version')}, this mdpt reads version {BUNDLE_VERSION}; "
             "train it anew or use the mdpt that wrote it"
         )
+    for each in filter(None, (bundle, bundle["guidance"])):
+        try:
+            check_algorithms(check_experiment("it", each.get("experiment", {})))
+        except MdptError as error:
+            raise MdptError(
+                f"{path}: written by mdpt {each['versions']['mdpt']}, which this mdpt does not follow: {error}"
+            ) from error
     return bundle
 
 
@@ -1609,6 +1624,7 @@ def build_policy(bundle: Bundle, device: str, *, new: bool = False) -> Policy:
     if not new:
         del policy.denoiser  # its average acts
         policy.load_state_dict(acting_weights(bundle))
+        policy.requires_grad_(False).times = policy.average.times()
     return policy
 
 
