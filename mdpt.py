@@ -248,15 +248,15 @@ def make_cell(
 
     Raises: MdptError where the two do not fit, or a setting is wrong.
     """
-    from mdpt.models import check_fit, pair_members
+    from mdpt.models import check_fit, pair_members, pick_inference
 
     experiment = bundle["experiment"] | {"evaluation": dict(bundle["experiment"]["evaluation"])}
     if wrong := [setting for setting in settings if not setting.startswith("evaluation.")]:
         raise MdptError(f"--set {wrong[0]}: only evaluation.KEY=VALUE can be set here")
     run = check_experiment(policy, experiment, settings)
-    how, idle = pick_inference(
-        run, teacher, {text.split("=")[0].removeprefix("evaluation.").strip() for text in settings}
-    )
+    how, acts = pick_inference(run, teacher is not None)
+    given = {text.partition("=")[0].removeprefix("evaluation.").strip() for text in settings}
+    idle = [key for key, does in acts.items() if key in given and not does]
     members = range(len(bundle["seeds"]))
     pairs: Pairs = [(i, None) for i in members]
     warnings: list[str] = []
@@ -272,37 +272,6 @@ def make_cell(
     return Cell(
         policy, "none" if teacher is None else guidance, bundle, teacher, run.evaluation, how, idle, warnings, pairs
     )
-
-
-def pick_inference(run: Experiment, teacher: Bundle | None, given: set[str]) -> tuple[Inference, list[str]]:
-    """What an evaluation asks of `act`, and which of the settings given do not act. Without a guidance none can rank."""
-    from mdpt.models import Inference, learns_labels
-
-    section, labels = run.evaluation, learns_labels(run.policy)  # a policy that saw none has nothing to weigh
-    if labels and section.w != 1 and run.policy.label_dropout == 0:
-        raise MdptError(
-            f"evaluation.w = {section.w:g}: this policy learned with label_dropout 0 and knows no noise without a label; "
-            "only 1 is possible"
-        )
-    ranked = teacher is not None and section.guide != "gradient"
-    steered = teacher is not None and section.guide != "rank"
-    acts = {
-        "candidates": ranked or section.candidates == 1,
-        "selection": ranked,
-        "weight_temperature": ranked and section.selection == "softmax",
-        "guide": teacher is not None,
-        "guidance_weight": steered,
-        "w": labels,
-    }
-    how = Inference(
-        candidates=section.candidates if ranked else 1,
-        selection=section.selection,
-        weight_temperature=section.weight_temperature,
-        temperature=section.temperature,
-        w=section.w if labels else 0.0,
-        guidance_weight=section.guidance_weight if steered else 0.0,
-    )
-    return how, [key for key, does in acts.items() if key in given and not does]
 
 
 def read_cell(path: Path, infer_guidance: str | None, settings: Sequence[str]) -> Cell:

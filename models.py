@@ -976,6 +976,36 @@ class Inference:
     guidance_weight: float = 0.0
 
 
+def pick_inference(run: Experiment, guided: bool) -> tuple[Inference, dict[str, bool]]:
+    """What [evaluation] asks of `act`, and which of its settings act. Without a guidance nothing can be ranked.
+
+    Raises: MdptError for a w that this policy cannot take.
+    """
+    section, labels = run.evaluation, learns_labels(run.policy)  # a policy that saw none has nothing to weigh
+    if labels and section.w != 1 and run.policy.label_dropout == 0:
+        raise MdptError(
+            f"evaluation.w = {section.w:g}: this policy learned with label_dropout 0 and knows no noise without a label; "
+            "only 1 is possible"
+        )
+    ranked, steered = guided and section.guide != "gradient", guided and section.guide != "rank"
+    how = Inference(
+        candidates=section.candidates if ranked else 1,
+        selection=section.selection,
+        weight_temperature=section.weight_temperature,
+        temperature=section.temperature,
+        w=section.w if labels else 0.0,
+        guidance_weight=section.guidance_weight if steered else 0.0,
+    )
+    return how, {
+        "candidates": ranked or section.candidates == 1,
+        "selection": ranked,
+        "weight_temperature": ranked and section.selection == "softmax",
+        "guide": guided,
+        "guidance_weight": steered,
+        "w": labels,
+    }
+
+
 @torch.no_grad()
 def act(
     policy: Policy,
@@ -1521,7 +1551,7 @@ def read_bundle(path: Path) -> Bundle:
             f"{path}: bundle version {bundle.get('version')}, this mdpt reads version {BUNDLE_VERSION}; "
             "train it anew or use the mdpt that wrote it"
         )
-    for each in filter(None, (bundle, bundle["guidance"])):
+    for each in filter(None, (bundle, bundle.get("guidance"))):
         try:
             check_algorithms(check_experiment("it", each.get("experiment", {})))
         except MdptError as error:
@@ -1645,26 +1675,30 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_agent(
-    path: Path | str, guidance: Path | str | None = None, *, member: int = 0, seed: int = 0, **how: Any
+    path: Path | str, guidance: Path | str | None = None, *, member: int = 0, seed: int = 0, **evaluation: Any
 ) -> Callable[[Array], Array]:
-    """A policy for use in other programs: observations (O,) or (E, O) -> actions (A,) or (E, A), in the environment's unit.
+    """A policy for other programs: observations (O,) or (E, O) -> actions (A,) or (E, A), in the environment's unit.
 
-    guidance: another bundle to rank candidates by than the one inside. how: fields of `Inference`, such as candidates.
+    guidance: another bundle to act under than the one inside. member: by position. evaluation: fields of [evaluation],
+    such as candidates, over those of the policy's experiment.
 
     Raises: MdptError, as for `mdpt evaluate`.
     """
     bundle = read_policy(Path(path))
     teacher = bundle["guidance"] if guidance is None else read_guidance(Path(guidance))
+    if not 0 <= member < (count := len(bundle["seeds"])):
+        raise MdptError(f"{path}: has no member {member}; there are 0 to {count - 1}")
     if teacher is not None:
         check_fit(bundle, teacher)
-        teacher = select_members(teacher, [pair_members(len(bundle["seeds"]), len(teacher["seeds"]))[member]])
-    spec, agents = EnvironmentSpec(**bundle["environment"]), {}
+        teacher = select_members(teacher, [pair_members(count, len(teacher["seeds"]))[member]])
+    table = bundle["experiment"] | {"evaluation": bundle["experiment"]["evaluation"] | evaluation}
+    how, _ = pick_inference(check_experiment(str(path), table), teacher is not None)
+    one, spec, agents = select_members(bundle, [member]), EnvironmentSpec(**bundle["environment"]), {}
 
     def choose(observations: Array) -> Array:
         rows = np.atleast_2d(np.asarray(observations, dtype=np.float32))
         if len(rows) not in agents:
-            one = select_members(bundle, [member])
-            agents[len(rows)] = Agent(one, teacher, Inference(**how), seed=seed, episodes=range(len(rows)))
+            agents[len(rows)] = Agent(one, teacher, how, seed=seed, episodes=range(len(rows)))
         actions = unscale_actions(agents[len(rows)](rows, np.arange(len(rows))).clip(-1, 1), spec)
         return actions if np.ndim(observations) == 2 else actions[0]
 

@@ -10,54 +10,72 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make busy cores 100 times slower
 
+import contextlib
 import copy
-import inspect
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import models
-from mdpt import GuidanceSection, Learner, PolicySection
-from models import (
+from mdpt import models
+from mdpt.data import (
+    DataSection,
+    Dataset,
+    EnvironmentSpec,
+    Experiment,
+    GuidanceSection,
+    HeldOut,
+    MdptError,
+    PolicySection,
+)
+from mdpt.models import (
     ACTIVATIONS,
+    GUIDANCES,
+    POLICIES,
+    Agent,
     Batch,
+    Bundle,
     Denoiser,
     Diffusion,
     Guidance,
     Inference,
     Linear,
-    MdptError,
     Normalizer,
     Policy,
     Randomness,
     ResidualBlock,
+    Run,
     Transitions,
     ValueNetwork,
     act,
     build_guidance,
     build_policy,
     check_fit,
+    load_agent,
     make_schedule,
     pair_members,
     read_bundle,
     read_guidance,
     read_policy,
     save_bundle,
+    select_members,
     weights_of,
 )
 
 DOUBLE = torch.float64
-POLICY_ALGORITHMS = ["bc", "idql", "dql", "edp", "cfg"]
+SEEDS = (0, 1)
+KINDS = [*(f"guidance {name}" for name in GUIDANCES), *(f"policy {name}" for name in POLICIES)]
+TOY = EnvironmentSpec("Toy-v0", 3, 2, action_low=(-1.0, 0.0), action_high=(1.0, 4.0), max_episode_steps=6)
 
 
 def near(got: Tensor, expected: Any, tolerance: float = 1e-6) -> None:
@@ -66,66 +84,103 @@ def near(got: Tensor, expected: Any, tolerance: float = 1e-6) -> None:
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
-def architecture(kind: type[nn.Module], section: Any, observation_dim: int, action_dim: int) -> dict[str, Any]:
-    known = inspect.signature(kind).parameters
-    fields = {name: value for name, value in section.model_dump().items() if name in known}
-    return {"observation_dim": observation_dim, "action_dim": action_dim, **fields}
+def same(first: Any, second: Any) -> bool:
+    """Equal to the bit, in all containers."""
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return torch.equal(first, second) if torch.is_tensor(first) else bool(first == second)
 
 
-def make_guidance(
-    seeds: Sequence[int] = (0, 1), o: int = 1, a: int = 1, **settings: Any
-) -> tuple[Guidance, GuidanceSection]:
-    section = GuidanceSection(**({"hidden": [32, 32], "learning_rate": 3e-3} | settings))
-    normalizer = Normalizer(torch.zeros(o), torch.ones(o))
-    built = Guidance(Randomness(seeds, "init"), normalizer, **architecture(Guidance, section, o, a))
-    return built, section
+def make_experiment(seeds: Sequence[int] = SEEDS, **tables: dict[str, Any]) -> Experiment:
+    """Small networks, unless a table says otherwise."""
+    guidance = {"hidden": [32, 32], "actor_hidden": [32, 32], "learning_rate": 3e-3} | tables.get("guidance", {})
+    policy = {"hidden": [32, 32], "time_features": 16, "learning_rate": 3e-3} | tables.get("policy", {})
+    experiment = Experiment(
+        seeds=list(seeds),
+        data=DataSection(reference=(0.0, 100.0)),
+        guidance=GuidanceSection(**guidance),
+        policy=PolicySection(**policy),
+    )
+    return models.check_algorithms(experiment)
 
 
-def make_policy(seeds: Sequence[int] = (0, 1), o: int = 1, a: int = 1, **settings: Any) -> tuple[Policy, PolicySection]:
-    section = PolicySection(**({"hidden": [32, 32], "time_features": 16, "learning_rate": 3e-3} | settings))
-    normalizer = Normalizer(torch.zeros(o), torch.ones(o))
-    return Policy(Randomness(seeds, "init"), normalizer, **architecture(Policy, section, o, a)), section
+def make_guidance(seeds: Sequence[int] = SEEDS, o: int = 1, a: int = 1, **settings: Any) -> Guidance:
+    section, normalizer = make_experiment(guidance=settings).guidance, Normalizer(torch.zeros(o), torch.ones(o))
+    return Guidance(Randomness(seeds, "init"), normalizer, section, o, a)
 
 
-def train(
-    module: Any,
-    section: Any,
-    data: Transitions,
-    seeds: Sequence[int],
-    guidance: Any = None,
-    *,
-    start: int = 0,
-    stop: int | None = None,
-    states: Any = None,
-) -> Learner:
-    """The loop of mdpt.train, without its progress and its files."""
+def make_policy(seeds: Sequence[int] = SEEDS, o: int = 1, a: int = 1, **settings: Any) -> Policy:
+    section, normalizer = make_experiment(policy=settings).policy, Normalizer(torch.zeros(o), torch.ones(o))
+    return Policy(Randomness(seeds, "init"), normalizer, section, o, a)
 
-    def loss(batch: Batch, random: Randomness, done: float) -> models.Loss:
-        if isinstance(module, Guidance):
-            return module.loss(batch, random)
-        return module.loss(batch, guidance, random)  # type: ignore[no-any-return]
 
-    learner, random = Learner([(module, section)], loss), Randomness(seeds, "train")
-    if states is not None:
-        learner.restore(states)
-    for step in range(start, section.steps if stop is None else stop):
-        random.step = step
-        learner.update(learner.loss(data.sample(random, section.batch_size), random, 0.0)[0], step, section.steps)
-    return learner
+def train(module: Any, data: Transitions, seeds: Sequence[int], guidance: Any = None) -> None:
+    """The loop of `mdpt guidance` and `mdpt policy`, over a module at hand."""
+    learns_values = isinstance(module, Guidance)
+    kind = "guidance" if learns_values else "policy"
+    bundle = {"kind": kind, "seeds": list(seeds), "step": 0, "history": [], "snapshots": {}}
+
+    def loss(batch: Batch, random: Randomness, done: float) -> Any:
+        return module.loss(batch, random) if learns_values else module.loss(batch, guidance, random)
+
+    learner = models.Learner([(module, module.section)], loss)
+    cost = models.Cost(torch.device("cpu"), "default", None)
+    models.train(learner, data, module.section, bundle, [(bundle, module)], cost, Run())
+
+
+def learn(kind: str, teacher: Bundle | None = None, run: Run | None = None, **settings: Any) -> Bundle:
+    """`mdpt guidance` or `mdpt policy` on a tiny dataset; "joint NAME": a policy together with that guidance."""
+    name, algorithm = kind.split()
+    tables = {name: settings | {"algorithm": algorithm}}
+    if name == "joint":
+        tables = {"guidance": {"algorithm": algorithm}, "policy": settings | {"scheme": "joint"}}
+    experiment = make_experiment(**tables)
+    if name == "guidance":
+        return models.train_guidance(experiment, noisy_dataset(), run or Run())
+    return models.train_policy(experiment, noisy_dataset(), teacher, run or Run())
+
+
+def noisy_dataset(n: int = 200, o: int = 3, a: int = 2) -> Dataset:
+    g = torch.Generator().manual_seed(3)
+    columns = {
+        "observations": torch.randn(n, o, generator=g),
+        "actions": torch.rand(n, a, generator=g) * 2 - 1,
+        "rewards": torch.randn(n, generator=g),
+        "next_observations": torch.randn(n, o, generator=g),
+        "terminals": torch.rand(n, generator=g) < 0.3,
+    }
+    arrays = {name: column.numpy() for name, column in columns.items()}
+    kept = {name: arrays[name][:20] for name in ("observations", "actions", "rewards", "terminals")}
+    return Dataset(
+        environment=TOY,
+        **arrays,
+        held_out=HeldOut(**kept, timeouts=~kept["terminals"]),
+        episode_returns=np.array([1.0, 2.0]),
+        reward_scale={"rule": "none", "multiplier": 1.0, "offset": 0.0},
+        identity={"source": "hdf5", "name": "toy", "transitions": n, "hash": "abc"},
+        warnings=(),
+    )
 
 
 def noisy_data(n: int = 200, o: int = 3, a: int = 2) -> Transitions:
-    g = torch.Generator().manual_seed(3)
-    return Transitions(
-        {
-            "observations": torch.randn(n, o, generator=g),
-            "actions": torch.rand(n, a, generator=g) * 2 - 1,
-            "rewards": torch.randn(n, generator=g),
-            "next_observations": torch.randn(n, o, generator=g),
-            "terminals": (torch.rand(n, generator=g) < 0.3),
-        },
-        "cpu",
-    )
+    return Transitions(vars(noisy_dataset(n, o, a)), "cpu")
+
+
+def offers(policy: Policy, observations: Tensor, candidates: int = 1, **settings: Any) -> Tensor:
+    """The policy's own actions (S, B N, A), from the same noise at every call."""
+    rows = observations.shape[1] * candidates
+    noises = policy.noises(Randomness(range(policy.members), "try"), "act", rows)
+    return policy.sample(observations, noises, candidates=candidates, **settings).detach()
+
+
+def choose(policy: Policy, guidance: Any, observations: Tensor, **how: Any) -> Tensor:
+    """What `act` makes of these offers: (S, B, A)."""
+    random, inference = Randomness(range(policy.members), "try"), Inference(**how)
+    states, candidates = observations.shape[1], inference.candidates
+    noises = policy.noises(random, "act", states * candidates)
+    return act(policy, guidance, observations, noises, random.uniform("selection", states, candidates), inference)
 
 
 class KnownQ:
@@ -199,7 +254,7 @@ def test_add_weighs_the_second() -> None:
     assert loss.tolist() == [7.0] and set(metrics) == {"a", "b"}
 
 
-@pytest.mark.parametrize("algorithm", ["idql", "dql"])
+@pytest.mark.parametrize("algorithm", GUIDANCES)
 def test_guidance_members_learn_apart(algorithm: str) -> None:
     guidance = make_guidance((0, 1, 2), 3, 2, algorithm=algorithm)
     random = Randomness((0, 1, 2), "train")
@@ -208,7 +263,7 @@ def test_guidance_members_learn_apart(algorithm: str) -> None:
     check_only_member_one_learns(loss, guidance.networks())
 
 
-@pytest.mark.parametrize("algorithm", POLICY_ALGORITHMS)
+@pytest.mark.parametrize("algorithm", POLICIES)
 def test_policy_members_learn_apart(algorithm: str) -> None:
     guidance = make_guidance((0, 1, 2), 3, 2)
     guidance.requires_grad_(False)
@@ -263,7 +318,7 @@ def test_diffusion_q_loss_takes_the_best_of_the_next_actions() -> None:
         guidance.target_q.vector.mul_(-3.0)
     next_actions = torch.tensor([[0.9, -0.9, 0.1, 0.2, 0.7, -0.3]])[..., None]  # three of each state, side by side
     seen: list[Any] = []
-    actor: Any = SimpleNamespace(sample=lambda states, random, w: seen.extend([states, w]) or next_actions)
+    actor: Any = lambda states, random: seen.append(states) or next_actions
     batch = Batch(
         observations=torch.tensor([[[0.1], [0.2]]]),
         actions=torch.tensor([[[0.5], [-0.5]]]),
@@ -272,8 +327,7 @@ def test_diffusion_q_loss_takes_the_best_of_the_next_actions() -> None:
         terminals=torch.tensor([[0.0, 0.0]]),
     )
     random = Randomness((4,), "train")
-    loss, _ = guidance.loss(batch, random, actor, w=0.0)
-    assert seen[1] == 0.0
+    loss, _ = guidance.loss(batch, random, actor)
     near(seen[0], [[[0.3], [0.3], [0.3], [0.4], [0.4], [0.4]]])
     with torch.no_grad():
         expected = 0.0
@@ -288,8 +342,11 @@ def test_diffusion_q_loss_takes_the_best_of_the_next_actions() -> None:
     near(loss.detach(), [expected], 1e-5)
     companion = guidance.actor
     assert companion is not None  # it learns by the policy loss of "dql", on top of what the critics learn from it
-    apart = guidance.loss(batch, random, companion)[0] + companion.loss(batch, guidance, random)[0]
+    apart = guidance.loss(batch, random, companion.act_alone)[0] + companion.loss(batch, guidance, random)[0]
     near(guidance.loss(batch, random)[0].detach(), apart.detach(), 1e-5)
+    guidance.actor = None
+    with pytest.raises(RuntimeError, match="built to be used, or to learn beside a policy"):
+        guidance.loss(batch, random)
 
 
 def test_dql_and_edp_losses_are_cloning_plus_eta_times_value() -> None:
@@ -331,6 +388,81 @@ def test_edp_and_dql_send_gradient_through_the_actions() -> None:
             parameter.data -= 0.5 * gradient
         after = policy.loss(batch, rising, random)[1]  # type: ignore[arg-type]
         assert after["policy_q"] > before["policy_q"] + 1e-3
+
+
+def test_dac_loss_by_hand() -> None:
+    """The target noise is lower where a higher action is better, here by differences of the critic in float64."""
+    guidance, batch = make_guidance(SEEDS, 3, 2), noisy_data().sample(Randomness(SEEDS, "x"), 16)
+    with torch.no_grad():
+        guidance.target_q.vector.mul_(2.0)
+    policy, random = make_policy(SEEDS, 3, 2, algorithm="dac", eta=2.0), Randomness(SEEDS, "train")
+    step, twin = policy.predict(batch, random), random.integers("twin", 2)
+    alpha_bar = torch.cumprod(1 - make_schedule("vp", 5), 0)[step.t][..., None]
+    noisy = alpha_bar.sqrt() * batch.actions + (1 - alpha_bar).sqrt() * step.noise
+    exact = copy.deepcopy(guidance).double()
+
+    def q(actions: Tensor) -> Tensor:
+        both = exact.twins(exact.target_q, batch.observations.double(), actions)
+        return torch.stack([both[s, twin[s]] for s in range(2)])
+
+    with torch.no_grad():
+        shifts = 1e-6 * torch.eye(2, dtype=DOUBLE)
+        gradient = torch.stack([(q(noisy + shift) - q(noisy - shift)) / 2e-6 for shift in shifts], dim=-1)
+        target = step.noise - 2.0 * (1 - alpha_bar).sqrt() * gradient
+        expected = (step.predicted - target).square().mean((1, 2))
+        mean_q = q(noisy).mean(1)
+    loss, metrics = policy.loss(batch, guidance, random)
+    near(loss.detach().double(), expected, 1e-5)
+    near(metrics["policy_q"].double(), mean_q, 1e-5)
+    assert (expected - noise_error(step)).abs().min() > 1e-2
+    near(policy.loss(batch, None, random)[0].detach(), noise_error(step))
+
+
+class Lines(nn.Module):
+    """Stands in for a denoiser: slope * x + offset, a pair for each diffusion step."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.pairs = nn.Parameter(torch.zeros(1, steps, 2))
+
+    def condition(self, observations: Tensor, labels: Tensor | None = None) -> Tensor:
+        return observations
+
+    def times(self) -> Tensor:
+        return self.pairs
+
+    def forward(self, actions: Tensor, time: Tensor, condition: Tensor, random: Randomness | None = None) -> Tensor:
+        return time[..., :1] * actions + time[..., 1:]
+
+
+def test_dac_shifts_the_noise_of_gaussian_data_by_the_slope_of_a_linear_q() -> None:
+    """The best predictor at each step is then noise / (signal^2 s^2 + noise^2) x - eta noise k, a line."""
+    n, deviation, k, eta = 200_000, 0.5, 0.7, 2.0
+    actions = deviation * torch.randn(n, generator=torch.Generator().manual_seed(0))
+    batch = one_state(actions, torch.zeros(n)).take(torch.arange(n)[None])
+    known: Any = KnownQ(lambda observations, actions: k * actions[..., 0])
+
+    def best_lines(algorithm: str, eta: float) -> Tensor:
+        policy: Any = make_policy((0,), algorithm=algorithm, eta=eta)
+        lines = policy.denoiser = Lines(5)
+        optimizer = torch.optim.LBFGS(lines.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+        def loss() -> Any:
+            optimizer.zero_grad()
+            value = policy.loss(batch, known, Randomness((0,), "train"))[0].sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        return lines.pairs[0].detach().double()
+
+    alpha_bar = torch.cumprod(1 - make_schedule("vp", 5), 0)
+    noise, zero = (1 - alpha_bar).sqrt(), torch.zeros(5)
+    slope = noise / (alpha_bar * deviation**2 + noise**2)
+    steered, unsteered, cloned = best_lines("dac", eta), best_lines("dac", 0.0), best_lines("bc", 0.0)
+    near(steered, torch.stack([slope, -eta * noise * k], dim=1), 0.01)
+    near(steered - unsteered, torch.stack([zero, -eta * noise * k], dim=1), 1e-3)  # the sample's error is in both
+    assert torch.equal(unsteered, cloned)
 
 
 def test_weighted_cloning_and_labels_reach_the_loss() -> None:
@@ -482,10 +614,8 @@ def test_twins_are_two_separate_networks(layer_norm: bool) -> None:
 @pytest.mark.parametrize("network", ["mlp", "resnet"])
 def test_denoiser_is_its_members_with_one_concatenated_first_layer(network: str, labels: bool) -> None:
     random = Randomness([5, 6, 7], "init")
-    settings: dict[str, Any] = {"network": network, "labels": labels, "hidden": [8, 8], "activation": "mish"}
-    denoiser = Denoiser(
-        random, observation_dim=3, action_dim=2, diffusion_steps=7, dropout=0.25, time_features=6, **settings
-    )
+    section = PolicySection(network=network, hidden=[8, 8], diffusion_steps=7, dropout=0.25, time_features=6)
+    denoiser = Denoiser(random, section, 3, 2, labels)
     for name, parameter in denoiser.named_parameters():
         if "scale" in name or "shift" in name:
             parameter.data += 0.1 * random.normal(name, *parameter.shape[1:])  # so that they matter
@@ -516,10 +646,10 @@ def test_denoiser_is_its_members_with_one_concatenated_first_layer(network: str,
         x = affine(torch.cat(parts, dim=1), *layers)
         if network == "mlp":
             x = functional.mish(x)
-            for layer in exact.trunk:
+            for layer in exact.trunk.layers:
                 x = functional.mish(affine(x, layer))
             return affine(x, exact.out)
-        for block in exact.trunk:
+        for block in exact.trunk.blocks:
             y = x if kept is None else x * kept(block.name)[s] / 0.75
             deviation = (y.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
             y = (y - y.mean(1, keepdim=True)) / deviation * block.norm.scale[s] + block.norm.shift[s]
@@ -557,7 +687,7 @@ def test_initial_weights_are_uniform_within_the_fan_in() -> None:
 
 def every_network() -> list[models.Stack]:
     random = Randomness([5, 6, 7], "init")
-    policies = [make_policy((5, 6, 7), 3, 2, algorithm=name).denoiser for name in ("dql", "idql", "cfg")]
+    policies = [make_policy((5, 6, 7), 3, 2, algorithm=name).denoiser for name in POLICIES]
     values = [ValueNetwork(random, "v", 4, [8], "relu", True), ValueNetwork(random, "q", 4, [8], "relu", True, 2)]
     return [*values, *policies]
 
@@ -606,28 +736,6 @@ def test_guidance_and_policy_follow_at_their_rates() -> None:
         policy.average.vector.fill_(1.0)
         policy.follow(step)
         near(policy.average.vector, torch.full_like(policy.average.vector, decay * 1 + (1 - decay) * 2))
-
-
-def test_pick_keeps_and_repeats_whole_members() -> None:
-    guidance = make_guidance((5, 6, 7), 3, 2)
-    observations, actions = torch.randn(1, 4, 3).expand(3, -1, -1), torch.rand(1, 4, 2).expand(3, -1, -1)
-    with torch.no_grad():
-        q, v, both = guidance.q(observations, actions), guidance.v(observations), guidance.online_q.vector.clone()
-        guidance.pick([2, 0, 2])
-        assert guidance.members == 3
-        near(guidance.q(observations, actions), q[[2, 0, 2]], 1e-6)
-        near(guidance.v(observations), v[[2, 0, 2]], 1e-6)
-    assert torch.equal(guidance.online_q.vector, both[[4, 5, 0, 1, 4, 5]])
-    guidance.pick([1])
-    assert guidance.members == 1 and torch.equal(guidance.online_q.vector, both[[0, 1]])
-
-    policy = make_policy((5, 6, 7), 3, 2)
-    online, average = policy.denoiser.vector.clone(), policy.average.vector.mul_(2.0).clone()
-    policy.pick([2, 1])
-    assert policy.members == 2
-    assert torch.equal(policy.denoiser.vector, online[[2, 1]]) and torch.equal(policy.average.vector, average[[2, 1]])
-    policy.average.vector.zero_()
-    assert all((p == 0).all() for p in policy.average.parameters())  # still views
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
@@ -863,8 +971,6 @@ def test_solver_converges_to_the_exact_flow() -> None:
 
 # --------------------------------------------------------------------------------------- the closed-form problem
 
-SEEDS = (0, 1)
-
 
 def reward(action: Tensor) -> Tensor:
     return 1 - (action - 0.5) ** 2
@@ -886,24 +992,24 @@ def mixture() -> Transitions:
 
 @pytest.fixture(scope="module")
 def trained_idql(mixture: Transitions) -> Guidance:
-    guidance, section = make_guidance(SEEDS, steps=1000, batch_size=128, activation="mish", tau=0.02)
-    train(guidance, section, mixture, SEEDS)
+    guidance = make_guidance(SEEDS, steps=1000, batch_size=128, activation="mish", tau=0.02)
+    train(guidance, mixture, SEEDS)
     return guidance.requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
 def trained_dql(mixture: Transitions) -> Guidance:
-    guidance, section = make_guidance(SEEDS, algorithm="dql", steps=200, batch_size=64, activation="mish", tau=0.05)
-    train(guidance, section, mixture, SEEDS)
+    guidance = make_guidance(SEEDS, algorithm="dql", steps=200, batch_size=64, activation="mish", tau=0.05)
+    train(guidance, mixture, SEEDS)
     return guidance.requires_grad_(False)
 
 
 def trained(data: Transitions, guidance: Any, **settings: Any) -> Policy:
-    policy, section = make_policy(SEEDS, **({"ema_decay": 0.99} | settings))
+    policy = make_policy(SEEDS, **({"ema_decay": 0.99} | settings))
     data = copy.copy(data)
     if policy.algorithm.labels:
         data.label(guidance)
-    train(policy, section, data, SEEDS, guidance)
+    train(policy, data, SEEDS, guidance)
     return policy
 
 
@@ -922,8 +1028,7 @@ def trained_cfg(mixture: Transitions, trained_idql: Guidance) -> Policy:
 
 def actions_of(policy: Policy, guidance: Any = None, n: int = 8000, **how: Any) -> Tensor:
     """n actions of each member, (S, n)."""
-    observations = torch.zeros(policy.members, n, 1)
-    return act(policy, guidance, observations, Randomness(range(policy.members), "try"), Inference(**how))[..., 0]
+    return choose(policy, guidance, torch.zeros(policy.members, n, 1), **how)[..., 0]
 
 
 def never_falls(means: Sequence[Tensor], tolerance: float = 0.01) -> None:
@@ -951,6 +1056,7 @@ def test_guidance_learns_the_true_q(name: str, mixture: Transitions, request: py
     near(v, [[expectile]] * 2, 2 * close[0])
 
 
+@pytest.mark.slow
 def test_bc_recovers_the_mode_weights(trained_bc: Policy) -> None:
     actions = actions_of(trained_bc)
     right = actions > 0
@@ -960,7 +1066,7 @@ def test_bc_recovers_the_mode_weights(trained_bc: Policy) -> None:
             assert abs(chosen.mean() - mode) < 0.03 and chosen.std() < 0.12
 
 
-@pytest.mark.parametrize("algorithm", ["dql", "edp"])
+@pytest.mark.parametrize("algorithm", ["dql", "edp", "dac"])
 def test_value_policies_move_to_the_better_mode(algorithm: str, mixture: Transitions, trained_idql: Guidance) -> None:
     policy = trained(mixture, trained_idql, algorithm=algorithm, steps=500, batch_size=128, eta=1.0)
     actions = actions_of(policy)
@@ -968,15 +1074,19 @@ def test_value_policies_move_to_the_better_mode(algorithm: str, mixture: Transit
     assert (reward(actions).mean(1) > 0.7).all()  # of the data: 0.3
 
 
-@pytest.mark.parametrize("algorithm", ["dql", "edp"])
-def test_more_eta_never_lowers_the_reward(algorithm: str, mixture: Transitions) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "etas"), [("dql", (0.0, 0.5, 3.0)), ("edp", (0.0, 0.5, 3.0)), ("dac", (0.0, 0.1, 0.5))]
+)
+def test_more_eta_never_lowers_the_reward(algorithm: str, etas: Sequence[float], mixture: Transitions) -> None:
+    """The slope that dac follows grows without end where noise takes the action, and a large eta overshoots."""
     known, means = KnownQ(lambda observations, actions: reward(actions[..., 0])), []
-    for eta in (0.0, 0.5, 3.0):
+    for eta in etas:
         policy = trained(mixture, known, algorithm=algorithm, steps=300, batch_size=128, eta=eta)
         means.append(reward(actions_of(policy)).mean(1))
     never_falls(means)
 
 
+@pytest.mark.slow
 def test_cfg_without_weight_is_the_data_and_more_weight_never_lowers_the_reward(trained_cfg: Policy) -> None:
     unguided = actions_of(trained_cfg, w=0.0)
     assert (((unguided > 0).float().mean(1) - 0.3).abs() < 0.07).all(), (unguided > 0).float().mean(1)
@@ -985,8 +1095,9 @@ def test_cfg_without_weight_is_the_data_and_more_weight_never_lowers_the_reward(
     assert (means[-1] > 0.95).all()
 
 
-def test_cfg_without_weight_is_the_unconditional_prediction(trained_cfg: Policy) -> None:
-    network, random = trained_cfg.average, Randomness(SEEDS, "try")
+def test_cfg_without_weight_is_the_unconditional_prediction() -> None:
+    policy = make_policy(SEEDS, algorithm="cfg", diffusion_steps=20)
+    network, random = policy.average, Randomness(SEEDS, "try")
     observations = torch.zeros(2, 7, 1)
     times = network.times()
     chains = {}
@@ -994,9 +1105,12 @@ def test_cfg_without_weight_is_the_unconditional_prediction(trained_cfg: Policy)
         for label in (0, 2):
             shares = network.condition(observations, torch.full((2, 7), label))
             chain = lambda x, t: network(x, times[:, t : t + 1], shares)  # noqa: B023
-            chains[label] = trained_cfg.denoise_all(chain, trained_cfg.draw(random, "act", 7))
-        assert torch.equal(trained_cfg.sample(observations, random, w=0.0), chains[0])
-        near(trained_cfg.sample(observations, random, w=1.0), chains[2], 1e-4)
+            chains[label] = policy.denoise_all(chain, policy.noises(random, "act", 7))
+    assert (chains[0] - chains[2]).abs().max() > 1e-2
+    with torch.no_grad():
+        for w, label, tolerance in ((0.0, 0, 0.0), (1.0, 2, 1e-4)):
+            near(offers(policy, observations, w=w), chains[label], tolerance)
+            near(policy.act_alone(observations, random, w=w), chains[label], tolerance)
 
 
 def test_gradient_guidance_by_hand() -> None:
@@ -1013,6 +1127,7 @@ def test_gradient_guidance_by_hand() -> None:
     near(actions_of(policy, rising, 3, temperature=0.0, guidance_weight=0.01), plain + shift, 1e-5)
 
 
+@pytest.mark.slow
 def test_more_guidance_weight_never_lowers_the_reward(trained_bc: Policy, trained_idql: Guidance) -> None:
     weights = (0.0, 0.3, 1.0, 3.0)
     for guidance in (KnownQ(lambda observations, actions: reward(actions[..., 0])), trained_idql):
@@ -1021,12 +1136,10 @@ def test_more_guidance_weight_never_lowers_the_reward(trained_bc: Policy, traine
 
 
 @pytest.mark.parametrize("candidates", [1, 4])
-def test_no_guidance_weight_changes_nothing_to_the_bit(
-    candidates: int, trained_cfg: Policy, trained_idql: Guidance
-) -> None:
-    observations = torch.zeros(2, 6, 1)
+def test_no_guidance_weight_changes_nothing_to_the_bit(candidates: int, trained_idql: Guidance) -> None:
+    policy, observations = make_policy(SEEDS, algorithm="cfg", diffusion_steps=20), torch.zeros(2, 6, 1)
     plain, steered, moved = (
-        trained_cfg.sample(observations, Randomness(SEEDS, "try"), candidates=candidates, **settings)
+        offers(policy, observations, candidates, **settings)
         for settings in (
             {},
             {"guidance": trained_idql, "guidance_weight": 0.0},
@@ -1036,10 +1149,11 @@ def test_no_guidance_weight_changes_nothing_to_the_bit(
     assert torch.equal(plain, steered) and not torch.equal(plain, moved)
 
 
+@pytest.mark.slow
 def test_best_of_n_is_the_argmax_and_raises_the_reward(trained_bc: Policy, trained_idql: Guidance) -> None:
     observations = torch.zeros(2, 50, 1)
-    candidates = trained_bc.sample(observations, Randomness(SEEDS, "try"), candidates=5)  # (S, 50 * 5, 1)
-    chosen = act(trained_bc, trained_idql, observations, Randomness(SEEDS, "try"), Inference(candidates=5))
+    candidates = offers(trained_bc, observations, 5)  # (S, 50 * 5, 1)
+    chosen = choose(trained_bc, trained_idql, observations, candidates=5)
     assert chosen.shape == (2, 50, 1)
     with torch.no_grad():
         q = trained_idql.q(torch.zeros(2, 250, 1), candidates)
@@ -1058,9 +1172,8 @@ def test_candidates_are_ranked_in_their_own_state() -> None:
     known = KnownQ(lambda observations, actions: -(actions - observations[..., :2]).square().sum(-1))
     g = torch.Generator().manual_seed(0)
     observations = torch.rand(3, 4, 3, generator=g) * 2 - 1
-    random = Randomness((0, 1, 2), "try")
-    options = policy.sample(observations, random, candidates=6).detach().view(3, 4, 6, 2)
-    chosen = act(policy, known, observations, random, Inference(candidates=6))  # type: ignore[arg-type]
+    options = offers(policy, observations, 6).view(3, 4, 6, 2)
+    chosen = choose(policy, known, observations, candidates=6)
     for s in range(3):
         for e in range(4):
             distances = [float((option - observations[s, e, :2]).norm()) for option in options[s, e]]
@@ -1072,10 +1185,9 @@ def test_softmax_selects_with_its_probabilities(inverse_temperature: float) -> N
     policy = make_policy((0,))
     known = KnownQ(lambda observations, actions: 3.0 - actions[..., 0])
     observations = torch.zeros(1, 20_000, 1)
-    random = Randomness((0,), "try")
-    options = policy.sample(observations, random, candidates=3).detach().view(20_000, 3)
-    how = Inference(candidates=3, selection="softmax", weight_temperature=inverse_temperature)
-    chosen = act(policy, known, observations, random, how)[0]  # type: ignore[arg-type]
+    options = offers(policy, observations, 3).view(20_000, 3)
+    how = {"candidates": 3, "selection": "softmax", "weight_temperature": inverse_temperature}
+    chosen = choose(policy, known, observations, **how)[0]
     weight = torch.exp(inverse_temperature * (3.0 - options).double())
     probability, order = (weight / weight.sum(1, keepdim=True)), options.argsort(1)
     options, probability = options.gather(1, order), probability.gather(1, order)  # lowest, middle, highest action
@@ -1091,14 +1203,13 @@ def test_softmax_selects_with_its_probabilities(inverse_temperature: float) -> N
 
 def test_temperature_scales_the_sampling_noise() -> None:
     policy = make_policy((0,))
-    random = Randomness((0,), "try")
     zero = lambda x, t: torch.zeros_like(x)
-    drawn = policy.draw(random, "act", 9)
+    drawn = policy.noises(Randomness((0,), "try"), "act", 9)
     one, two = (policy.denoise_all(zero, scale * drawn) for scale in (1e-3, 2e-3))
     near(two, 2 * one, 1e-6)
     for network in policy.average.parameters():
         network.data.zero_()  # predicts no noise
-    near(policy.sample(torch.zeros(1, 9, 1), random, temperature=1e-3), one, 1e-6)
+    near(choose(policy, None, torch.zeros(1, 9, 1), temperature=1e-3), one, 1e-6)
     assert one.abs().max() > 1e-4
     policy = make_policy((0,))
     still = actions_of(policy, n=5, temperature=0.0)
@@ -1121,23 +1232,54 @@ def test_dql_finds_the_known_optimum() -> None:
 
 
 def frozen_guidance(seeds: Sequence[int]) -> Guidance:
-    guidance, section = make_guidance(seeds, 3, 2, steps=20, batch_size=32)
-    train(guidance, section, noisy_data(), seeds)
+    guidance = make_guidance(seeds, 3, 2, steps=20, batch_size=32)
+    train(guidance, noisy_data(), seeds)
     return guidance.requires_grad_(False)
 
 
-@pytest.mark.parametrize("algorithm", POLICY_ALGORITHMS)
+def test_an_update_is_adam_with_cosine_decay_and_a_limit_for_each_network_and_member() -> None:
+    guidance, data = make_guidance(SEEDS, 3, 2, gradient_norm=1.0), noisy_data()
+    learner = models.Learner([(guidance, guidance.section)], lambda batch, random, done: guidance.loss(batch, random))
+    alone = {
+        (network, s): [nn.Parameter(rows.detach().clone()) for rows in rows_of(network.parameters(), s)]
+        for network in guidance.networks()
+        for s in range(2)
+    }
+    adams = {place: torch.optim.Adam(own) for place, own in alone.items()}
+    norms, random = [], Randomness(SEEDS, "train")
+    for step in range(8):
+        random.step = step
+        loss, _ = guidance.loss(data.sample(random, 16), random)
+        for (network, s), own in alone.items():
+            gradients = torch.autograd.grad(loss[s], list(network.parameters()), retain_graph=True)
+            for parameter, gradient in zip(own, rows_of(gradients, s), strict=True):
+                parameter.grad = gradient.clone()
+            norms.append(float(nn.utils.clip_grad_norm_(own, 1.0)))
+            adams[network, s].param_groups[0]["lr"] = 3e-3 * (1 + math.cos(math.pi * step / 8)) / 2
+            adams[network, s].step()
+        learner.update(loss, step, 8)
+    assert min(norms) < 0.9 and max(norms) > 1.1
+    for (network, s), own in alone.items():
+        for parameter, rows in zip(own, rows_of(network.parameters(), s), strict=True):
+            near(rows.detach(), parameter.detach(), 1e-5)
+
+
+def rows_of(tensors: Iterable[Tensor], member: int) -> list[Tensor]:
+    """One of two members' share of parameters, (2 copies, ...) each."""
+    return [tensor.chunk(2)[member] for tensor in tensors]
+
+
+@pytest.mark.parametrize("algorithm", POLICIES)
 def test_frozen_guidance_is_bit_identical_after_policy_training(algorithm: str, tmp_path: Path) -> None:
     path = tmp_path / "g.pt"
     save_bundle(path, guidance_bundle(frozen_guidance(SEEDS), SEEDS))
     guidance = build_guidance(read_guidance(path), "cpu")
     before = weights_of(guidance)
-    weighted = {"advantage_weight": "exponential"} if algorithm in ("bc", "idql") else {}
-    policy, section = make_policy(SEEDS, 3, 2, algorithm=algorithm, steps=20, batch_size=32, **weighted)
+    settings = {"algorithm": algorithm, "steps": 20, "batch_size": 32, "advantage_weight": "exponential"}
+    policy = make_policy(SEEDS, 3, 2, **settings)
     own = weights_of(policy)
-    train(policy, section, noisy_data(), SEEDS, guidance)
-    observations = torch.randn(2, 5, 3)
-    act(policy, guidance, observations, Randomness(SEEDS, "try"), Inference(candidates=4, guidance_weight=1.0))
+    train(policy, noisy_data(), SEEDS, guidance)
+    choose(policy, guidance, torch.randn(2, 5, 3), candidates=4, guidance_weight=1.0)
     after = weights_of(guidance)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert {name.split(".")[0] for name in before} == {"target_q", "value"}  # what values need
@@ -1149,14 +1291,12 @@ def test_frozen_guidance_is_bit_identical_after_policy_training(algorithm: str, 
 def test_acting_changes_nothing() -> None:
     guidance, policy = frozen_guidance(SEEDS), make_policy(SEEDS, 3, 2, algorithm="idql")
     before = weights_of(policy)
-    chosen = [
-        act(policy, guidance, torch.ones(2, 5, 3), Randomness(SEEDS, "try"), Inference(candidates=4)) for _ in range(2)
-    ]
+    chosen = [choose(policy, guidance, torch.ones(2, 5, 3), candidates=4) for _ in range(2)]
     assert torch.equal(*chosen) and not chosen[0].requires_grad
     assert all(torch.equal(before[name], value) for name, value in weights_of(policy).items())
 
 
-@pytest.mark.parametrize("kind", ["guidance idql", "guidance dql", *(f"policy {name}" for name in POLICY_ALGORITHMS)])
+@pytest.mark.parametrize("kind", KINDS)
 def test_member_two_of_three_seeds_is_that_seed_alone(kind: str) -> None:
     """Equal draws and equal mathematics; batched and single matrix products round differently, and Adam divides by
     the gradient's size, so that after 50 steps the weights agree to 5e-5 and not to the bit."""
@@ -1166,15 +1306,15 @@ def test_member_two_of_three_seeds_is_that_seed_alone(kind: str) -> None:
         steps = {"algorithm": algorithm, "steps": 50, "batch_size": 32, "learning_rate": 1e-3}
         if name == "guidance":
             module: Any = make_guidance(seeds, 3, 2, **steps)
-            train(*module, noisy_data(), seeds)
+            train(module, noisy_data(), seeds)
         else:
             guidance, data = frozen_guidance(seeds), noisy_data()
             data.label(guidance)
             module = make_policy(seeds, 3, 2, dropout=0.2, **steps)
-            train(*module, data, seeds, guidance)
-        trained[seeds] = weights_of(module[0])
+            train(module, data, seeds, guidance)
+        trained[seeds] = weights_of(module)
     make: Any = make_guidance if name == "guidance" else make_policy
-    initial = weights_of(make((7,), 3, 2, **steps)[0])
+    initial = weights_of(make((7,), 3, 2, **steps))
     for key, alone in trained[(7,)].items():
         member = trained[(5, 6, 7)][key][-len(alone) :]
         torch.testing.assert_close(member, alone, rtol=0, atol=5e-5, msg=lambda text, key=key: f"{key}: {text}")
@@ -1182,8 +1322,9 @@ def test_member_two_of_three_seeds_is_that_seed_alone(kind: str) -> None:
             assert (alone - initial[key]).abs().max() > 20 * 5e-5, key  # it learned far more than the tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_products")
-@pytest.mark.parametrize("kind", ["guidance idql", "guidance dql", *(f"policy {name}" for name in POLICY_ALGORITHMS)])
+@pytest.mark.parametrize("kind", KINDS)
 def test_through_onednn_threads_and_members_change_no_bit(kind: str) -> None:
     if models.choose_products() != "oneDNN":
         pytest.skip("this processor's products are left to MKL")
@@ -1192,46 +1333,55 @@ def test_through_onednn_threads_and_members_change_no_bit(kind: str) -> None:
         torch.set_num_threads(count)
         # torch leaves products of fewer than 4,096 multiplications to MKL
         settings = {"algorithm": algorithm, "steps": 30, "batch_size": 256, "hidden": [48, 48], "time_features": 64}
-        guidance, data = make_guidance(seeds, 3, 2)[0].requires_grad_(False), noisy_data()
+        settings |= {"actor_hidden": [256, 256, 256]} if name == "guidance" else {}
+        guidance, data = make_guidance(seeds, 3, 2).requires_grad_(False), noisy_data()
         data.label(guidance)
         module: Any = (make_guidance if name == "guidance" else make_policy)(seeds, 3, 2, **settings)
-        train(*module, data, seeds, None if name == "guidance" else guidance)
-        trained.append(weights_of(module[0]))
+        train(module, data, seeds, guidance)
+        trained.append(weights_of(module))
     torch.set_num_threads(threads)
     for key, alone in trained[0].items():
         assert all(torch.equal(other[key][-len(alone) :], alone) for other in trained), key
 
 
-@pytest.mark.parametrize("kind", ["guidance idql", "guidance dql", *(f"policy {name}" for name in POLICY_ALGORITHMS)])
+@pytest.mark.usefixtures("fresh_products")
+@pytest.mark.parametrize("kind", [*KINDS, *(f"joint {name}" for name in GUIDANCES)])
 def test_resumed_training_is_uninterrupted_training(kind: str, tmp_path: Path) -> None:
-    name, algorithm = kind.split()
-    guidance, data = frozen_guidance(SEEDS), noisy_data()
-    data.label(guidance)
+    """Also in the unfinished bundles on the way, where the optimizers' states and a companion's weights are."""
+    teacher = None if kind.startswith("joint") else guidance_bundle(frozen_guidance(SEEDS), SEEDS)
 
-    def fresh() -> Any:
-        settings = {"algorithm": algorithm, "steps": 20, "batch_size": 32}
-        return make_guidance(SEEDS, 3, 2, **settings) if name == "guidance" else make_policy(SEEDS, 3, 2, **settings)
+    def saved(**run: Any) -> dict[int, Bundle]:
+        kept: dict[int, Bundle] = {}
+        keep = Run(save=lambda bundle: kept.update({bundle["step"]: copy.deepcopy(bundle)}), **run)
+        stopped = pytest.raises(MdptError, match="^interrupted after step 9 of 20; the same command goes on$")
+        with stopped if "interrupted" in run else contextlib.nullcontext():
+            learn(kind, teacher, keep, steps=20, batch_size=32, snapshots=4)
+        return kept
 
-    straight, halves, resumed = fresh(), fresh(), fresh()
-    train(*straight, data, SEEDS, guidance)
-    learner = train(*halves, data, SEEDS, guidance, stop=9)
-    torch.save({"weights": weights_of(halves[0]), "training": learner.state()}, tmp_path / "half.pt")
-    half = torch.load(tmp_path / "half.pt", weights_only=True)
-    resumed[0].load_state_dict(half["weights"])
-    train(*resumed, data, SEEDS, guidance, start=9, states=half["training"])
-    expected, got = weights_of(straight[0]), weights_of(resumed[0])
-    assert all(torch.equal(expected[key], got[key]) for key in expected)
-    assert not all(torch.equal(half["weights"][key], got[key]) for key in expected)
+    countdown = iter(range(1, 10))
+    straight, halves = saved(), saved(interrupted=lambda: next(countdown) == 9)
+    assert list(straight) == [5, 10, 15, 20] and list(halves) == [5, 9]
+    save_bundle(tmp_path / "half.pt", halves[9])
+    resumed = saved(begun=read_bundle(tmp_path / "half.pt"))
+    assert list(resumed) == [10, 15, 20] and resumed[20]["complete"]
+    for step, got in resumed.items():
+        expected = straight[step]
+        assert got.keys() == expected.keys()
+        for key in got.keys() - {"accounting", "guidance"}:
+            assert same(got[key], expected[key]), (step, key)
+        if expected["guidance"]:
+            assert same(got["guidance"]["weights"], expected["guidance"]["weights"])
+        assert not any(same(weight, halves[9]["weights"][name]) for name, weight in got["weights"].items())
 
 
 def test_averaged_weights_and_target_critics_act() -> None:
     guidance = frozen_guidance(SEEDS)
-    policy, section = make_policy(SEEDS, 3, 2, steps=20, batch_size=32)
-    train(policy, section, noisy_data(), SEEDS, guidance)
+    policy = make_policy(SEEDS, 3, 2, steps=20, batch_size=32)
+    train(policy, noisy_data(), SEEDS, guidance)
     observations = torch.randn(2, 40, 3, generator=torch.Generator().manual_seed(0))
 
     def chosen() -> Tensor:
-        return act(policy, guidance, observations, Randomness(SEEDS, "try"), Inference(candidates=5))
+        return choose(policy, guidance, observations, candidates=5)
 
     before = chosen()
     policy.denoiser.vector.add_(1.0)
@@ -1248,79 +1398,62 @@ def test_averaged_weights_and_target_critics_act() -> None:
 
 # --------------------------------------------------------------------------------------------------- bundles
 
-ENVIRONMENT = {"id": "Toy-v0", "observation_dim": 3, "action_dim": 2, "action_low": [-1, -1], "action_high": [1, 1]}
+
+def a_bundle(kind: str, seeds: Sequence[int], module: Guidance | Policy) -> Bundle:
+    experiment = make_experiment(seeds, **{kind: module.section.model_dump()})
+    normalizer = {"mean": torch.tensor([0.5, -0.5, 0.0]), "deviation": torch.tensor([2.0, 1.0, 0.5])}
+    own = {"normalizer": normalizer, "weights": weights_of(module)}
+    return models.new_bundle(kind, experiment, noisy_dataset()) | own
 
 
-def a_bundle(kind: str, seeds: Sequence[int], section: Any, module: Any) -> dict[str, Any]:
-    return {
-        "format": "mdpt bundle",
-        "version": models.BUNDLE_VERSION,
-        "kind": kind,
-        "seeds": list(seeds),
-        "environment": dict(ENVIRONMENT),
-        "dataset": {"name": "toy", "hash": "abc"},
-        "normalizer": {"mean": torch.tensor([0.5, -0.5, 0.0]), "deviation": torch.tensor([2.0, 1.0, 0.5])},
-        "architecture": architecture(type(module), section, 3, 2),
-        "weights": weights_of(module),
-        "snapshots": {},
-        "guidance": None,
-    }
+def guidance_bundle(guidance: Guidance, seeds: Sequence[int]) -> Bundle:
+    return a_bundle("guidance", seeds, guidance)
 
 
-def guidance_bundle(guidance: Guidance, seeds: Sequence[int]) -> dict[str, Any]:
-    return a_bundle("guidance", seeds, GuidanceSection(hidden=[32, 32]), guidance)
-
-
-def policy_bundle(seeds: Sequence[int], guidance: dict[str, Any] | None, **settings: Any) -> dict[str, Any]:
-    policy, section = make_policy(seeds, 3, 2, **settings)
+def policy_bundle(seeds: Sequence[int], guidance: Bundle | None, **settings: Any) -> Bundle:
+    policy = make_policy(seeds, 3, 2, **settings)
     policy.average.vector.mul_(1.5)  # so that online and averaged weights differ
-    return a_bundle("policy", seeds, section, policy) | {"guidance": guidance}
+    return a_bundle("policy", seeds, policy) | {"guidance": guidance}
 
 
 ELSEWHERE = """
 import sys, torch
 from pathlib import Path
-from models import Inference, Randomness, act, build_guidance, build_policy, read_guidance, read_policy
-path, out = Path(sys.argv[1]), Path(sys.argv[2])
-policy, guidance = build_policy(read_policy(path), "cpu"), build_guidance(read_guidance(path), "cpu")
-observations = torch.arange(60.0).view(2, 10, 3).cos()
-results = [
-    act(policy, guidance, observations, Randomness((0, 1), "try"), how)
-    for how in (Inference(), Inference(candidates=5), Inference(candidates=5, selection="softmax", guidance_weight=0.1))
-]
-q = guidance.q(observations, results[0])
-torch.save([*results, q, guidance.v(observations)], out)
+from mdpt.models import Inference, Randomness, act, build_guidance, build_policy, read_guidance, read_policy
+for path in map(Path, sys.argv[1:]):
+    policy, guidance = build_policy(read_policy(path), "cpu"), build_guidance(read_guidance(path), "cpu")
+    observations, random, found = torch.arange(60.0).view(2, 10, 3).cos(), Randomness((0, 1), "try"), []
+    for how in Inference(), Inference(candidates=5), Inference(candidates=5, selection="softmax", guidance_weight=0.1):
+        noises = policy.noises(random, "act", 10 * how.candidates)
+        uniform = random.uniform("selection", 10, how.candidates)
+        found.append(act(policy, guidance, observations, noises, uniform, how))
+    torch.save([*found, guidance.q(observations, found[0]), guidance.v(observations)], path.with_suffix(".out"))
 """
 
 
-@pytest.mark.parametrize("algorithm", ["dql", "idql", "cfg"])
-def test_a_new_process_acts_and_ranks_the_same(algorithm: str, tmp_path: Path) -> None:
-    path = tmp_path / "p.pt"
-    teacher, section = make_guidance(SEEDS, 3, 2, algorithm="dql", steps=3, batch_size=8)
-    train(teacher, section, noisy_data(), SEEDS)  # its companion's weights are in the bundle, as in an unfinished run's
-    save_bundle(path, policy_bundle(SEEDS, guidance_bundle(teacher, SEEDS), algorithm=algorithm))
-    arguments = [sys.executable, "-c", ELSEWHERE, str(path), str(tmp_path / "elsewhere.pt")]
-    subprocess.run(
-        arguments, check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(Path(models.__file__).parent)}
-    )
-    elsewhere = torch.load(tmp_path / "elsewhere.pt")
-
-    policy, guidance = build_policy(read_policy(path), "cpu"), build_guidance(read_guidance(path), "cpu")
+@pytest.mark.slow
+def test_a_new_process_acts_and_ranks_the_same(tmp_path: Path) -> None:
+    teacher = make_guidance(SEEDS, 3, 2, algorithm="dql", steps=3, batch_size=8)
+    train(teacher, noisy_data(), SEEDS)  # its companion's weights are in the bundle, as in an unfinished run's
+    paths = [tmp_path / f"{algorithm}.pt" for algorithm in POLICIES]
+    for path in paths:
+        save_bundle(path, policy_bundle(SEEDS, guidance_bundle(teacher, SEEDS), algorithm=path.stem))
+    subprocess.run([sys.executable, "-c", ELSEWHERE, *map(str, paths)], check=True, cwd=tmp_path)
     observations = torch.arange(60.0).view(2, 10, 3).cos()
-    plain, ranked, softmax, q, v = elsewhere
-    for expected, how in (
-        (plain, Inference()),
-        (ranked, Inference(candidates=5)),
-        (softmax, Inference(candidates=5, selection="softmax", guidance_weight=0.1)),
-    ):
-        assert torch.equal(act(policy, guidance, observations, Randomness(SEEDS, "try"), how), expected)
-    assert torch.equal(guidance.q(observations, plain), q) and torch.equal(guidance.v(observations), v)
-    teacher.normalizer = guidance.normalizer
-    assert torch.equal(teacher.q(observations, plain), q)  # as before it was saved
-    assert not torch.equal(plain, ranked)
+    for path in paths:
+        policy, guidance = build_policy(read_policy(path), "cpu"), build_guidance(read_guidance(path), "cpu")
+        plain, ranked, softmax, q, v = torch.load(path.with_suffix(".out"))
+        assert torch.equal(choose(policy, guidance, observations), plain)
+        assert torch.equal(choose(policy, guidance, observations, candidates=5), ranked)
+        how = {"candidates": 5, "selection": "softmax", "guidance_weight": 0.1}
+        assert torch.equal(choose(policy, guidance, observations, **how), softmax)
+        assert torch.equal(guidance.q(observations, plain), q) and torch.equal(guidance.v(observations), v)
+        teacher.normalizer = guidance.normalizer
+        assert torch.equal(teacher.q(observations, plain), q)  # as before it was saved
+        assert not torch.equal(plain, ranked)
 
 
-def test_loading_restores_every_weight_and_the_normalizer(tmp_path: Path) -> None:
+def test_loading_restores_every_weight_that_acts_and_the_normalizer(tmp_path: Path) -> None:
     teacher = guidance_bundle(frozen_guidance(SEEDS), SEEDS)
     bundle = policy_bundle(SEEDS, teacher)
     save_bundle(tmp_path / "p.pt", bundle)
@@ -1328,9 +1461,9 @@ def test_loading_restores_every_weight_and_the_normalizer(tmp_path: Path) -> Non
         build_policy(read_policy(tmp_path / "p.pt"), "cpu"),
         build_guidance(read_guidance(tmp_path / "p.pt"), "cpu"),
     )
-    for module, saved in ((policy, bundle), (guidance, teacher)):
+    for module, saved, left_out in ((policy, bundle, "denoiser"), (guidance, teacher, "online_q")):
         got, kept = weights_of(module), saved["weights"].items()
-        expected = {name: value for name, value in kept if module is policy or not name.startswith("online_q")}
+        expected = {name: value for name, value in kept if not name.startswith(left_out)}
         assert got.keys() == expected.keys()
         assert all(torch.equal(got[name], value) for name, value in expected.items())
         near(module.normalizer(torch.tensor([[[2.5, 0.5, 1.0]]])), [[[1.0, 1.0, 2.0]]])
@@ -1340,6 +1473,20 @@ def test_loading_restores_every_weight_and_the_normalizer(tmp_path: Path) -> Non
     copies = weights_of(policy)
     policy.average.vector.add_(1.0)
     assert all((value == 0).all() for value in copies.values())
+
+
+@pytest.mark.parametrize("algorithm", GUIDANCES)
+def test_what_is_built_to_learn_takes_every_weight(algorithm: str) -> None:
+    teacher = guidance_bundle(make_guidance(SEEDS, 3, 2, algorithm=algorithm), SEEDS)
+    policy = policy_bundle(SEEDS, None)
+    modules = build_guidance(teacher, "cpu", new=True), build_policy(policy, "cpu", new=True)
+    for module, bundle in zip(modules, (teacher, policy), strict=True):
+        assert not same(weights_of(module), bundle["weights"])
+        module.load_state_dict(bundle["weights"])
+        assert same(weights_of(module), bundle["weights"])
+        assert all(p.requires_grad for network in module.networks() for p in network.parameters())
+    bare = build_guidance(teacher, "cpu", new=True, companion=False)
+    assert weights_of(bare).keys() == {name for name in teacher["weights"] if not name.startswith("actor.")}
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 704 vs 598")])
@@ -1374,7 +1521,7 @@ def test_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 def test_write_replaces_and_makes_the_folder(tmp_path: Path) -> None:
     path = tmp_path / "new" / "b.pt"
     for value in (1, 2):
-        save_bundle(path, {"format": "mdpt bundle", "version": models.BUNDLE_VERSION, "a": value})
+        save_bundle(path, HEAD | {"a": value})
         assert read_bundle(path)["a"] == value
     assert [entry.name for entry in path.parent.iterdir()] == ["b.pt"]
     (tmp_path / "file").write_text("")
@@ -1409,6 +1556,7 @@ def write_damaged(path: Path) -> None:
 
 HEAD = {"format": "mdpt bundle", "version": models.BUNDLE_VERSION, "guidance": None, "snapshots": {}}
 DAMAGED = "cannot be read as a bundle, it is damaged or something else; write it anew"
+UNFOLLOWED = "written by mdpt 9.9, which this mdpt does not follow"
 FOREIGN = "is no mdpt bundle; expected a file written by `mdpt guidance` or `mdpt policy`"
 BAD_FILES: dict[str, tuple[Callable[..., Any], Callable[[Path], Any], str]] = {
     "missing": (read_bundle, lambda path: None, "no such bundle; `mdpt guidance` and `mdpt policy` write them"),
@@ -1427,6 +1575,13 @@ BAD_FILES: dict[str, tuple[Callable[..., Any], Callable[[Path], Any], str]] = {
         read_bundle,
         lambda path: torch.save(HEAD | {"version": 99}, path),
         f"bundle version 99, this mdpt reads version {models.BUNDLE_VERSION}; train it anew or use the mdpt that wrote it",
+    ),
+    "of a foreign algorithm": (
+        read_bundle,
+        lambda path: torch.save(
+            HEAD | {"experiment": {"policy": {"algorithm": "sac"}}, "versions": {"mdpt": "9.9"}}, path
+        ),
+        f"{UNFOLLOWED}: [policy] algorithm = 'sac': should be one of {', '.join(POLICIES)}; did you mean 'dac'?",
     ),
     "guidance as policy": (
         read_policy,
@@ -1480,8 +1635,8 @@ def test_a_policy_bundle_serves_as_guidance(tmp_path: Path) -> None:
 
 
 def test_bundles_that_do_not_fit() -> None:
-    ours = {"kind": "policy", "environment": dict(ENVIRONMENT), "dataset": {"name": "one", "hash": "abc"}}
-    theirs = {"kind": "guidance", "environment": dict(ENVIRONMENT), "dataset": {"name": "two", "hash": "abc"}}
+    ours = {"kind": "policy", "environment": asdict(TOY), "dataset": {"name": "one", "hash": "abc"}}
+    theirs = {"kind": "guidance", "environment": asdict(TOY), "dataset": {"name": "two", "hash": "abc"}}
     assert check_fit(ours, theirs) == []
     theirs["dataset"]["hash"] = "def"
     assert check_fit(ours, theirs) == [
@@ -1490,12 +1645,12 @@ def test_bundles_that_do_not_fit() -> None:
             "swapping is known to hold only under one data distribution"
         )
     ]
-    theirs["environment"] |= {"id": "Other-v0", "action_high": [1, 2]}
+    theirs["environment"] |= {"id": "Other-v0", "action_high": (1.0, 2.0)}
     with pytest.raises(MdptError) as caught:
         check_fit(ours, theirs)
     assert str(caught.value) == (
         "the policy and the guidance do not fit together: id Toy-v0 against Other-v0; "
-        "action_high [1, 1] against [1, 2]; use bundles of one environment"
+        "action_high (1.0, 4.0) against (1.0, 2.0); use bundles of one environment"
     )
 
 
@@ -1505,19 +1660,106 @@ def test_members_are_paired_by_position() -> None:
     assert str(caught.value) == (
         "2 policy members cannot be paired with 3 guidance members; use the same number, or a guidance with one member"
     )
-    three = frozen_guidance((0, 1, 2))
-    before = weights_of(three)
-    three.pick(pair_members(3, three.members))
-    assert all(torch.equal(before[name], value) for name, value in weights_of(three).items())
+    three = guidance_bundle(frozen_guidance((0, 1, 2)), (0, 1, 2))
+    assert same(select_members(three, pair_members(3, 3))["weights"], models.acting_weights(three))
 
-    one, observations, actions = frozen_guidance((7,)), torch.randn(1, 4, 3), torch.rand(1, 4, 2)
-    q = one.q(observations, actions)
-    one.pick(pair_members(3, one.members))
-    assert one.members == 3 and not any(p.requires_grad for p in one.parameters())
-    near(one.q(observations.expand(3, -1, -1), actions.expand(3, -1, -1)), q.expand(3, -1), 1e-6)
-    policy = make_policy((0, 1, 2), 3, 2)
-    assert act(policy, one, torch.randn(3, 5, 3), Randomness((0, 1, 2), "try"), Inference(candidates=4)).shape == (
-        3,
-        5,
-        2,
-    )
+    one = guidance_bundle(frozen_guidance((7,)), (7,))
+    alone, repeated = build_guidance(one, "cpu"), build_guidance(select_members(one, pair_members(3, 1)), "cpu")
+    observations, actions = torch.randn(1, 4, 3), torch.rand(1, 4, 2)
+    assert repeated.members == 3 and not any(p.requires_grad for p in repeated.parameters())
+    q = repeated.q(observations.expand(3, -1, -1), actions.expand(3, -1, -1))
+    near(q, alone.q(observations, actions).expand(3, -1), 1e-6)
+    assert choose(make_policy((0, 1, 2), 3, 2), repeated, torch.randn(3, 5, 3), candidates=4).shape == (3, 5, 2)
+
+
+def test_select_members_keeps_and_repeats_whole_members() -> None:
+    teacher = make_guidance((5, 6, 7), 3, 2)
+    teacher.target_q.vector.mul_(1.5)  # so that targets and online critics differ
+    bundle = guidance_bundle(teacher, (5, 6, 7)) | {"history": [{"step": 1}], "snapshots": {1: {}}, "training": []}
+    before, whole = copy.deepcopy(bundle), build_guidance(bundle, "cpu")
+    observations, actions = torch.randn(1, 4, 3).expand(3, -1, -1), torch.rand(1, 4, 2).expand(3, -1, -1)
+    q, v = whole.q(observations, actions), whole.v(observations)
+    for members, rows in (([2, 0, 2], [4, 5, 0, 1, 4, 5]), ([1], [2, 3]), ([0, 1, 2], [0, 1, 2, 3, 4, 5])):
+        selected, n = select_members(bundle, members), len(members)
+        assert selected["seeds"] == [5 + member for member in members]
+        assert {name.split(".")[0] for name in selected["weights"]} == {"target_q", "value"}  # what values need
+        assert not any(selected[key] for key in ("history", "snapshots", "training"))
+        guidance = build_guidance(selected, "cpu")
+        assert guidance.members == n
+        near(guidance.q(observations[:n], actions[:n]), q[members], 1e-6)
+        near(guidance.v(observations[:n]), v[members], 1e-6)
+        assert torch.equal(guidance.target_q.vector, teacher.target_q.vector[rows])
+    assert same(bundle, before)
+
+    policies = policy_bundle((5, 6, 7), bundle)
+    selected = select_members(policies, [2, 1])
+    assert selected["guidance"] is None and policies["guidance"] is bundle
+    policy = build_policy(selected, "cpu")
+    assert policy.members == 2
+    assert torch.equal(policy.average.vector, build_policy(policies, "cpu").average.vector[[2, 1]])
+    policy.average.vector.zero_()
+    assert all((p == 0).all() for p in policy.average.parameters())  # still views
+
+
+# ---------------------------------------------------------------------------------------------------- agents
+
+HOW = {
+    "plain": Inference(),
+    "best of four": Inference(candidates=4),
+    "drawn": Inference(candidates=4, selection="softmax", weight_temperature=1.0),
+    "steered": Inference(candidates=4, guidance_weight=0.1),
+}
+
+
+@pytest.mark.parametrize("how", HOW.values(), ids=HOW)
+def test_an_episode_depends_on_seeds_its_number_and_the_step_alone(how: Inference) -> None:
+    teacher = guidance_bundle(frozen_guidance(SEEDS), SEEDS)
+    member, guidance = select_members(policy_bundle(SEEDS, teacher), [1]), select_members(teacher, [1])
+
+    def agent(*episodes: int, seed: int = 0, **changed: Any) -> Callable[..., Tensor]:
+        built = Agent(member | changed, guidance, how, seed=seed, episodes=episodes)
+        return lambda observations, running: torch.from_numpy(built(observations.numpy(), np.array(running)))
+
+    among, alone, fewer = agent(3, 7, 9), agent(7), agent(3, 7, 9)
+    others = agent(8), agent(7, seed=1), agent(7, seeds=[0])
+    states = torch.randn(5, 3, 3, generator=torch.Generator().manual_seed(0))
+    for observations, running in zip(states, ([0, 1, 2], [0, 1, 2], [1, 2], [1, 2], [2]), strict=True):
+        chosen = among(observations, [0, 1, 2])
+        assert chosen.shape == (3, 2) and chosen.abs().max() <= 1
+        near(alone(observations[[1]], [0]), chosen[[1]])
+        near(fewer(observations[running], running), chosen[running])
+        for other in others:
+            assert (other(observations[[1]], [0]) - chosen[[1]]).abs().max() > 1e-3
+
+    still, observations = agent(7, 7, 8), torch.zeros(3, 3)
+    first, second = still(observations, [0, 1, 2]), still(observations, [0, 1, 2])
+    assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
+    assert (first - second).abs().amax(1).min() > 1e-3
+
+
+def test_a_loaded_agent_acts_in_the_environments_unit(tmp_path: Path) -> None:
+    path, teacher = tmp_path / "p.pt", guidance_bundle(frozen_guidance(SEEDS), SEEDS)
+    bundle = policy_bundle(SEEDS, teacher)
+    save_bundle(path, bundle)
+    observations, how = np.random.default_rng(0).standard_normal((40, 3)), {"candidates": 5, "seed": 4}
+    actions = load_agent(path, member=1, **how)(observations)
+    low, high = np.array(TOY.action_low), np.array(TOY.action_high)
+    assert actions.shape == (40, 2) and ((low <= actions) & (actions <= high)).all()
+    assert (actions[:, 1] > 1).any()
+
+    member, guidance = select_members(bundle, [1]), select_members(teacher, [1])
+    agent = Agent(member, guidance, Inference(candidates=5), seed=4, episodes=range(40))
+    scaled = agent(observations.astype(np.float32), np.arange(40))
+    near(torch.from_numpy(actions), low + (scaled + 1) / 2 * (high - low), 1e-5)
+
+    single = load_agent(str(path), member=1, **how)
+    first, second = single(observations[0]), single(observations[0])
+    assert first.shape == (2,) and not np.array_equal(first, second)  # each step draws anew
+    near(torch.from_numpy(first), actions[0], 1e-5)
+    assert not np.array_equal(load_agent(path, **how)(observations), actions)  # member 0
+
+    save_bundle(tmp_path / "g.pt", guidance_bundle(make_guidance((7,), 3, 2), (7,)))  # one member serves all
+    assert not np.array_equal(load_agent(path, tmp_path / "g.pt", member=1, **how)(observations), actions)
+    save_bundle(tmp_path / "other.pt", teacher | {"environment": asdict(TOY) | {"id": "Other-v0"}})
+    with pytest.raises(MdptError, match="do not fit together: id Toy-v0 against Other-v0"):
+        load_agent(path, tmp_path / "other.pt")
