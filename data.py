@@ -11,6 +11,7 @@ import collections
 import contextlib
 import ctypes
 import difflib
+import faulthandler
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -454,20 +455,23 @@ def parallel(
     if workers.cluster is not None:
         yield from _on_cluster(work, tasks, workers)
     elif count <= 1:
-        with _quiet(1):
-            for task in tasks:
-                yield _watched(work, task, workers.timeout)
+        for task in tasks:
+            with _quiet(1):
+                found = _watched(work, task, workers.timeout)
+            yield found
     else:
         import joblib
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-        pool = joblib.Parallel(n_jobs=count, backend="loky", batch_size=1, return_as="generator")
+        warnings.filterwarnings("ignore", module=r"joblib\.parallel")  # of tasks given up where a command ends early
+        begin = {"initializer": _begin_worker, "initargs": (os.getpid(),)}
+        pool = joblib.Parallel(n_jobs=count, backend="loky", batch_size=1, return_as="generator", **begin)
         try:
-            yield from pool(joblib.delayed(_in_worker)(work, task, workers.timeout, os.getpid()) for task in tasks)
+            yield from pool(joblib.delayed(_watched)(work, task, workers.timeout, backstop=True) for task in tasks)
         except TerminatedWorkerError as error:
             raise MdptError(
-                "a worker process ended unexpectedly: its environment ended it, or memory ran out; --workers 1 plays in "
-                "this process"
+                "a worker process ended unexpectedly: its environment ended it or hung, or memory ran out; --workers 1 "
+                "plays in this process"
             ) from error
 
 
@@ -505,13 +509,10 @@ def _result_of(future: Any) -> Any:
         raise MdptError(f"a worker of the cluster lacks a module: {_one_line(error)}; install it there") from error
 
 
-def _in_worker(work: Callable[[Task, Watch], Found], task: Task, timeout: float, parent: int) -> Found:
-    if os.environ.get("MDPT_WORKER_OF") != str(parent):
-        os.environ["MDPT_WORKER_OF"] = str(parent)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone decides
-        _silence(1)  # PyBullet writes there at each connection
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    return _watched(work, task, timeout)
+def _begin_worker(parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone decides
+    _silence(1)  # PyBullet writes there at each connection
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:
@@ -520,8 +521,11 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _watched(work: Callable[[Task, Watch], Found], task: Task, timeout: float) -> Found:
-    """work(task, watch) in a thread of its own, given up where the environment hangs."""
+def _watched(work: Callable[[Task, Watch], Found], task: Task, timeout: float, *, backstop: bool = False) -> Found:
+    """work(task, watch) in a thread of its own, given up where the environment hangs.
+
+    backstop: end this process where the environment hangs in C code that lets no other thread of Python run.
+    """
     watch, found, failed = Watch(timeout), [], []
 
     def run() -> None:
@@ -530,12 +534,19 @@ def _watched(work: Callable[[Task, Watch], Found], task: Task, timeout: float) -
         except BaseException as error:  # noqa: BLE001 (raised again where the thread is waited for)
             failed.append(error)
 
+    def arm() -> None:
+        if backstop:
+            faulthandler.dump_traceback_later(2 * timeout, exit=True, file=1)  # where nothing is shown
+
     thread = threading.Thread(target=run, daemon=True)
+    arm()
     thread.start()
     while thread.is_alive():
         thread.join(min(0.5, timeout / 4))
+        arm()
         if watch.late:
             raise MdptError(f"{watch.doing}: took longer than {timeout:g} s; --timeout SECONDS says how long it may")
+    faulthandler.cancel_dump_traceback_later()
     if failed:
         raise failed[0]
     return found[0]
@@ -908,7 +919,7 @@ def collect_shard(shard: Shard, watch: Watch) -> dict[str, Array]:
     while row < size:
         weights = [w * (1 + np.float32(shard.sigma) * random.standard_normal(w.shape, np.float32)) for w in shard.agent]
         noise = random.standard_normal((spec.max_episode_steps, spec.action_dim), np.float32)
-        noise *= shard.noise
+        noise *= np.float64(shard.noise)  # a float would round the factor first, and give other data
         with watch.over(doing):
             observation, _ = environment.reset(seed=int(random.integers(2**31)))
         for step in range(min(spec.max_episode_steps, size - row)):
@@ -920,6 +931,8 @@ def collect_shard(shard: Shard, watch: Watch) -> dict[str, Array]:
             if terminals[row - 1] or timeout:
                 break
         timeouts[row - 1] = not terminals[row - 1]
+    with watch.over(doing):
+        environment.close()
     return {
         "observations": observations,
         "actions": actions,
@@ -1033,7 +1046,9 @@ def rollout(
 
     def show(place: int) -> None:
         if look is not None and place == 0:
-            look(int(lengths[0]), float(returns[0]), _frame(environments[0], spec.id))
+            with watch.over(f"{spec.id}: episode {episodes[0]}, a frame after step {lengths[0]}"):
+                frame = _frame(environments[0], spec.id)
+            look(int(lengths[0]), float(returns[0]), frame)
 
     for place, episode in enumerate(episodes):
         with watch.over(f"{spec.id}: episode {episode}"):
@@ -1057,8 +1072,9 @@ def rollout(
             if lengths[place] % every == 0 or ended[i]:
                 show(place)
         running = running[~ended]
-    for environment in environments:
-        environment.close()
+    for episode, environment in zip(episodes, environments, strict=True):
+        with watch.over(f"{spec.id}: the end of episode {episode}"):
+            environment.close()
     return returns, lengths
 
 

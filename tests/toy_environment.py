@@ -2,12 +2,14 @@
 
 Toy-v0: an episode starts at observation [d, 0], where d in 3..8 is drawn by reset's seed, and ends after d steps
 (a terminal, worth 100) or after 6 (the time limit). Every step pays the second action, which lies in [0, 4].
-The first action, in [-1, 1], breaks the environment: above 0.9 with an exception, below -0.9 by ending its process.
+The first action, in [-1, 1], breaks the environment: above 0.9 with an exception, above 0.8 by hanging, above 0.7 by
+interrupting and above 0.6 by exiting Python, below -0.9 by ending its process.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import gymnasium
@@ -35,6 +37,12 @@ class Toy(gymnasium.Env[Any, Any]):
             raise RuntimeError("stepped after its end")
         if action[0] > 0.9:
             raise ValueError("broken by\nan action")
+        if action[0] > 0.8:
+            time.sleep(3600)
+        if action[0] > 0.7:
+            raise KeyboardInterrupt
+        if action[0] > 0.6:
+            raise SystemExit(3)
         if action[0] < -0.9:
             os._exit(7)
         self.state[1] += 1
