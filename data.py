@@ -412,11 +412,13 @@ class Watch:
     """What a worker is at, so that an environment that hangs can be named."""
 
     def __init__(self, seconds: float) -> None:
-        self.seconds, self.doing, self.since = seconds, "", float("inf")
+        self.seconds, self.doing, self.since, self.ended = seconds, "", float("inf"), False
 
     @contextlib.contextmanager
     def over(self, doing: str) -> Iterator[None]:
         """Say what begins, which may take `seconds`, and turn whatever goes wrong there into a line about it."""
+        if self.ended:
+            raise MdptError(f"{doing}: interrupted")
         self.doing, self.since = doing, time.monotonic()
         try:
             yield
@@ -466,8 +468,13 @@ def parallel(
         warnings.filterwarnings("ignore", module=r"joblib\.parallel")  # of tasks given up where a command ends early
         begin = {"initializer": _begin_worker, "initargs": (os.getpid(),)}
         pool = joblib.Parallel(n_jobs=count, backend="loky", batch_size=1, return_as="generator", **begin)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is for the parent alone
         try:
-            yield from pool(joblib.delayed(_watched)(work, task, workers.timeout, backstop=True) for task in tasks)
+            results = pool(joblib.delayed(_watched)(work, task, workers.timeout, backstop=True) for task in tasks)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        try:
+            yield from results
         except TerminatedWorkerError as error:
             raise MdptError(
                 "a worker process ended unexpectedly: its environment ended it or hung, or memory ran out; --workers 1 "
@@ -510,7 +517,6 @@ def _result_of(future: Any) -> Any:
 
 
 def _begin_worker(parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone decides
     _silence(1)  # PyBullet writes there at each connection
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
@@ -526,26 +532,32 @@ def _watched(work: Callable[[Task, Watch], Found], task: Task, timeout: float, *
 
     backstop: end this process where the environment hangs in C code that lets no other thread of Python run.
     """
-    watch, found, failed = Watch(timeout), [], []
+    watch, found, failed, ended = Watch(timeout), [], [], threading.Event()
 
     def run() -> None:
         try:
             found.append(work(task, watch))
         except BaseException as error:  # noqa: BLE001 (raised again where the thread is waited for)
             failed.append(error)
+        ended.set()
 
     def arm() -> None:
         if backstop:
             faulthandler.dump_traceback_later(2 * timeout, exit=True, file=1)  # where nothing is shown
 
-    thread = threading.Thread(target=run, daemon=True)
-    arm()
-    thread.start()
-    while thread.is_alive():
-        thread.join(min(0.5, timeout / 4))
+    try:
         arm()
-        if watch.late:
-            raise MdptError(f"{watch.doing}: took longer than {timeout:g} s; --timeout SECONDS says how long it may")
+        threading.Thread(target=run, daemon=True).start()
+        while not ended.wait(min(0.5, timeout / 4)):  # a join that Ctrl-C cuts short would take the thread for dead
+            arm()
+            if watch.late:
+                raise MdptError(
+                    f"{watch.doing}: took longer than {timeout:g} s; --timeout SECONDS says how long it may"
+                )
+    except KeyboardInterrupt:
+        watch.ended = True  # the thread ends at its next step: Python aborts if it ends while one is inside torch
+        ended.wait(5)
+        raise
     faulthandler.cancel_dump_traceback_later()
     if failed:
         raise failed[0]
