@@ -1224,7 +1224,7 @@ def policy(
     timeout: Timeout = LONG,
 ) -> None:
     """Train a diffusion policy under a frozen guidance."""
-    from mdpt.models import check_fit, read_guidance, train_policy
+    from mdpt.models import check_fit, learns_under_guidance, read_guidance, train_policy
 
     run = load_run(experiment, overrides, seeds, device)
     scheme = run.policy.scheme
@@ -1240,6 +1240,13 @@ def policy(
     teacher = read_guidance(guidance_file) if guidance_file else None
     if teacher is not None and not teacher["complete"]:
         warn(f"{guidance_file}: this guidance is unfinished, at step {teacher['step']}")
+    if scheme != "unguided" and not learns_under_guidance(run.policy):
+        section = run.policy
+        warn(
+            f"the guidance never enters the loss of {section.algorithm} with eta {section.eta:g}, advantage_weight "
+            f"{section.advantage_weight}, label_dropout {section.label_dropout:g}, guidance_from {section.guidance_from:g} "
+            f"and guidance_until {section.guidance_until:g}: this policy learns as without it"
+        )
     begun = unfinished(path, board, overwrite, extend)
     dataset = load_data(run, Workers(workers, timeout))
     if teacher is not None:

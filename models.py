@@ -916,20 +916,25 @@ def label_loss(policy: Policy, batch: Batch, guidance: Guidance | None, random: 
 
 @dataclass(frozen=True)
 class PolicyAlgorithm:
-    """A line of the registry: how a policy learns under a guidance, its denoiser, and whether that knows labels."""
+    """A line of the registry: how a policy learns, when a guidance enters its loss, its network, whether it has labels."""
 
     loss: Callable[[Policy, Batch, Guidance | None, Randomness], Loss]
+    guided: Callable[[PolicySection], bool] = lambda section: section.eta > 0
     network: str = "mlp"
     labels: bool = False
 
 
+def _weighted(section: PolicySection) -> bool:
+    return section.advantage_weight != "none"
+
+
 POLICIES = {
-    "bc": PolicyAlgorithm(cloning_loss),
-    "idql": PolicyAlgorithm(cloning_loss, network="resnet"),
+    "bc": PolicyAlgorithm(cloning_loss, _weighted),
+    "idql": PolicyAlgorithm(cloning_loss, _weighted, network="resnet"),
     "dql": PolicyAlgorithm(chain_loss),
     "edp": PolicyAlgorithm(one_step_loss),
     "dac": PolicyAlgorithm(noise_regression_loss),
-    "cfg": PolicyAlgorithm(label_loss, labels=True),
+    "cfg": PolicyAlgorithm(label_loss, lambda section: section.label_dropout < 1, labels=True),
 }
 
 
@@ -955,10 +960,15 @@ def check_algorithms(run: Experiment) -> Experiment:
     return run.model_copy(update={"policy": section.model_copy(update={"network": network})})
 
 
+def learns_under_guidance(section: PolicySection) -> bool:
+    """Whether anything of a guidance ever enters a policy's loss."""
+    guided = section.scheme != "unguided" and section.guidance_from < section.guidance_until
+    return guided and POLICIES[section.algorithm].guided(section)
+
+
 def learns_labels(section: PolicySection) -> bool:
     """Whether a policy ever learns under a label."""
-    guided = section.scheme != "unguided" and section.guidance_from < section.guidance_until
-    return guided and POLICIES[section.algorithm].labels and section.label_dropout < 1
+    return POLICIES[section.algorithm].labels and learns_under_guidance(section)
 
 
 # --- acting -----------------------------------------------------------------------------------------------------

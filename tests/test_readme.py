@@ -1,4 +1,4 @@
-"""The README's tables follow from the code, and its Python runs. `python -P tests/test_readme.py` writes the tables anew."""
+"""The README's tables follow from the code, and its Python runs. `python tests/test_readme.py` writes the tables anew."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def with_table(text: str, heading: str) -> str:
 @pytest.mark.parametrize("heading", TABLES)
 def test_the_tables_follow_from_the_code(heading: str) -> None:
     text = FILE.read_text(encoding="utf-8")
-    assert with_table(text, heading) == text, "run `python -P tests/test_readme.py`"
+    assert with_table(text, heading) == text, "run `python tests/test_readme.py`"
 
 
 def test_the_front_door_is_short_and_has_both_command_lines() -> None:
