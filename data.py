@@ -695,8 +695,8 @@ def build_transitions(raw: dict[str, Array], max_episode_steps: int) -> dict[str
     else:
         rows = np.flatnonzero(~mark_timeouts(raw, max_episode_steps)[:-1])
         next_observations = raw["observations"][rows + 1]
-    kept = {key: raw[key][rows] for key in ("observations", "actions", "rewards", "terminals")}
-    return kept | {"next_observations": next_observations, "rows": rows}
+    columns = {key: raw[key][rows] for key in ("observations", "actions", "rewards", "terminals")}
+    return columns | {"next_observations": next_observations, "rows": rows}
 
 
 def discounted_returns(
@@ -773,13 +773,13 @@ def load_dataset(
     rewards = (raw["rewards"] * float(scale["multiplier"]) + float(scale["offset"])).astype(np.float32)
 
     chosen = _choose_episodes(complete, section.held_out, section.seed)
-    kept = np.repeat(chosen, lengths)  # (rows,) held out
+    held_out = np.repeat(chosen, lengths)  # (rows,)
     if section.held_out > 0 and not chosen.any():
         warnings += (f"{path}: a single episode, so none is held out.",)
 
     actions = scale_actions(raw["actions"], spec)
     transitions = build_transitions(raw | {"rewards": rewards, "actions": actions}, spec.max_episode_steps)
-    train = ~kept[transitions.pop("rows")]
+    train = ~held_out[transitions.pop("rows")]
     if not train.any():
         raise MdptError(
             f"{path}: no transition is left to train on; lower held_out (now {section.held_out}) or add episodes."
@@ -790,7 +790,11 @@ def load_dataset(
         environment=spec,
         **transitions,
         held_out=HeldOut(
-            raw["observations"][kept], actions[kept], rewards[kept], raw["terminals"][kept], timeouts[kept]
+            raw["observations"][held_out],
+            actions[held_out],
+            rewards[held_out],
+            raw["terminals"][held_out],
+            timeouts[held_out],
         ),
         episode_returns=episode_returns,
         reward_scale=scale,

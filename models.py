@@ -15,6 +15,7 @@ import hashlib
 import math
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -55,12 +56,15 @@ Bundle = dict[str, Any]
 def choose_products(wanted: str | None = None) -> str:
     """Route the CPU's float32 matrix products for this process: "oneDNN" or "default"; returns which it is.
 
-    wanted: what an earlier process used, taken where this one can; None: oneDNN where it serves. CUDA is untouched.
+    wanted: what an earlier process used, taken where this one can; None: oneDNN on a processor where that is faster.
+    The processor decides, not a timing: a run that goes on must not choose otherwise because the machine was busy. CUDA
+    is untouched.
     """
-    if not _onednn_serves():
-        return "default"
-    _switch().fp32_precision = "none" if wanted == "default" else "bf16"
-    return wanted or "oneDNN"
+    exact = _onednn_is_exact()
+    chosen = (wanted or ("oneDNN" if _has_wide_units() else "default")) if exact else "default"
+    if exact:
+        _switch().fp32_precision = "bf16" if chosen == "oneDNN" else "none"
+    return chosen
 
 
 def _switch() -> Any:
@@ -68,21 +72,14 @@ def _switch() -> Any:
 
 
 @functools.cache
-def _onednn_serves() -> bool:
-    """Whether oneDNN multiplies float32 exactly, on a processor for which MKL has only its AVX2 kernels.
+def _onednn_is_exact() -> bool:
+    """Whether oneDNN can be had, and multiplies in float32.
 
     torch sends products there only by leave to round them to bfloat16. oneDNN makes use of that leave where the
-    processor has units for it, so one product is checked. The processor decides, not a timing: a continued run must
-    not choose otherwise because the machine was busy.
+    processor has units for it, so one product is checked.
     """
     switch = _switch()
     if not hasattr(switch, "fp32_precision") or torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False
-    try:
-        processor = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        processor = platform.processor()
-    if "AuthenticAMD" not in processor:
         return False
     first, second = torch.randn(2, 2, 256, 256, generator=torch.Generator().manual_seed(0))
     exact = first.double() @ second.double()
@@ -90,6 +87,20 @@ def _onednn_serves() -> bool:
     error = (torch.bmm(first, second) - exact).abs().max() / exact.abs().max()
     switch.fp32_precision = "none"
     return bool(error < 1e-5)
+
+
+@functools.cache
+def _has_wide_units() -> bool:
+    """Whether the processor is AMD's with AVX-512 units of full width (family 26, Zen 5, or later).
+
+    MKL has only its AVX2 kernels for those, half as fast; family 25 does two halves of 256 bits, and gains nothing.
+    """
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = platform.processor()
+    family = re.search(r"[Ff]amily\s*:?\s*(\d+)", text)
+    return "AuthenticAMD" in text and family is not None and int(family[1]) >= 26
 
 
 # --- randomness and batches -------------------------------------------------------------------------------------
@@ -1218,7 +1229,7 @@ def train(
                 target["accounting"] = cost.read(learner, done)
             bundle["training"] = None if done == steps else learner.state()
             run.save(bundle)
-            history.kept = done
+            history.saved = done
         if stopped and done < steps:
             raise MdptError(f"interrupted after step {done} of {steps}; the same command goes on")
 
@@ -1240,11 +1251,11 @@ def keep_weights(bundle: Bundle, module: nn.Module, step: int, complete: bool, s
 class History:
     """What a run's losses and metrics were, averaged over the steps between two entries; it ends with the first NaN.
 
-    entries: of the bundle, which this continues. kept: the last step that was saved.
+    entries: of the bundle, which this continues. saved: the last step that was saved.
     """
 
     def __init__(self, entries: list[dict[str, Any]], start: int, seeds: Sequence[int]) -> None:
-        self.entries, self.kept, self.seeds = entries, start, seeds
+        self.entries, self.saved, self.seeds = entries, start, seeds
         self.pending: list[tuple[Tensor, dict[str, Tensor]]] = []
         self.start, self.began = start, time.perf_counter()
 
@@ -1270,9 +1281,9 @@ class History:
 
     def give_up(self, what: str, member: int, value: object, step: int) -> NoReturn:
         """End the run: raises MdptError."""
-        kept = f"the last good weights, of step {self.kept}, are kept" if self.kept else "no snapshot was reached"
+        last = f"the last good weights, of step {self.saved}, are kept" if self.saved else "no snapshot was reached"
         raise MdptError(
-            f"the {what} of member {member} (seed {self.seeds[member]}) became {value} at step {step}; {kept}; "
+            f"the {what} of member {member} (seed {self.seeds[member]}) became {value} at step {step}; {last}; "
             "lower learning_rate or look at the data"
         )
 

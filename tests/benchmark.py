@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--members", type=int, nargs="*", default=[1, 5])
     given = parser.parse_args()
     threads = sorted({1, len(os.sched_getaffinity(0))})
-    products = dict.fromkeys(["default", models.choose_products()])
+    products = dict.fromkeys(["default", models.choose_products("oneDNN")])
     print(f"torch {torch.__version__}, {len(os.sched_getaffinity(0))} cores\n")
     transitions = models.Transitions(random_transitions(100_000), "cpu")
     kinds = [("guidance", name) for name in models.GUIDANCES] + [("policy", name) for name in models.POLICIES]

@@ -920,7 +920,7 @@ def test_going_on_tells_another_device_or_other_products(folder: Path, monkeypat
         run("guidance toy.toml --out cut.pt", code=1)
     bundle = read("cut.pt")
     assert bundle["accounting"]["products"] == models.choose_products()
-    monkeypatch.setattr(models, "_onednn_serves", lambda: False)
+    monkeypatch.setattr(models, "_onednn_is_exact", lambda: False)
     for changed, text in (
         ({"device": "cuda:0"}, "begun on cuda, goes on on cpu"),
         ({"products": "oneDNN"}, "begun with oneDNN matrix products"),
