@@ -15,7 +15,6 @@ import hashlib
 import math
 import os
 import platform
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -56,12 +55,12 @@ Bundle = dict[str, Any]
 def choose_products(wanted: str | None = None) -> str:
     """Route the CPU's float32 matrix products for this process: "oneDNN" or "default"; returns which it is.
 
-    wanted: what an earlier process used, taken where this one can; None: oneDNN on a processor where that is faster.
-    The processor decides, not a timing: a run that goes on must not choose otherwise because the machine was busy. CUDA
-    is untouched.
+    wanted: what an earlier process used, taken where this one can; None: oneDNN on AMD's processors, for which MKL has
+    only its AVX2 kernels. The processor decides, not a timing: a run that goes on must not choose otherwise because the
+    machine was busy. CUDA is untouched.
     """
     exact = _onednn_is_exact()
-    chosen = (wanted or ("oneDNN" if _has_wide_units() else "default")) if exact else "default"
+    chosen = (wanted or ("oneDNN" if _is_amd() else "default")) if exact else "default"
     if exact:
         _switch().fp32_precision = "bf16" if chosen == "oneDNN" else "none"
     return chosen
@@ -90,17 +89,11 @@ def _onednn_is_exact() -> bool:
 
 
 @functools.cache
-def _has_wide_units() -> bool:
-    """Whether the processor is AMD's with AVX-512 units of full width (family 26, Zen 5, or later).
-
-    MKL has only its AVX2 kernels for those, half as fast; family 25 does two halves of 256 bits, and gains nothing.
-    """
+def _is_amd() -> bool:
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        text = platform.processor()
-    family = re.search(r"[Ff]amily\s*:?\s*(\d+)", text)
-    return "AuthenticAMD" in text and family is not None and int(family[1]) >= 26
+        return "AuthenticAMD" in platform.processor()
 
 
 # --- randomness and batches -------------------------------------------------------------------------------------
