@@ -687,6 +687,19 @@ def rivalry_table(results: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def show_evaluation(report: dict[str, Any], curve: bool) -> None:
+    """The tables of an evaluation, and for each policy its protocol and what it cost."""
+    results, entries = report["cells"], overall(report["summary"])
+    show_table(score_table(results[0], entries[0]["summary"]) if len(results) == 1 else policy_table(entries, curve))
+    last = {of_policy(cell, curve): cell for cell in results}
+    if len(last) > 1:
+        show_table(rivalry_table(list(last.values())))
+    for policy, cell in last.items():
+        name = f"{policy}: " if len(last) > 1 else ""
+        say(name + protocol_line(cell["protocol"] | ({"step": None} if curve else {}), len(cell["pairs"])))
+        say(f"{name}training cost: {account_line(cell['accounting'])}")
+
+
 def swap_tables(report: dict[str, Any]) -> Iterator[Table]:
     """Scores over pairs of members, and their change against the guidance of training."""
     scores = make_table("scores (0 to 100), statistics over pairs of members", "policy", "guidance", "seeds", "pairs")
@@ -1310,15 +1323,7 @@ def evaluate(
         film(cells[0], member, video, where)
         return
     report = play_cells(cells, json_file, overwrite, where)
-    results, entries = report["cells"], overall(report["summary"])
-    show_table(score_table(results[0], entries[0]["summary"]) if len(results) == 1 else policy_table(entries, curve))
-    last = {of_policy(cell, curve): cell for cell in results}
-    if len(last) > 1:
-        show_table(rivalry_table(list(last.values())))
-    for policy_name, cell in last.items():
-        name = f"{policy_name}: " if len(last) > 1 else ""
-        say(name + protocol_line(cell["protocol"] | ({"step": None} if curve else {}), len(cell["pairs"])))
-        say(f"{name}training cost: {account_line(cell['accounting'])}")
+    show_evaluation(report, curve)
     write_json(json_file, report)
     if plot_file is not None:
         (plot_curve if curve else plot_scores)(plot_file, report)
