@@ -339,12 +339,12 @@ def cut_into_tasks(cell: Cell, products: str) -> Iterator[Play]:
     episodes = range(cell.section.episodes)
     members = {i: select_members(cell.bundle, [i]) for i, _ in cell.pairs}
     teachers = {
-        j: None if cell.teacher is None or j is None else select_members(cell.teacher, [j]) for _, j in cell.pairs
+        j: select_members(cell.teacher, [j]) for _, j in cell.pairs if cell.teacher is not None and j is not None
     }
     for i, j in cell.pairs:
         for first in episodes[::TOGETHER]:
             some = tuple(episodes[first : first + TOGETHER])
-            yield Play(members[i], teachers[j], cell.how, cell.section.seed, some, products)
+            yield Play(members[i], None if j is None else teachers[j], cell.how, cell.section.seed, some, products)
 
 
 def make_result(cell: Cell, parts: Sequence[tuple[Array, Array]], products: str) -> dict[str, Any]:
@@ -1040,7 +1040,8 @@ def account_line(account: dict[str, Any]) -> str:
         f"{account['parameters_trained']:,} parameters trained of {account['parameters_held']:,} held, "
         f"optimizer {account['optimizer_bytes'] / 2**20:.1f} MiB, "
         f"peak {account['peak_bytes'] / 2**20:.1f} MiB above the data, "
-        f"{account['seconds']:.1f} s on {account['device']} ({account['products']} products), {account['seconds_per_1000_steps']:.2f} s per 1,000 steps"
+        f"{account['seconds']:.1f} s on {account['device']} ({account['products']} products), "
+        f"{account['seconds_per_1000_steps']:.2f} s per 1,000 steps"
     )
 
 
@@ -1076,10 +1077,7 @@ def refuse_to_overwrite(path: Path, overwrite: bool) -> None:
 
 # --- commands ---------------------------------------------------------------------------------------------------
 
-
 SPINS = "3000"  # turns a thread waits awake: the default, 300,000 and more, starves any other run on the same cores
-
-
 INTERRUPTED = 130
 
 

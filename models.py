@@ -1187,6 +1187,10 @@ class Run:
     interrupted: Callable[[], bool] = lambda: False
     tell: Callable[[str], None] = lambda text: None
 
+    def choose_products(self) -> str:
+        """What multiplies matrices: as in the run that was begun, where this machine can."""
+        return choose_products(None if self.begun is None else self.begun["accounting"]["products"])
+
 
 def train(
     learner: Learner,
@@ -1237,8 +1241,7 @@ def keep_weights(bundle: Bundle, module: nn.Module, step: int, complete: bool, s
         weights = {name: value for name, value in weights.items() if not name.startswith("actor.")}
     bundle.update(step=step, complete=complete, weights=weights)
     if snapshot:
-        acting = {name: value for name, value in weights.items() if name.startswith(ACTING)}
-        bundle["snapshots"] = bundle["snapshots"] | {step: acting}
+        bundle["snapshots"] = bundle["snapshots"] | {step: acting_weights(bundle)}
 
 
 class History:
@@ -1331,14 +1334,12 @@ def pick_device(name: str) -> str:
 
 def train_guidance(experiment: Experiment, dataset: Dataset, run: Run) -> Bundle:
     """Train a guidance from the data alone and judge it on held-out episodes."""
-    products = choose_products(None if run.begun is None else run.begun["accounting"]["products"])
     bundle = new_bundle("guidance", experiment, dataset)
     transitions = Transitions(vars(dataset), run.device)
-    cost = Cost(transitions.rows.device, products, run.begun)
+    cost = Cost(transitions.rows.device, run.choose_products(), run.begun)
     guidance = build_guidance(bundle, run.device, new=True)
     learner = Learner([(guidance, experiment.guidance)], lambda batch, random, _: guidance.loss(batch, random))
-    if run.begun is not None:
-        go_on(bundle, run, [(bundle, guidance)], learner)
+    go_on(bundle, run, [(bundle, guidance)], learner)
     train(learner, transitions, experiment.guidance, bundle, [(bundle, guidance)], cost, run)
     bundle["quality"] = guidance_quality(guidance, dataset, experiment.guidance.discount, run.device)
     run.save(bundle)
@@ -1348,10 +1349,9 @@ def train_guidance(experiment: Experiment, dataset: Dataset, run: Run) -> Bundle
 def train_policy(experiment: Experiment, dataset: Dataset, teacher: Bundle | None, run: Run) -> Bundle:
     """Train a policy under a frozen guidance, together with one ("joint"), or unguided."""
     section = experiment.policy
-    products = choose_products(None if run.begun is None else run.begun["accounting"]["products"])
     bundle = new_bundle("policy", experiment, dataset)
     transitions = Transitions(vars(dataset), run.device)
-    cost = Cost(transitions.rows.device, products, run.begun)
+    cost = Cost(transitions.rows.device, run.choose_products(), run.begun)
     policy = build_policy(bundle, run.device, new=True)
     parts: list[tuple[Bundle, Guidance | Policy]] = [(bundle, policy)]
     guidance: Guidance | None = None
@@ -1364,8 +1364,6 @@ def train_policy(experiment: Experiment, dataset: Dataset, teacher: Bundle | Non
         bundle["guidance"] = teacher | {"snapshots": {}, "training": None}  # what acts, not how it got there
         members = pair_members(policy.members, len(teacher["seeds"]))
         guidance = build_guidance(select_members(teacher, members), run.device)
-        if policy.algorithm.labels:
-            transitions.label(guidance)
 
     def loss(batch: Batch, random: Randomness, done: float) -> Loss:
         guided = section.guidance_from <= done < section.guidance_until
@@ -1379,18 +1377,20 @@ def train_policy(experiment: Experiment, dataset: Dataset, teacher: Bundle | Non
     tables: dict[str, TrainingSection] = {"guidance": experiment.guidance, "policy": section}
     frozen = [guidance] if guidance is not None and not joint else []
     learner = Learner([(module, tables[target["kind"]]) for target, module in parts], loss, frozen)
-    if run.begun is not None:
-        go_on(bundle, run, parts, learner)
+    go_on(bundle, run, parts, learner)
+    if frozen and policy.algorithm.labels:
+        transitions.label(frozen[0])
     train(learner, transitions, section, bundle, parts, cost, run)
     return bundle
 
 
 def go_on(bundle: Bundle, run: Run, parts: Sequence[tuple[Bundle, Guidance | Policy]], learner: Learner) -> None:
-    """Bring a new bundle, its modules and their optimizers to where the run that was begun stopped.
+    """Bring a new bundle, its modules and their optimizers to where the run that was begun stopped, if one was.
 
     Raises: MdptError where that was another run, naming what differs.
     """
-    begun = run.begun or {}
+    if (begun := run.begun) is None:
+        return
     check_same_run(bundle, begun, run.extend)
     bundle |= {key: begun[key] for key in ("step", "history", "accounting")}
     for target, module in parts:
@@ -1398,18 +1398,14 @@ def go_on(bundle: Bundle, run: Run, parts: Sequence[tuple[Bundle, Guidance | Pol
         target["snapshots"] = stored["snapshots"]
         module.load_state_dict(stored["weights"])
     learner.restore(begun["training"])
-    account, ours, theirs = (
-        begun["accounting"],
-        bundle["experiment"][bundle["kind"]],
-        begun["experiment"][bundle["kind"]],
-    )
-    longer = ours["steps"] != theirs["steps"]
-    schedule = f"; the learning rate now falls over {ours['steps']} steps, not {theirs['steps']}" if longer else ""
+    steps, planned = (each["experiment"][each["kind"]]["steps"] for each in (bundle, begun))
+    schedule = f"; the learning rate now falls over {steps} steps, not {planned}" if steps != planned else ""
     run.tell(f"going on from step {begun['step']}{schedule}")
-    if (was := account["device"].partition(":")[0]) != run.device:
-        run.tell(f"was begun on {was}, goes on on {run.device}: other random numbers than it would have had")
-    elif (way := account["products"]) != choose_products(way):
-        run.tell(f"was begun with {way} matrix products, which this machine has not: its rounding changes")
+    device, products = begun["accounting"]["device"].partition(":")[0], begun["accounting"]["products"]
+    if device != run.device:
+        run.tell(f"was begun on {device}, goes on on {run.device}: other random numbers than it would have had")
+    elif products != run.choose_products():
+        run.tell(f"was begun with {products} matrix products, which this machine has not: its rounding changes")
 
 
 def check_same_run(ours: Bundle, theirs: Bundle, extend: bool) -> None:
@@ -1423,12 +1419,12 @@ def check_same_run(ours: Bundle, theirs: Bundle, extend: bool) -> None:
             "--overwrite to replace it"
         )
     joint = ours["kind"] == "policy" and ours["experiment"]["policy"]["scheme"] == "joint"
-    unused = {"guidance": {"steps", "batch_size"} if joint else set(), "policy": set(), "data": set()}
+    unused = {"guidance": {"steps", "batch_size"} if joint else set()}  # the pace is the policy's
     fields = {
         f"[{table}] {key}": [bundle["experiment"][table].get(key) for bundle in (ours, theirs)]
         for table in ("guidance", "policy")
         if joint or table == ours["kind"]
-        for key in ours["experiment"][table].keys() - unused[table] - {"snapshots"}
+        for key in ours["experiment"][table].keys() - unused.get(table, set()) - {"snapshots"}
     }
     fields |= {
         f"[data] {key}": [bundle["experiment"]["data"].get(key) for bundle in (ours, theirs)]

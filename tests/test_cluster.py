@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import distributed  # type: ignore[import-untyped]
 import pytest
 from test_cli import EXECUTABLE, TOY, fail, run, write_toy_data
 
@@ -35,7 +36,9 @@ def cluster(workers: int) -> Iterator[tuple[str, list[Any]]]:
             time.sleep(0.1)
         address = json.loads(Path("scheduler.json").read_text())["address"]
         started += [dask(f"dask_worker {address} --nthreads 1 --no-nanny --no-dashboard") for _ in range(workers)]
-        time.sleep(5)
+        if workers:
+            with distributed.Client(address, set_as_default=False) as client:
+                client.wait_for_workers(workers, timeout=120)
         yield address, started[1:]
     finally:
         for process in started:
