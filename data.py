@@ -1029,8 +1029,6 @@ def _bundled_agent(environment_id: str) -> list[Array]:
 
 # --- rollouts ---------------------------------------------------------------------------------------------------
 
-TOGETHER = 5  # episodes of one pair of members in one task: a fixed number, so that no worker's share changes a product
-
 Act: TypeAlias = Callable[[Array, Array], Array]
 
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations, product
+from itertools import combinations, groupby, pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,7 +30,6 @@ import typer
 from typer.core import TyperGroup
 
 from mdpt.data import (
-    TOGETHER,
     Array,
     Dataset,
     EvaluationSection,
@@ -235,8 +234,19 @@ class Cell:
         return len(self.pairs) * self.section.episodes
 
     @property
-    def tasks(self) -> int:
-        return len(self.pairs) * math.ceil(self.section.episodes / TOGETHER)
+    def shares(self) -> list[tuple[int, list[tuple[int | None, int]]]]:
+        """Policy members, each with some rollouts (guidance member, episode): one product acts in all of them.
+
+        The more of them a cell has, the more go together. The number of workers changes nothing.
+        """
+        size = min(max(self.rollouts // 8, 5), 20)
+        found = []
+        for i, pairs in groupby(self.pairs, key=lambda pair: pair[0]):
+            rollouts = list(product([j for _, j in pairs], range(self.section.episodes)))
+            count = math.ceil(len(rollouts) / size)
+            bounds = [len(rollouts) * k // count for k in range(count + 1)]
+            found += [(i, rollouts[start:stop]) for start, stop in pairwise(bounds)]
+        return found
 
 
 def make_cell(
@@ -317,12 +327,12 @@ def play_cells(cells: Sequence[Cell], file: Path | None, overwrite: bool, worker
         rollouts = sum(cell.rollouts for cell in left)
         say(f"{len(left)} of {len(cells)} cells to play, members paired {kind}: {rollouts} rollouts", stderr=True)
     tasks = (task for cell in left for task in cut_into_tasks(cell, products))
-    found = parallel(models.play, tasks, workers, sum(cell.tasks for cell in left))
+    found = parallel(models.play, tasks, workers, sum(len(cell.shares) for cell in left))
     done = 0
     with closing(found), progress("play", max(1, sum(cell.rollouts for cell in left))) as show:
         for cell in left:
             parts = []
-            for _ in range(cell.tasks):
+            for _ in cell.shares:
                 parts.append(next(found))
                 done += len(parts[-1][0])
                 show(done, "episodes")
@@ -333,18 +343,20 @@ def play_cells(cells: Sequence[Cell], file: Path | None, overwrite: bool, worker
 
 
 def cut_into_tasks(cell: Cell, products: str) -> Iterator[Play]:
-    """A cell's rollouts in tasks for workers, always the same: a few episodes of one pair of members each."""
+    """A cell's rollouts in tasks for workers, always the same: some of one policy member's each."""
     from mdpt.models import Play, select_members
 
-    episodes = range(cell.section.episodes)
-    members = {i: select_members(cell.bundle, [i]) for i, _ in cell.pairs}
-    teachers = {
-        j: select_members(cell.teacher, [j]) for _, j in cell.pairs if cell.teacher is not None and j is not None
-    }
-    for i, j in cell.pairs:
-        for first in episodes[::TOGETHER]:
-            some = tuple(episodes[first : first + TOGETHER])
-            yield Play(members[i], None if j is None else teachers[j], cell.how, cell.section.seed, some, products)
+    for i, rollouts in cell.shares:
+        judges = sorted({j for j, _ in rollouts if j is not None})
+        yield Play(
+            policy=select_members(cell.bundle, [i]),
+            guidance=None if cell.teacher is None else select_members(cell.teacher, judges),
+            judges=tuple(judges.index(j) for j, _ in rollouts if j is not None),
+            episodes=tuple(episode for _, episode in rollouts),
+            how=cell.how,
+            seed=cell.section.seed,
+            products=products,
+        )
 
 
 def make_result(cell: Cell, parts: Sequence[tuple[Array, Array]], products: str) -> dict[str, Any]:
@@ -948,7 +960,8 @@ def film(cell: Cell, seed: int | None, path: Path, workers: Workers) -> None:
     if seed is not None and seed not in seeds:
         raise MdptError(f"--member {seed}: the seeds in {cell.policy} are {', '.join(map(str, seeds))}")
     pair = cell.pairs[0 if seed is None else seeds.index(seed)]
-    task = next(cut_into_tasks(replace(cell, pairs=[pair]), models.choose_products()))
+    once = replace(cell, pairs=[pair], section=cell.section.model_copy(update={"episodes": 1}))
+    tasks = list(cut_into_tasks(once, models.choose_products()))
     frames = []
     with progress("film", cell.bundle["environment"]["max_episode_steps"]) as show:
 
@@ -964,7 +977,7 @@ def film(cell: Cell, seed: int | None, path: Path, workers: Workers) -> None:
         def shoot(task: Play, watch: Watch) -> None:
             models.play(task, watch, look=look, every=FRAME_EVERY)
 
-        list(parallel(shoot, [replace(task, episodes=task.episodes[:1])], replace(workers, count=1, cluster=None), 1))
+        list(parallel(shoot, tasks, replace(workers, count=1, cluster=None), 1))
     try:
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=50, loop=0)
     except OSError as error:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise, zip_longest
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Protocol, Self
 
 import numpy as np
 import torch
@@ -782,7 +782,7 @@ class Policy(nn.Module):
         *,
         candidates: int = 1,
         w: float = 1.0,
-        guidance: Guidance | None = None,
+        guidance: Ranker | None = None,
         guidance_weight: float = 0.0,
     ) -> Tensor:
         """Actions of the averaged policy: raw observations (S, B, O) -> (S, B N, A), the N of a state side by side.
@@ -1020,10 +1020,31 @@ def pick_inference(run: Experiment, guided: bool) -> tuple[Inference, dict[str, 
     }
 
 
+class Ranker(Protocol):
+    """What acting asks of a guidance."""
+
+    def q(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Values of actions, as `Guidance.q`."""
+
+
+@dataclass(frozen=True)
+class RowsApart:
+    """Guidances of one member that share the rows out: the first judges the first `sizes[0]`, and so on."""
+
+    guidances: Sequence[Guidance]
+    sizes: Sequence[int]
+
+    def q(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Raw (1, rows, O), scaled (1, rows, A) -> (1, rows)."""
+        shares = (torch.split(tensor, list(self.sizes), dim=1) for tensor in (observations, actions))
+        judged = zip(self.guidances, *shares, strict=True)
+        return torch.cat([guidance.q(states, chosen) for guidance, states, chosen in judged], dim=1)
+
+
 @torch.no_grad()
 def act(
     policy: Policy,
-    guidance: Guidance | None,
+    guidance: Ranker | None,
     observations: Tensor,
     noises: Tensor,
     uniform: Tensor,
@@ -1054,16 +1075,26 @@ def act(
 
 
 class Agent:
-    """One policy member, perhaps under one guidance member, in numbered episodes that run side by side.
+    """One policy member in numbered episodes that run side by side, perhaps under a guidance member each.
 
-    What it draws depends on the member's seed, the episode's number, the step and `seed` alone.
+    judges: the position of each episode's guidance member, ascending; by default the first serves all. What an episode
+    draws depends on the policy member's seed, the episode's number, the step and `seed` alone.
     """
 
     def __init__(
-        self, policy: Bundle, guidance: Bundle | None, how: Inference, *, seed: int, episodes: Sequence[int]
+        self,
+        policy: Bundle,
+        guidance: Bundle | None,
+        how: Inference,
+        *,
+        seed: int,
+        episodes: Sequence[int],
+        judges: Sequence[int] | None = None,
     ) -> None:
         self.policy, self.how = build_policy(policy, "cpu"), how
-        self.guidance = None if guidance is None else build_guidance(guidance, "cpu")
+        members = range(0 if guidance is None else len(guidance["seeds"]))
+        self.guidances = [build_guidance(select_members(guidance or {}, [member]), "cpu") for member in members]
+        self.judges = np.array(judges or [0] * len(episodes))
         (member,) = policy["seeds"]
         self.random = Randomness([f"{member} episode {episode}" for episode in episodes], f"evaluate {seed}")
 
@@ -1075,19 +1106,22 @@ class Agent:
         self.random.step += 1
         states = torch.from_numpy(observations)[None]
         noises = noises.transpose(0, 1).flatten(1, 2)[None]  # (1, T, R N, A)
-        actions: Array = act(self.policy, self.guidance, states, noises, uniform[None], self.how)[0].numpy()
+        sizes = count * np.bincount(self.judges[running], minlength=len(self.guidances))
+        ranker = RowsApart(self.guidances, sizes.tolist()) if self.guidances else None
+        actions: Array = act(self.policy, ranker, states, noises, uniform[None], self.how)[0].numpy()
         return actions
 
 
 @dataclass(frozen=True)
 class Play:
-    """A task for a worker: episodes of one policy member under one guidance member (bundles of one member)."""
+    """A task for a worker: rollouts of a policy of one member, each a number of episode and a judge, as for `Agent`."""
 
     policy: Bundle
     guidance: Bundle | None
+    judges: tuple[int, ...]
+    episodes: tuple[int, ...]
     how: Inference
     seed: int
-    episodes: tuple[int, ...]
     products: str
 
 
@@ -1099,7 +1133,7 @@ def play(task: Play, watch: Watch, **film: Any) -> tuple[Array, Array]:
     torch.set_num_threads(1)
     try:
         choose_products(task.products)
-        agent = Agent(task.policy, task.guidance, task.how, seed=task.seed, episodes=task.episodes)
+        agent = Agent(task.policy, task.guidance, task.how, seed=task.seed, episodes=task.episodes, judges=task.judges)
         spec = EnvironmentSpec(**task.policy["environment"])
         return rollout(agent, spec, task.episodes, seed=task.seed, watch=watch, **film)
     finally:

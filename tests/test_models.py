@@ -1744,6 +1744,22 @@ def test_an_episode_depends_on_seeds_its_number_and_the_step_alone(how: Inferenc
     assert (first - second).abs().amax(1).min() > 1e-3
 
 
+@pytest.mark.parametrize("how", HOW.values(), ids=HOW)
+def test_episodes_under_several_judges_are_what_each_is_under_one(how: Inference) -> None:
+    teacher = guidance_bundle(frozen_guidance(SEEDS), SEEDS)
+    member, episodes, judges = select_members(policy_bundle(SEEDS, teacher), [1]), (4, 4, 5, 6), (0, 1, 1, 1)
+    together = Agent(member, teacher, how, seed=0, episodes=episodes, judges=judges)
+    apart = [
+        Agent(member, select_members(teacher, [judge]), how, seed=0, episodes=[episode])
+        for episode, judge in zip(episodes, judges, strict=True)
+    ]
+    states = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
+    for running in ([0, 1, 2, 3], [0, 1, 2, 3], [1, 3], [1, 3], [3]):  # the first judge's and one more end early
+        chosen = together(states[running], np.array(running))
+        for row, place in zip(chosen, running, strict=True):
+            near(torch.from_numpy(row), apart[place](states[[place]], np.arange(1))[0])
+
+
 def test_a_loaded_agent_acts_in_the_environments_unit(tmp_path: Path) -> None:
     path, teacher = tmp_path / "p.pt", guidance_bundle(frozen_guidance(SEEDS), SEEDS)
     bundle = policy_bundle(SEEDS, teacher)
