@@ -13,19 +13,24 @@ import ctypes
 import difflib
 import faulthandler
 import hashlib
+import http.client
 import importlib.metadata
 import importlib.util
 import json
 import os
+import random
 import re
 import runpy
 import signal
+import sys
 import tempfile
 import threading
 import time
+import urllib.request
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 
@@ -60,6 +65,8 @@ def version() -> str:
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Widths = Annotated[list[Positive], Field(min_length=1, max_length=16)]
+MAKES_OWN = {"id", "environment_id", "max_episode_steps", "disable_env_checker", "render_mode"}  # gymnasium.make's
+Pair = Annotated[tuple[float, float], Field(strict=False)]
 Activation = Literal["relu", "mish"]
 
 
@@ -72,12 +79,22 @@ class Section(BaseModel):
 class DataSection(Section):
     """[data]: which transitions to learn from."""
 
-    source: Literal["collect", "hdf5"] = Field("collect", description="roll out bundled agents, or read a D4RL file")
-    environment: str = Field("HopperBulletEnv-v0", description="gymnasium id")
-    reference: str | Annotated[tuple[float, float], Field(strict=False)] = Field(
-        "bullet-hopper", description="D4RL family whose returns are scores 0 and 100, or [min, max]"
+    source: Literal["collect", "hdf5", "d4rl", "minari", "arrays"] = Field(
+        "collect",
+        description="roll out bundled agents, read a file in D4RL's format, or name a dataset; arrays: Python",
     )
-    path: str | None = Field(None, description="the file, for source hdf5")
+    dataset: str | None = Field(None, description="its name, for sources d4rl and minari")
+    path: str | None = Field(None, description="the file, for source hdf5; seen from the experiment file")
+    environment: str | None = Field(
+        None, description="gymnasium id; by default the source's own; where there is none, scores are offline"
+    )
+    environment_kwargs: dict[str, Any] = Field({}, description="what the environment is made with")
+    max_episode_steps: Positive | None = Field(None, description="time limit; by default the environment's")
+    observation_columns: Positive | None = Field(None, description="use so many of the data's, from the first on")
+    action_range: Pair = Field((-1.0, 1.0), description="bounds of actions where there is no environment")
+    reference: str | Pair | None = Field(
+        None, description="D4RL family or [min, max], whose returns are scores 0 and 100; by default the source's own"
+    )
     transitions: Annotated[int, Field(ge=100)] = Field(200_000, description="environment steps to collect")
     levels: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = Field(
         [0.2, 0.4, 0.6, 0.8], description="perturbation of the agent's weights, drawn per episode; equal shares"
@@ -85,22 +102,33 @@ class DataSection(Section):
     action_noise: Annotated[float, Field(ge=0)] | list[Annotated[float, Field(ge=0)]] = Field(
         0.1, description="deviation of noise on collected actions; one for all levels, or a list with one for each"
     )
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="of collection and of the choice of held-out episodes")
-    held_out: Annotated[float, Field(ge=0, le=0.5)] = Field(0.05, description="fraction of episodes kept from training")
-    reward_scale: Literal["none", "return-range", "minus-one"] | Annotated[float, Field(gt=0)] = Field(
-        "return-range", description="return-range: episode length / (best - worst return); minus-one; or a factor"
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of collection and of the choice of episodes")
+    fraction: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="of whole episodes to use at all")
+    held_out: Annotated[float, Field(ge=0, le=0.5)] = Field(0.05, description="fraction of these kept from training")
+    reward_scale: Literal["none", "return-range", "minus-one"] | Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="return-range: episode length / (best - worst return); minus-one; none; or a factor; by default "
+        "the source's own, else return-range",
     )
+    storage: Literal["memory", "disk"] = Field("memory", description="disk: for more transitions than memory holds")
 
     @model_validator(mode="after")
     def _source_is_complete(self) -> DataSection:
-        if self.source == "hdf5" and self.path is None:
-            raise ValueError("source 'hdf5' needs a path")
-        if self.source == "collect" and self.path is not None:
-            raise ValueError("path is only for source 'hdf5'")
+        for key, needed in (("path", ("hdf5",)), ("dataset", ("d4rl", "minari"))):
+            if self.source in needed and getattr(self, key) is None:
+                raise ValueError(f"source {self.source!r} needs a {key}")
+            if self.source not in needed and getattr(self, key) is not None:
+                raise ValueError(f"{key} is only for source {' and '.join(map(repr, needed))}")
+        if self.environment_kwargs and self.environment is None:
+            raise ValueError("environment_kwargs are for a named environment")
+        if own := sorted(self.environment_kwargs.keys() & MAKES_OWN):
+            raise ValueError(f"environment_kwargs has {own[0]!r}, which is not the environment's to be given")
         if self.transitions % len(self.levels):
             raise ValueError(f"transitions {self.transitions} cannot be shared equally by {len(self.levels)} levels")
         if isinstance(self.action_noise, list) and len(self.action_noise) != len(self.levels):
             raise ValueError(f"action_noise has {len(self.action_noise)} entries for {len(self.levels)} levels")
+        if not self.action_range[0] < self.action_range[1]:
+            raise ValueError(f"action_range {list(self.action_range)} should be [low, high] with low < high")
         return self
 
 
@@ -211,17 +239,43 @@ class Experiment(Section):
 def load_experiment(path: Path, overrides: Sequence[str]) -> Experiment:
     """Read and check an experiment file; each override is "table.key=value", its value written as in TOML.
 
+    `extends = "base.toml"` takes from another file what this one leaves out. Paths are seen from the file they are in.
+
     Raises: MdptError naming file, table, key, value and what is allowed.
     """
+    return check_experiment(str(path), _read_tables(path, ()), overrides)
+
+
+def _read_tables(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not path.is_file():
-        raise MdptError(f"{path}: no such experiment file; hopper.toml in the repository is one to start from")
+        problem = f"{path}: is a folder" if path.is_dir() else f"{path}: no such experiment file in {Path.cwd()}"
+        by = f", which {seen[-1]} extends" if seen else "; hopper.toml in the repository is one to start from"
+        raise MdptError(problem + by)
     try:
         content = tomli.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MdptError(f"{path}: cannot be read ({error.strerror})") from error
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
         raise MdptError(f"{path}: is not TOML: {error}") from error
-    return check_experiment(str(path), content, overrides)
+    table = content.get("data")
+    if isinstance(table, dict) and isinstance(table.get("path"), str):
+        table["path"] = _absolute(table["path"], path.parent)
+    if (base := content.pop("extends", None)) is None:
+        return content
+    if not isinstance(base, str):
+        raise MdptError(f"{path}: extends = {base!r}: expected the name of one file")
+    other = Path(_absolute(base, path.parent))
+    if other in (seen := (*seen, Path(_absolute(str(path), Path())))):
+        raise MdptError(f"{path}: extends = {base!r}: that file is extended by this one")
+    inherited = _read_tables(other, seen)
+    for key, value in content.items():
+        known = inherited.get(key)
+        inherited[key] = known | value if isinstance(known, dict) and isinstance(value, dict) else value
+    return inherited
+
+
+def _absolute(name: str, folder: Path) -> str:
+    return os.path.abspath(os.path.join(folder, os.path.expanduser(name)))
 
 
 def check_experiment(where: str, content: dict[str, Any], overrides: Sequence[str] = ()) -> Experiment:
@@ -280,26 +334,45 @@ def _explain(path: str, error: ValidationError) -> str:
 
 @dataclass(frozen=True)
 class EnvironmentSpec:
-    """What the rest of the tool needs to know of an environment; action bounds have A entries each."""
+    """How an environment is made and what the rest of the tool needs to know of it, as plain values.
 
-    id: str
+    id: None where there is the data alone. Observations of a Dict are flattened by key. Action bounds have A entries
+    each. repeatable: whether `reset(seed=...)` and the actions decide all that happens.
+    """
+
+    id: str | None
     observation_dim: int
     action_dim: int
     action_low: tuple[float, ...]
     action_high: tuple[float, ...]
     max_episode_steps: int
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    flattened: bool = False
+    repeatable: bool = field(default=True, compare=False)
+
+    @property
+    def name(self) -> str:
+        return self.id or "the data"
 
 
-def environment_spec(environment_id: str) -> EnvironmentSpec:
-    """Dimensions, action bounds and time limit of a gymnasium environment; PyBullet's are known, too.
+def environment_spec(
+    environment_id: str, kwargs: dict[str, Any] | None = None, max_episode_steps: int | None = None
+) -> EnvironmentSpec:
+    """What a gymnasium environment is, tried for a few steps; PyBullet's are known, too. max_episode_steps: its own.
 
-    Raises: MdptError for an unknown id, spaces that are not flat boxes, actions that cannot be scaled from their
-    bounds, or no time limit.
+    Raises: MdptError for an unknown id, spaces that are no boxes, actions that cannot be scaled from their bounds, no
+    time limit, or one that breaks gymnasium's contract: by what.
     """
+    kwargs = kwargs or {}
+    options = {} if max_episode_steps is None else {"max_episode_steps": max_episode_steps}
+    with _quiet(1):  # PyBullet writes there at each connection
+        spec = _describe(_make(environment_id, **kwargs, **options), environment_id, kwargs)
+        return replace(spec, repeatable=_try(spec))
+
+
+def _describe(environment: gymnasium.Env[Any, Any], environment_id: str, kwargs: dict[str, Any]) -> EnvironmentSpec:
     from gymnasium.spaces import Box
 
-    environment = _make(environment_id)
-    environment.close()
     observations: Any = environment.observation_space
     actions: Any = environment.action_space
     for name, space in (("observation", observations), ("action", actions)):
@@ -308,7 +381,7 @@ def environment_spec(environment_id: str) -> EnvironmentSpec:
     if not np.issubdtype(actions.dtype, np.floating):
         raise MdptError(f"{environment_id}: its actions are {actions.dtype}, {actions}; only floats can be learned.")
     if environment.spec is None or not environment.spec.max_episode_steps:
-        raise MdptError(f"{environment_id}: it has no time limit; register it with max_episode_steps.")
+        raise MdptError(f"{environment_id}: it has no time limit; set [data] max_episode_steps.")
     spec = EnvironmentSpec(
         id=environment_id,
         observation_dim=observations.shape[0],
@@ -316,6 +389,8 @@ def environment_spec(environment_id: str) -> EnvironmentSpec:
         action_low=tuple(actions.low.tolist()),
         action_high=tuple(actions.high.tolist()),
         max_episode_steps=environment.spec.max_episode_steps,
+        kwargs=kwargs,
+        flattened=any(type(layer).__name__ == "FlattenObservation" for layer in _layers(environment)),
     )
     with np.errstate(over="ignore", invalid="ignore"):
         _, half = _center_and_half(spec)
@@ -324,6 +399,79 @@ def environment_spec(environment_id: str) -> EnvironmentSpec:
             f"{environment_id}: its actions lack finite bounds that differ, {actions}; wrap it to give such."
         )
     return spec
+
+
+def _layers(environment: Any) -> Iterator[Any]:
+    while environment is not environment.unwrapped:
+        yield environment
+        environment = environment.env
+
+
+def _try(spec: EnvironmentSpec, steps: int = 5) -> bool:
+    """Whether two episodes that should be the same are, for a few steps. Raises: MdptError for a broken contract."""
+    watch, seen = Watch(float("inf")), []
+    actions = unscale_actions(np.random.default_rng(0).uniform(-0.1, 0.1, (steps, spec.action_dim)), spec)
+    for _ in range(2):
+        seed_generators(0)
+        with watch.over(f"{spec.id}: its reset"):
+            inner: Any = make_environment(spec)
+            environment = inner
+            while type(inner).__name__ in ("TimeLimit", "OrderEnforcing", "FlattenObservation"):  # they would unpack
+                inner = inner.env
+            started = inner.reset(seed=0)
+            if not isinstance(started, tuple) or len(started) != 2:
+                raise ValueError(f"expected (observation, info) as in gymnasium, got {type(started).__name__}; wrap it")
+        with watch.over(f"{spec.id}: its step"):
+            stepped = inner.step(actions[0])
+            if not isinstance(stepped, tuple) or len(stepped) != 5:
+                got = f"{len(stepped)} values" if isinstance(stepped, tuple) else type(stepped).__name__
+                raise ValueError(
+                    f"expected (observation, reward, terminated, truncated, info) as in gymnasium, got {got}; wrap it"
+                )
+            seen.append([reset(environment, spec, 1)])
+            for action in actions:
+                observation, reward, terminal, timeout = take_step(environment, spec, action)
+                seen[-1] += [observation, np.array(reward)]
+                if terminal or timeout:
+                    break
+            environment.close()
+    return len(seen[0]) == len(seen[1]) and all(map(np.array_equal, *seen))
+
+
+def reset(environment: gymnasium.Env[Any, Any], spec: EnvironmentSpec, seed: int) -> Array:
+    """The observation (O,) float32 that an episode starts with. Raises: ValueError for one of another kind."""
+    return _checked(environment.reset(seed=seed)[0], spec)
+
+
+def take_step(
+    environment: gymnasium.Env[Any, Any], spec: EnvironmentSpec, action: Array
+) -> tuple[Array, float, bool, bool]:
+    """Observation (O,) float32, reward, terminal, timeout.
+
+    Raises: ValueError for a reward or observation of another kind than gymnasium's, or not finite.
+    """
+    observation, reward, terminal, timeout, _ = environment.step(action)
+    number = np.asarray(reward)
+    if number.ndim or number.dtype.kind not in "biuf" or not np.isfinite(number):
+        raise ValueError(f"its reward is {reward!r}, expected one finite number")
+    return _checked(observation, spec), float(reward), bool(terminal), bool(timeout)
+
+
+def _checked(observation: Any, spec: EnvironmentSpec) -> Array:
+    with np.errstate(over="ignore"):
+        found = np.asarray(observation, dtype=np.float32)
+    if found.shape != (spec.observation_dim,):
+        raise ValueError(f"its observation has shape {found.shape}, its space ({spec.observation_dim},)")
+    if not np.isfinite(found).all():
+        raise ValueError(f"its observation is not finite: {found.tolist()}")
+    return found
+
+
+def seed_generators(*numbers: int) -> None:
+    """Seed Python's and NumPy's global generators, for environments that draw from them."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 def scale_actions(actions: Array, spec: EnvironmentSpec) -> Array:
@@ -351,14 +499,20 @@ def _bounds(spec: EnvironmentSpec) -> tuple[Array, Array]:
 def _make(environment_id: str, **options: Any) -> gymnasium.Env[Any, Any]:
     import gymnasium
 
-    with _quiet(1, 2):
-        for name in ("pybullet", "pybullet_envs_gymnasium"):  # the one announces itself, the other registers
-            importlib.import_module(name)
+    register_environments()
+    if "mujoco" in str(getattr(gymnasium.registry.get(environment_id), "entry_point", "")):
+        mujoco: Any = importlib.import_module("mujoco")  # of whose warnings it would keep a log where the user is
+        mujoco.set_mju_user_warning(lambda text: None)
     try:
-        return gymnasium.make(environment_id, disable_env_checker=True, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # an older version is what old data were made in
+            environment = gymnasium.make(environment_id, disable_env_checker=True, **options)
+        if isinstance(environment.observation_space, gymnasium.spaces.Dict):
+            environment = gymnasium.wrappers.FlattenObservation(environment)
+        return environment
     except Exception as error:
         module, _, name = environment_id.rpartition(":")
-        if module and isinstance(error, ImportError):
+        if module and module not in sys.modules and isinstance(error, ImportError):
             hint = f"{_one_line(error)}. Install it, or put its folder on PYTHONPATH."
             raise MdptError(f"{environment_id}: the module {module} cannot be imported. {hint}") from error
         if name in gymnasium.registry:
@@ -368,13 +522,34 @@ def _make(environment_id: str, **options: Any) -> gymnasium.Env[Any, Any]:
         raise MdptError(f"{environment_id}: no such environment is registered with gymnasium. {hint}") from error
 
 
-def make_environment(environment_id: str, **options: Any) -> gymnasium.Env[Any, Any]:
+def register_environments() -> None:
+    """Let gymnasium know PyBullet's environments, and gymnasium-robotics' where they are installed."""
+    with _quiet(1, 2):
+        for name in ("pybullet", "pybullet_envs_gymnasium"):  # the one announces itself, the other registers
+            importlib.import_module(name)
+        with contextlib.suppress(Exception):  # where it is not installed, or not whole
+            importlib.import_module("gymnasium_robotics")
+
+
+def make_environment(spec: EnvironmentSpec, **options: Any) -> gymnasium.Env[Any, Any]:
     """An environment whose episodes depend on nothing but `reset(seed=...)` and the actions.
 
     PyBullet's first episode, in which it loads its bodies, differs from a later one with the same seed, so it is
     spent here.
+
+    Raises: MdptError also where the environment is not what it was when it was described, naming what differs.
     """
-    environment = _make(environment_id, **options)
+    if spec.id is None:
+        raise MdptError("there is no environment to play in; name one in [data]")
+    environment = _make(spec.id, max_episode_steps=spec.max_episode_steps, **spec.kwargs, **options)
+    today = asdict(_describe(environment, spec.id, spec.kwargs))
+    changed = [
+        f"{key} was {was}, is {today[key]}"
+        for key, was in asdict(spec).items()
+        if was != today[key] and key != "repeatable"
+    ]
+    if changed:
+        raise MdptError(f"{spec.id}: is another environment than when this was trained: {'; '.join(changed)}.")
     environment.reset(seed=0)
     return environment
 
@@ -566,99 +741,569 @@ def _watched(work: Callable[[Task, Watch], Found], task: Task, timeout: float, *
 
 # --- sources ----------------------------------------------------------------------------------------------------
 
+Show: TypeAlias = Callable[[str, int, int], None]  # what is going on, how far it is, of how much
+Known: TypeAlias = tuple[dict[str, Any], str, tuple[str, ...]]  # fields of [data], why nothing can play it, warnings
 
-def read_hdf5(path: Path, spec: EnvironmentSpec) -> tuple[dict[str, Array], tuple[str, ...]]:
-    """The checked arrays of a file in D4RL's format, and warnings.
 
-    observations (n, O), actions (n, A), rewards (n,) and, where the file has it, next_observations (n, O) as
-    float32; terminals and, where the file has it, timeouts (n,) as bool. Other keys are not read.
+@dataclass(frozen=True)
+class Source:
+    """A line of the registry: what is known of a dataset beforehand, and its file or its arrays."""
 
-    Raises: MdptError that names the key and the first row at fault.
+    know: Callable[[DataSection], Known]
+    read: Callable[[DataSection, Workers, Show], Path | dict[str, Array]]
+
+
+def _given(section: DataSection, workers: Workers, show: Show) -> dict[str, Array]:
+    raise MdptError("[data] source = 'arrays': the arrays come from Python, as load_dataset(section, arrays=...)")
+
+
+def _collected(environment: str) -> Known:
+    _bundled_agent(environment)
+    return {"environment": environment, "reference": BULLET.get(environment)}, "", ()
+
+
+BULLET = {f"{name}BulletEnv-v0": f"bullet-{name.lower()}" for name in ("Ant", "HalfCheetah", "Hopper", "Walker2D")}
+NO_ENVIRONMENT = "[data] names no environment"
+SOURCES = {
+    "collect": Source(
+        lambda section: _collected(section.environment or "HopperBulletEnv-v0"),
+        lambda section, workers, show: collect_dataset(section, workers, show),
+    ),
+    "hdf5": Source(
+        lambda section: ({}, NO_ENVIRONMENT, ()),
+        lambda section, workers, show: Path(section.path or ""),
+    ),
+    "d4rl": Source(
+        lambda section: d4rl_facts(section.dataset or ""),
+        lambda section, workers, show: find_d4rl(section.dataset or "", _cache_folder(), partial(show, "download")),
+    ),
+    "minari": Source(
+        lambda section: minari_facts(section.dataset or ""),
+        lambda section, workers, show: read_minari(section.dataset or ""),
+    ),
+    "arrays": Source(lambda section: ({}, NO_ENVIRONMENT, ()), _given),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """What a source gives, unread: arrays or datasets of an open file under D4RL's keys, a row for each step.
+
+    observations (n, O), actions (n, A), rewards (n,), terminals (n,), perhaps next_observations (n, O), timeouts (n,).
+    """
+
+    name: str
+    where: str
+    arrays: Mapping[str, Any]
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> Array:
+        """Rows of a column: float32, or bool for flags. Raises: MdptError, also with the first row at fault."""
+        try:
+            array = np.asarray(self.arrays[key][start:stop])
+        except (OSError, RuntimeError, LookupError, TypeError, ValueError, MemoryError) as error:  # h5py, where damaged
+            raise damaged(self.where, error) from error
+        if key in FLAGS:
+            self.forbid(key, array, (array != 0) & (array != 1), "expected only 0 and 1", start)
+            return array.astype(np.bool_).reshape(len(array))
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is reported as such
+            array = array.astype(np.float32)
+        self.forbid(key, array, ~np.isfinite(array), "expected finite numbers", start)
+        return array.reshape(len(array)) if key == "rewards" else array
+
+    def forbid(self, key: str, array: Array, bad: Array, expected: str, start: int) -> None:
+        if bad.any():
+            row = int(np.argmax(bad.reshape(len(bad), -1).any(axis=1)))
+            raise MdptError(f"{self.where}: {key!r} row {start + row} is {array[row].tolist()}, {expected}.")
+
+
+KEYS = ("observations", "actions", "rewards", "terminals", "next_observations", "timeouts")
+FLAGS = ("terminals", "timeouts")
+
+
+def damaged(where: Path | str, error: Exception) -> MdptError:
+    return MdptError(f"{where}: a truncated or damaged HDF5 file; get it again. {_one_line(error)}")
+
+
+@contextlib.contextmanager
+def open_hdf5(path: Path) -> Iterator[Columns]:
+    """The columns of a file in D4RL's format; other keys are not read, and nothing outside the file is.
+
+    Raises: MdptError for a file that is missing, something else, damaged or held open by a writer.
     Source: the D4RL wiki, "Off-policy evaluation and dataset format".
     """
-    columns = {"observations": spec.observation_dim, "actions": spec.action_dim, "rewards": 0, "terminals": 0}
-    optional = {"next_observations": spec.observation_dim, "timeouts": 0}
-    raw = _read_arrays(path, [*columns], [*optional])
-    rows = len(raw["observations"]) if raw["observations"].ndim else 0
-    for key, array in raw.items():
-        width = (columns | optional)[key]
-        expected = (rows, width) if width else (rows,)
-        if array.dtype.kind not in "biuf":
-            raise MdptError(f"{path}: {key!r} holds {array.dtype}, expected numbers.")
-        if not width and array.shape == (rows, 1):
-            array = array[:, 0]
-        if array.shape != expected:
-            raise MdptError(f"{path}: {key!r} has shape {array.shape}, expected {expected} for {spec.id}.")
-        if key in ("terminals", "timeouts"):
-            _forbid(path, key, array, (array != 0) & (array != 1), "expected only 0 and 1")
-            raw[key] = array.astype(np.bool_)
-        else:
-            with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is reported as such
-                raw[key] = array.astype(np.float32)
-            _forbid(path, key, raw[key], ~np.isfinite(raw[key]), "expected finite numbers")
-    if rows < 2:
-        raise MdptError(f"{path}: {rows} row(s), expected at least 2.")
-
-    warnings = []
-    low, high = _bounds(spec)
-    actions = raw["actions"]
-    excess = np.maximum(low - actions, actions - high)
-    bounds = f"expected within {low.tolist()} and {high.tolist()} of {spec.id}"
-    _forbid(path, "actions", actions, excess > 1e-3 * (high - low), bounds)
-    if (outside := (excess > 0).any(axis=1)).any():
-        count, most = outside.sum(), excess.max()
-        warnings.append(f"{path}: clipped the actions of {count} rows, out of bounds by {most:.1e} at most.")
-        raw["actions"] = np.clip(actions, low, high)
-    if "timeouts" not in raw:
-        warnings.append(f"{path}: no 'timeouts'; episodes end at terminals and every {spec.max_episode_steps} rows.")
-    return raw, tuple(warnings)
-
-
-def _read_arrays(path: Path, required: Sequence[str], optional: Sequence[str]) -> dict[str, Array]:
-    """The arrays of an HDF5 file under these keys, unchecked."""
-    if not path.is_file():
-        raise MdptError(f"{path}: no such file.")
+    if os.path.isdir(path):
+        raise MdptError(f"{path}: is a folder; name the file in it.")
+    if not os.path.isfile(path):
+        raise MdptError(f"{path}: no such file; looked in {path.absolute().parent}.")
     try:
-        readable = h5py.is_hdf5(path)
-    except OSError as error:
+        file = h5py.File(path, "r")
+    except BlockingIOError as error:
+        raise MdptError(f"{path}: another process holds it open for writing; wait until that has ended.") from error
+    except PermissionError as error:
         raise MdptError(f"{path}: cannot be read ({error.strerror}).") from error
-    if not readable:
-        raise MdptError(f"{path}: not an HDF5 file. Expected D4RL's format: observations, actions, rewards, terminals.")
-    raw: dict[str, Array] = {}
+    except OSError as error:
+        with path.open("rb") as raw:
+            if raw.read(8) != b"\x89HDF\r\n\x1a\n":
+                raise MdptError(
+                    f"{path}: not an HDF5 file. Expected D4RL's format: observations, actions, rewards, terminals."
+                ) from error
+        raise damaged(path, error) from error
+    with file:
+        if "episode_0" in file:
+            raise MdptError(
+                f"{path}: is a Minari dataset; use source = 'minari' and its name as dataset, such as "
+                "'mujoco/hopper/medium-v0'."
+            )
+        arrays = {}
+        for key in KEYS:
+            try:
+                link = file.get(key, getlink=True)
+                if link is not None and not isinstance(link, h5py.HardLink):
+                    raise MdptError(f"{path}: {key!r} is a link; copy the data into the file.")
+                found = file.get(key)
+            except (RuntimeError, LookupError, OSError) as error:
+                raise damaged(path, error) from error
+            if isinstance(found, h5py.Dataset):
+                if found.external or found.is_virtual:
+                    raise MdptError(f"{path}: {key!r} lies in other files; copy the data into this one.")
+                arrays[key] = found
+        yield Columns(path.name, str(path), arrays)
+
+
+MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main/"  # raw files under D4RL's names
+PAUSE = 1.0  # seconds before a connection that was cut is made again
+BLOCK = 1 << 20  # bytes that are read at a time
+
+
+@dataclass(frozen=True)
+class Family:
+    """What all D4RL datasets whose whole name matches `pattern` have in common.
+
+    environment: the gymnasium id that moves and pays as the data did, or None for a reason. Dimensions are its own,
+    else the data's. observation_columns: how many of the data's it has. max_episode_steps: in environment steps.
+    warning: told where MuJoCo has version warning_from or a later one. Source: d4rl's registrations.
+    """
+
+    pattern: str
+    environment: str | None
+    observation_dim: int
+    action_dim: int
+    observation_columns: int | None
+    max_episode_steps: int
+    reward_scale: Literal["return-range", "minus-one", "none"]
+    reason: str = ""
+    warning: str = ""
+    warning_from: tuple[int, ...] = (0,)
+
+
+NO_ANTMAZE = "gymnasium-robotics' AntMaze has motors five times as strong, another goal radius and a Dict to observe"
+NO_MAZE2D = "gymnasium-robotics' PointMaze has other coordinates and goals, and a Dict to observe"
+NO_BULLET = "D4RL's mazes for PyBullet are not registered with gymnasium"
+NO_KITCHEN = "gymnasium-robotics' FrankaKitchen observes a Dict of 59 numbers, not these 60"
+NO_PEN = "gymnasium-robotics' AdroitHandPen goes on when the pen drops, where D4RL's ends"
+NO_HAND = "gymnasium-robotics' AdroitHand pays for the distance to the object, for which D4RL's takes away"
+ANT = "Ant-v4 does not move as the data did (one step: error 0.18, below MuJoCo 3.5 0.005): 'mujoco<3.5' is nearer"
+MAZES = {"open": 150, "umaze": 300, "medium": 600, "large": 800}
+
+FAMILIES = (
+    Family("bullet-hopper-.+-v0", "HopperBulletEnv-v0", 15, 3, None, 1000, "return-range"),
+    Family("bullet-halfcheetah-.+-v0", "HalfCheetahBulletEnv-v0", 26, 6, None, 1000, "return-range"),
+    Family("bullet-walker2d-.+-v0", "Walker2DBulletEnv-v0", 22, 6, None, 1000, "return-range"),
+    Family("bullet-ant-.+-v0", "AntBulletEnv-v0", 28, 8, None, 1000, "return-range"),
+    Family("hopper-.+-v[0-2]", "Hopper-v4", 11, 3, None, 1000, "return-range"),
+    Family("halfcheetah-.+-v[0-2]", "HalfCheetah-v4", 17, 6, None, 1000, "return-range"),
+    Family("walker2d-.+-v[0-2]", "Walker2d-v4", 17, 6, None, 1000, "return-range"),  # v5: other friction and reward
+    Family("ant-.+-v[0-2]", "Ant-v4", 27, 8, 27, 1000, "return-range", "", ANT, (3, 5)),  # the other 84 are zero
+    Family("antmaze-umaze(-.+)?-v[0-2]", None, 29, 8, None, 700, "minus-one", NO_ANTMAZE),
+    Family("antmaze-(medium|large)-.+-v[0-2]", None, 29, 8, None, 1000, "minus-one", NO_ANTMAZE),
+    *(Family(rf"maze2d-(eval-)?{maze}(-.+)?-v\d", None, 4, 2, None, n, "none", NO_MAZE2D) for maze, n in MAZES.items()),
+    *(Family(f"bullet-maze2d-{maze}-v0", None, 4, 2, None, n, "none", NO_BULLET) for maze, n in MAZES.items()),
+    Family("kitchen-.+-v0", None, 60, 9, None, 280, "none", NO_KITCHEN),
+    Family("pen-.+-v[01]", None, 45, 24, None, 100, "none", NO_PEN),
+    Family("door-.+-v[01]", None, 39, 28, None, 200, "none", NO_HAND),
+    Family("hammer-.+-v[01]", None, 46, 26, None, 200, "none", NO_HAND),
+    Family("relocate-.+-v[01]", None, 39, 30, None, 200, "none", NO_HAND),
+)
+REFUSED = {"flow": "needs the simulator SUMO", "carla": "needs the simulator CARLA", "minigrid": "has discrete actions"}
+
+
+def d4rl_facts(dataset: str) -> tuple[dict[str, Any], str, tuple[str, ...]]:
+    """What D4RL knows of a dataset: fields of [data], why nothing here can play it (or ""), and warnings.
+
+    The fields are environment, observation_columns, max_episode_steps, reward_scale and reference, [min, max]; one
+    that it does not have is left out.
+
+    Raises: MdptError for a name that is unknown or cannot be used, or where D4RL is not installed.
+    """
+    infos, family = _d4rl(dataset)
+    fields = ("environment", "observation_columns", "max_episode_steps", "reward_scale")
+    facts = {key: value for key in fields if (value := getattr(family, key)) is not None}
+    if dataset in infos["REF_MIN_SCORE"]:
+        facts["reference"] = (float(infos["REF_MIN_SCORE"][dataset]), float(infos["REF_MAX_SCORE"][dataset]))
+    told = family.warning and _mujoco_version() >= family.warning_from
+    warnings = (f"{dataset}: with MuJoCo {importlib.metadata.version('mujoco')}, {family.warning}.",) if told else ()
+    return facts, family.reason, warnings
+
+
+def _mujoco_version() -> tuple[int, ...]:
+    """The installed one's first two numbers; none where there is none."""
     try:
-        with h5py.File(path, "r") as file:
-            for key in (*required, *optional):
-                if key in file and isinstance(file[key], h5py.Dataset):
-                    raw[key] = np.asarray(file[key][()])
-                elif key in required:
-                    found = ", ".join(sorted(map(str, file)))
-                    raise MdptError(f"{path}: the key {key!r} is missing. It has: {found or 'none'}.")
-    except (OSError, RuntimeError, LookupError, TypeError, ValueError, MemoryError) as error:  # h5py, where damaged
-        raise MdptError(f"{path}: a truncated or damaged HDF5 file; get it again. {_one_line(error)}") from error
-    return raw
+        return tuple(map(int, re.findall(r"\d+", importlib.metadata.version("mujoco"))[:2]))
+    except importlib.metadata.PackageNotFoundError:
+        return ()
 
 
-def _forbid(path: Path, key: str, array: Array, bad: Array, expected: str) -> None:
-    if bad.any():
-        row = int(np.argmax(bad.reshape(len(bad), -1).any(axis=1)))
-        raise MdptError(f"{path}: {key!r} row {row} is {array[row].tolist()}, {expected}.")
+def _d4rl(dataset: str) -> tuple[dict[str, Any], Family]:
+    kind = dataset.partition("-")[0]
+    if kind in REFUSED:
+        raise MdptError(
+            f"dataset {dataset!r}: cannot be used: {kind} {REFUSED[kind]}. Choose one like hopper-medium-v2."
+        )
+    infos = d4rl_infos(f"dataset {dataset!r}: D4RL's table of datasets is not installed: pip install d4rl.")
+    family = next((family for family in FAMILIES if re.fullmatch(family.pattern, dataset)), None)
+    if family is None or dataset not in infos["DATASET_URLS"]:
+        known = [name for name in infos["DATASET_URLS"] if name.partition("-")[0] not in REFUSED]
+        near = difflib.get_close_matches(dataset.lower(), known, n=3, cutoff=0.3) or ["hopper-medium-v2"]
+        raise MdptError(f"dataset {dataset!r}: unknown to D4RL. Nearest: {', '.join(near)}.")
+    return infos, family
+
+
+def d4rl_infos(otherwise: str) -> dict[str, Any]:
+    """D4RL's tables, by dataset: DATASET_URLS, REF_MIN_SCORE, REF_MAX_SCORE.
+
+    Raises: MdptError, saying `otherwise`, where D4RL is not installed.
+    """
+    found = importlib.util.find_spec("d4rl")
+    if found is None or not found.submodule_search_locations:
+        raise MdptError(otherwise)
+    # Its own file only: importing the package would look for MuJoCo and complain.
+    return runpy.run_path(str(Path(found.submodule_search_locations[0], "infos.py")))
+
+
+def find_d4rl(dataset: str, cache: Path, show: Callable[[int, int], None]) -> Path:
+    """The file of a D4RL dataset: as it lies in $D4RL_DATASET_DIR, ~/.d4rl/datasets or the cache, or downloaded there.
+
+    show: as for `download`.
+
+    Raises: MdptError as `d4rl_facts` and `download` do.
+    """
+    address = _d4rl(dataset)[0]["DATASET_URLS"][dataset]
+    name = address.rpartition("/")[2]
+    folders = [os.environ.get("D4RL_DATASET_DIR"), os.path.expanduser("~/.d4rl/datasets"), cache / "d4rl"]
+    for path in (Path(folder, name) for folder in folders if folder):
+        if os.path.isfile(path):
+            return path
+    addresses = [re.sub("^http:", "https:", address), MIRROR + name]
+    download(addresses, path, ("observations", "actions", "rewards", "terminals"), show)
+    return path
+
+
+def download(
+    addresses: Sequence[str], path: Path, keys: Sequence[str], show: Callable[[int, int], None], timeout: float = 30.0
+) -> None:
+    """Put the HDF5 file that the first of these addresses has at `path`: whole, or not at all.
+
+    keys: what it must have at its top. show: told the bytes so far, and in all (0: unknown). timeout: seconds that a
+    connection may be silent.
+
+    Raises: MdptError for a folder that cannot be written; where no address has the file, saying why for each.
+    """
+    problems: list[str] = []
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            os.close(handle)
+            for address in addresses:
+                try:
+                    _save(address, name, keys, show, timeout)
+                except MdptError as error:
+                    problems.append(f"  {address}: {error}")
+                else:
+                    os.replace(name, path)
+                    return
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except OSError as error:
+        raise MdptError(
+            f"{path.parent}: {path.name} cannot be written ({error.strerror or _one_line(error)}); make room there, or "
+            "set MDPT_CACHE to another folder"
+        ) from error
+    by_hand = f"Get it elsewhere, and put it into {path.parent} as {path.name}."
+    raise MdptError("\n".join([f"{path.name}: cannot be downloaded.", *problems, by_hand]))
+
+
+def _save(address: str, name: str, keys: Sequence[str], show: Callable[[int, int], None], timeout: float) -> None:
+    """Write what an address has into a file. Raises: OSError where that fails, MdptError for all that is not here."""
+    kind = ""
+    with open(name, "wb") as file:
+        for start, piece, total, kind in _pieces(address, timeout):
+            file.seek(start)
+            file.write(piece)
+            show(start + len(piece), total)
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
+    if not h5py.is_hdf5(name):
+        raise MdptError(f"sent {os.path.getsize(name):,} bytes of {kind!r}, which are no HDF5 file")
+    try:
+        with h5py.File(name, "r") as content:
+            missing = [key for key in keys if key not in content]
+    except (OSError, RuntimeError) as error:
+        raise MdptError(f"sent a damaged HDF5 file. {_one_line(error)}") from error
+    if missing:
+        raise MdptError(f"sent an HDF5 file without {', '.join(missing)}")
+
+
+def _pieces(address: str, timeout: float) -> Generator[tuple[int, bytes, int, str], None, None]:
+    """What an address has: a piece's first byte, the piece, how many bytes there are in all (or 0), and Content-Type.
+
+    A connection that is cut is made again and goes on where it was, or, if the server knows no ranges or has another
+    file by now, from byte 0; as long as each gets further than all before.
+
+    Raises: MdptError.
+    """
+    done = furthest = total = 0
+    validator = ""
+    while True:
+        headers = {"User-Agent": "mdpt"} | ({"Range": f"bytes={done}-"} if done else {})
+        headers |= {"If-Range": validator} if done and validator else {}
+        before, problem = furthest, "the connection was cut"
+        try:
+            with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=timeout) as response:
+                kind = response.headers.get("Content-Type", "")
+                if done and response.status == 206:
+                    sent, expected = response.headers.get("Content-Range", ""), rf"bytes {done}-\d+/({total or '.+'})"
+                    if not re.fullmatch(expected, sent):
+                        raise MdptError(f"sent {sent!r} when asked for the bytes from {done:,} of {total:,} on")
+                else:
+                    done, total = 0, response.length or 0
+                    validator = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+                while piece := response.read1(min(BLOCK, total - done) if total else BLOCK):
+                    yield done, piece, total, kind
+                    done += len(piece)
+                    furthest = max(furthest, done)
+                if done >= total:
+                    return
+        except (OSError, http.client.HTTPException) as error:
+            problem = _one_line(error)
+        if furthest == before:
+            raise MdptError(problem + (f", after {furthest:,} of {total:,} bytes" if furthest else ""))
+        time.sleep(PAUSE)
+
+
+def minari_facts(dataset: str) -> tuple[dict[str, Any], str, tuple[str, ...]]:
+    """What the metadata of a Minari dataset says for [data], why nothing can be played ("": it can), and warnings.
+
+    environment, environment_kwargs, max_episode_steps and reference; what is unknown is left out. Of the environment
+    only id, kwargs (without render_mode) and time limit are taken: an entry point or a wrapper could be any code.
+
+    Raises: MdptError for an id that is none, a dataset that is not there and cannot be had, or damaged metadata.
+    Source: gymnasium's EnvSpec.to_json, of Minari's `recover_environment(eval_env=True)`.
+    """
+    folder, metadata = _minari_metadata(dataset)
+    facts: dict[str, Any] = {}
+    reference = tuple(metadata.get(key) for key in ("ref_min_score", "ref_max_score"))
+    if all(isinstance(score, (int, float)) and abs(score) < 1e300 for score in reference):
+        facts["reference"] = reference
+    try:
+        spec = json.loads(metadata.get("eval_env_spec") or metadata.get("env_spec") or '{"id": null}')
+        environment, kwargs, steps = spec["id"], {**(spec.get("kwargs") or {})}, spec.get("max_episode_steps")
+        wrappers = ", ".join(repr(wrapper["name"]) for wrapper in spec.get("additional_wrappers") or ())
+        kwargs.pop("render_mode", None)  # a window, or pictures of each step, are not the dataset's to ask for
+        json.dumps(kwargs, allow_nan=False)
+        if own := kwargs.keys() & MAKES_OWN:
+            raise ValueError(f"kwargs have {sorted(own)}, which are gymnasium.make's own")
+        reason = _unplayable(environment)
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        return facts, f"{folder}: the specification of its environment is unsound. {_one_line(error)}", ()
+    if type(steps) is int and steps > 0:
+        facts["max_episode_steps"] = steps
+    if reason:
+        return facts, f"{folder}: {reason} You may name an environment yourself.", ()
+    found = (f"{folder}: its environment was wrapped in {wrappers}; not applied here.",) if wrappers else ()
+    return facts | {"environment": environment, "environment_kwargs": kwargs}, "", found
+
+
+def _unplayable(environment: Any) -> str:
+    """Why an environment that a file names is not made, "" where it may be: gymnasium knows its id without help."""
+    import gymnasium
+
+    if environment is None:
+        return "it names no environment."
+    if not isinstance(environment, str) or ":" in environment or environment.startswith("GymV2"):  # shimmy's: kwargs
+        return f"its environment {environment!r} would import a module, which a file may not ask for."
+    register_environments()
+    if environment not in gymnasium.registry:
+        return f"its environment {environment!r} is not registered with gymnasium; install what registers it."
+    return ""
+
+
+def _minari_metadata(dataset: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of a dataset in Minari's local store and what its metadata.json says, downloaded if need be."""
+    if not re.fullmatch(r"[\w-]+(/[\w-]+)*", dataset):
+        raise MdptError(f"Minari dataset {dataset!r}: not an id; expected one such as 'D4RL/door/human-v2'.")
+    store = os.environ.get("MINARI_DATASETS_PATH") or os.path.expanduser("~/.minari/datasets")
+    folder = Path(store, dataset, "data")
+    if not (folder / "metadata.json").is_file():
+        if importlib.util.find_spec("minari") is None:
+            remedy = f"pip install 'minari[hf]', and then: minari download {dataset}"
+            raise MdptError(f"Minari dataset {dataset!r}: not in {store}. Get it: {remedy}")
+        try:
+            with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                importlib.import_module("minari").download_dataset(dataset)
+        except Exception as error:
+            where = f"Minari dataset {dataset!r}: not in {store}"
+            raise MdptError(f"{where}, and its download failed. {_one_line(error)}") from error
+    try:
+        metadata = json.loads((folder / "metadata.json").read_bytes())
+        if not isinstance(metadata, dict):
+            raise TypeError(f"expected an object, got {type(metadata).__name__}")
+    except (OSError, RecursionError, TypeError, ValueError) as error:
+        raise MdptError(f"{folder}: metadata.json is missing or damaged; get it again. {_one_line(error)}") from error
+    return folder, metadata
+
+
+def read_minari(dataset: str) -> dict[str, Array]:
+    """The columns of a Minari dataset in D4RL's form, episodes in the order of their numbers, as they are stored.
+
+    observations and next_observations (n, O), actions (n, A), rewards (n,), terminals and timeouts (n,) bool. A Dict
+    of observations is flattened as gymnasium's FlattenObservation does. A step that terminates and is truncated
+    counts as terminal; an episode that ends with neither was cut by a time limit.
+
+    Raises: MdptError that names the episode and the key at fault.
+    Source: Minari's dataset standard, https://minari.farama.org/content/dataset_standards.
+    """
+    folder, metadata = _minari_metadata(dataset)
+    columns: dict[str, list[Array]] = {}
+    try:
+        observation_space, action_space = (json.loads(metadata[f"{key}_space"]) for key in ("observation", "action"))
+        if action_space["type"] != "Box":
+            raise MdptError(f"{folder}: its actions are {action_space['type']!r}; only a Box can be learned.")
+        for where, episode in _minari_episodes(dataset, folder, metadata.get("data_format", "hdf5")):
+            steps = _child(episode, "rewards", where).size
+            observations = _flatten(episode, "observations", observation_space, steps + 1, where)  # (T + 1, O)
+            rewards, ends, cuts = (
+                _flatten(episode, key, None, steps, where)[:, 0] for key in ("rewards", "terminations", "truncations")
+            )
+            terminals, timeouts = ends != 0, (cuts != 0) & (ends == 0)
+            timeouts[-1:] |= ~terminals[-1:]
+            found = {
+                "observations": observations[:-1],
+                "actions": _flatten(episode, "actions", action_space, steps, where),
+                "rewards": rewards,
+                "next_observations": observations[1:],
+                "terminals": terminals,
+                "timeouts": timeouts,
+            }
+            for key, array in found.items():
+                columns.setdefault(key, []).append(array)
+    except (AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise MdptError(f"{folder}: incomplete or damaged; get it again. {_one_line(error)}") from error
+    if not columns:
+        raise MdptError(f"{folder}: it holds no episode.")
+    return {key: np.concatenate(arrays) for key, arrays in columns.items()}
+
+
+def _minari_episodes(dataset: str, folder: Path, storage: str) -> Iterator[tuple[str, Any]]:
+    """Where each episode is, for messages, and its arrays by key: of HDF5 not yet read, else from Minari's reader."""
+    if storage == "hdf5":
+        with h5py.File(folder / "main_data.hdf5", "r") as file:
+            for key in sorted((key for key in file if re.fullmatch(r"episode_\d+", key)), key=lambda key: int(key[8:])):
+                yield f"{folder}: {key}", _child(file, key, f"{folder}:")
+        return
+    try:
+        for episode in importlib.import_module("minari").load_dataset(dataset).iterate_episodes():
+            yield f"{folder}: episode_{episode.id}", vars(episode)
+    except Exception as error:
+        remedy = "pip install 'minari[arrow]'"
+        raise MdptError(f"{folder}: {storage!r} needs Minari's own reader: {remedy}. {_one_line(error)}") from error
+
+
+def _child(parent: Any, key: str, where: str) -> Any:
+    """What is stored under a key, an array or more of such by key; of HDF5 only what lies in the file itself."""
+    if not isinstance(parent, h5py.Group):
+        return parent[key]
+    kept = "/" not in key and isinstance(parent.get(key, getlink=True), h5py.HardLink)  # a path could pass other links
+    node = parent[key] if kept else None
+    if node is None or isinstance(node, h5py.Dataset) and (node.external or node.is_virtual):
+        raise MdptError(f"{where} {key!r} is missing, or lies outside the file, where it is not looked for.")
+    return node
+
+
+def _flatten(parent: Any, key: str, space: dict[str, Any] | None, rows: int, where: str) -> Array:
+    """What an episode holds under a key, (rows, -1); of a Dict the parts side by side, in the order of its space.
+
+    space: as Minari writes it to its metadata; None for numbers of any shape.
+    """
+    node, kind, where = _child(parent, key, where), space["type"] if space else "Box", f"{where} {key!r}"
+    if space and kind == "Dict":
+        parts = [_flatten(node, name, part, rows, where) for name, part in space["subspaces"].items()]
+        return np.concatenate(parts, axis=1)
+    if kind != "Box" or not hasattr(node, "dtype") or node.dtype.kind not in "biuf":
+        raise MdptError(
+            f"{where} is {kind if kind != 'Box' else 'not numbers'}; only a Box, or a Dict of such, is read."
+        )
+    expected = (rows, *(space["shape"] if space else node.shape[1:]))
+    if node.shape != expected:
+        raise MdptError(f"{where} has shape {node.shape}, expected {expected}.")
+    return np.asarray(node[()]).reshape(rows, int(np.prod(expected[1:])))
+
+
+def check_shapes(columns: Columns, spec: EnvironmentSpec | None, width: int | None) -> tuple[int, int]:
+    """O and A of columns that fit together, and the environment. Raises: MdptError, a line for each problem.
+
+    width: so many observation columns are used, None: all.
+    """
+    arrays, where, problems = columns.arrays, columns.where, []
+    for key in KEYS[:4]:
+        if key not in arrays:
+            problems.append(f"{where}: the key {key!r} is missing. It has: {', '.join(sorted(arrays)) or 'none'}.")
+    shapes: dict[str, tuple[int, ...]] = {key: array.shape or () for key, array in arrays.items()}
+    for key, array in arrays.items():
+        if array.dtype.kind not in "biuf":
+            problems.append(f"{where}: {key!r} holds {array.dtype}, expected numbers.")
+    if problems:
+        raise MdptError("\n".join(problems))
+    rows = next((shape[0] for shape in shapes.values() if shape), 0)
+    dims = [(*shapes[key], 1, 1)[1] for key in ("observations", "actions")]
+    if spec is not None:
+        dims = [spec.observation_dim, spec.action_dim]
+    if width is not None:
+        if spec is not None and width != spec.observation_dim:
+            raise MdptError(f"[data] observation_columns = {width}: {spec.id} has {spec.observation_dim} observations.")
+        dims[0] = width
+    for key, shape in shapes.items():
+        wide = {"observations": dims[0], "next_observations": dims[0], "actions": dims[1]}.get(key)
+        expected = (rows,) if wide is None else (rows, wide)
+        fits = shape[: len(expected)] == expected and shape[len(expected) :] in ((), (1,) * (wide is None))
+        if width is not None and key.endswith("observations"):
+            fits = len(shape) == 2 and shape[0] == rows and shape[1] >= width
+        fits = fits and 0 not in expected[1:]
+        if not fits:
+            of = f" for {spec.id}" if spec else ""
+            problems.append(f"{where}: {key!r} has shape {shape}, expected {expected}{of}.")
+    if not problems and rows < 2:
+        problems.append(f"{where}: {rows} row(s), expected at least 2.")
+    if problems:
+        raise MdptError("\n".join(problems))
+    return dims[0], dims[1]
 
 
 # --- columns ----------------------------------------------------------------------------------------------------
 
 
-def mark_timeouts(raw: dict[str, Array], max_episode_steps: int) -> Array:
-    """Rows (n,) bool at which an episode was cut by its time limit: the file's own, else D4RL's count of steps.
+def count_timeouts(terminals: Array, max_episode_steps: int) -> Array:
+    """Rows (n,) bool at which D4RL takes an episode for cut by its time limit, in a file that does not say so.
 
     That count is kept to the letter, since it decides which rows D4RL's users train on: it starts at 0 in the
     file's first row and after a cut, but at 1 after a terminal (unless that terminal was itself a cut), and
     cuts where it reaches max_episode_steps - 1.
     Source: d4rl.qlearning_dataset, `episode_step`.
     """
-    if "timeouts" in raw:
-        return raw["timeouts"]
-    n = len(raw["terminals"])
-    starts, stops = episode_bounds(raw["terminals"], np.zeros(n, dtype=np.bool_))
+    n = len(terminals)
+    starts, stops = episode_bounds(terminals, np.zeros(n, dtype=np.bool_))
     lengths = stops - starts
     # The count at a run's first row is 0 or 1. By its length, a run passes that on to the next, flips it, or sets 1.
     passes = lengths % max_episode_steps == 0
@@ -680,23 +1325,18 @@ def episode_bounds(terminals: Array, timeouts: Array) -> tuple[Array, Array]:
     return np.concatenate([[0], ends[:-1]]), ends
 
 
-def build_transitions(raw: dict[str, Array], max_episode_steps: int) -> dict[str, Array]:
-    """Transitions from the rows of a file, with "rows", the row each came from.
+def transition_rows(timeouts: Array, known: bool) -> Array:
+    """Which rows (n,) bool are transitions. known: whether the file has next_observations.
 
-    Without next_observations the next row is the next observation. Then, as D4RL does, a row at a time limit is
-    dropped (what followed it is unknown, even if it is a terminal, too) and so is the file's last row. With them
-    every row is kept: a time limit is not a terminal, so its value is bootstrapped, and a terminal stays one.
-    (D4RL ignores the key and drops those rows; nothing is gained by that.)
+    Without them the next row is the next observation. Then, as D4RL does, a row at a time limit is dropped (what
+    followed it is unknown, even if it is a terminal, too) and so is the file's last row. With them every row is kept:
+    a time limit is not a terminal, so its value is bootstrapped, and a terminal stays one. (D4RL ignores the key and
+    drops those rows; nothing is gained by that.)
     Source: d4rl.qlearning_dataset(terminate_on_end=False), equal to it in values, types and order.
     """
-    if "next_observations" in raw:
-        rows = np.arange(len(raw["terminals"]))
-        next_observations = raw["next_observations"]
-    else:
-        rows = np.flatnonzero(~mark_timeouts(raw, max_episode_steps)[:-1])
-        next_observations = raw["observations"][rows + 1]
-    columns = {key: raw[key][rows] for key in ("observations", "actions", "rewards", "terminals")}
-    return columns | {"next_observations": next_observations, "rows": rows}
+    if known:
+        return np.ones(len(timeouts), dtype=np.bool_)
+    return ~timeouts & (np.arange(len(timeouts)) < len(timeouts) - 1)
 
 
 def discounted_returns(
@@ -737,101 +1377,342 @@ class HeldOut:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Training transitions (n, ...), held-out episodes, and where they came from."""
+    """Training transitions as rows, held-out episodes, and where they came from."""
 
     environment: EnvironmentSpec
-    observations: Array  # (n, O) float32, raw
-    actions: Array  # (n, A) float32, in [-1, 1]
-    rewards: Array  # (n,) float32, scaled
-    next_observations: Array  # (n, O) float32, raw
-    terminals: Array  # (n,) bool
+    section: DataSection  # with what its source knew
+    rows: Array  # (n, 2 O + A + 2) float32: raw observations, actions in [-1, 1], scaled rewards, next ones, terminals
+    mean: Array  # (O,) float32, of the training observations
+    deviation: Array  # (O,) float32
     held_out: HeldOut
-    episode_returns: Array  # (E,) float64, raw, undiscounted, of all whole episodes, held-out ones included
+    episode_returns: Array  # (E,) float64, raw, undiscounted, of all whole episodes used, held-out ones included
+    episode_lengths: Array  # (E,) int64
     reward_scale: dict[str, float | str]  # scaled = multiplier * raw + offset
-    identity: dict[str, str | int]  # source, name, transitions (rows of the file), hash
+    identity: dict[str, str | int]  # source, name, rows of the file, hash, why there is no environment
+    facts: dict[str, Any]  # about the file: how many terminals and timeouts it has
     warnings: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Widths of the columns side by side in a row."""
+        wide, spec = self.environment.observation_dim, self.environment
+        return [wide, spec.action_dim, 1, wide, 1]
+
+    def column(self, name: Literal["observations", "actions", "rewards", "next_observations", "terminals"]) -> Array:
+        """A column of the transitions, (n, O), (n, A) or (n,), as a view."""
+        place = ("observations", "actions", "rewards", "next_observations", "terminals").index(name)
+        start = sum(self.sizes[:place])
+        part = self.rows[:, start : start + self.sizes[place]]
+        return part if name.endswith("s") and name not in ("rewards", "terminals") else part[:, 0]
+
+
+CHUNK = 65_536  # rows read, checked and converted at a time
 
 
 def load_dataset(
-    section: DataSection, workers: Workers = Workers(), progress: Callable[[int], None] | None = None
+    section: DataSection,
+    workers: Workers = Workers(),
+    show: Show = lambda what, done, total: None,
+    arrays: Mapping[str, Array] | None = None,
+    spec: EnvironmentSpec | None = None,
 ) -> Dataset:
-    """Read a D4RL-format file ("hdf5"), or roll one out first ("collect"), and make it ready for training.
+    """Get the data from their source and make them ready for training.
 
-    workers, progress: as for `collect_dataset`.
+    workers: for collecting. show: hears of what takes long. arrays: what source "arrays" reads, under D4RL's keys.
+    spec: of the environment, where it is known already and need not be made.
 
     Raises: MdptError for a mistake in any of it.
     """
-    if section.source == "collect":
-        path = collect_dataset(section, workers, progress)
-    else:
-        path = Path(section.path or "")
-    spec = environment_spec(section.environment)
-    raw, warnings = read_hdf5(path, spec)
-    timeouts = mark_timeouts(raw, spec.max_episode_steps)
-    lengths, complete, episode_returns = _judge_episodes(raw, timeouts, spec, collected=section.source == "collect")
-    scale = _reward_scale(section.reward_scale, episode_returns, spec.max_episode_steps)
-    rewards = (raw["rewards"] * float(scale["multiplier"]) + float(scale["offset"])).astype(np.float32)
-
-    chosen = _choose_episodes(complete, section.held_out, section.seed)
-    held_out = np.repeat(chosen, lengths)  # (rows,)
-    if section.held_out > 0 and not chosen.any():
-        warnings += (f"{path}: a single episode, so none is held out.",)
-
-    actions = scale_actions(raw["actions"], spec)
-    transitions = build_transitions(raw | {"rewards": rewards, "actions": actions}, spec.max_episode_steps)
-    train = ~held_out[transitions.pop("rows")]
-    if not train.any():
+    source = SOURCES[section.source]
+    known, missing, warnings = source.know(section)
+    if section.environment not in (None, known.get("environment")):  # the user's own; what is known is of another
+        own = ("environment_kwargs", "max_episode_steps", "observation_columns")
+        missing, known = "", {key: value for key, value in known.items() if key not in own}
+    blank = {key: value for key, value in known.items() if getattr(section, key) in (None, {})}
+    path = None if section.path is None else _absolute(section.path, Path())
+    reward_scale = section.reward_scale or known.get("reward_scale", "return-range")
+    section = section.model_copy(update=blank | {"path": path, "reward_scale": reward_scale})
+    if section.reference is not None:
+        reference_returns(section.reference)
+    elif section.environment is not None:
         raise MdptError(
-            f"{path}: no transition is left to train on; lower held_out (now {section.held_out}) or add episodes."
+            f"[data] reference is missing: name the D4RL family, or give [min, max], the returns in {section.environment} "
+            "that are to be scores 0 and 100."
         )
-    if not train.all():
-        transitions = {key: array[train] for key, array in transitions.items()}
+    if spec is None and section.environment is not None:
+        spec = environment_spec(section.environment, section.environment_kwargs, section.max_episode_steps)
+        if not spec.repeatable:
+            warnings += (f"{spec.id}: two episodes with the same seed and actions differ; no score is repeatable.",)
+    found: Path | Mapping[str, Array] = source.read(section, workers, show) if arrays is None else arrays
+    if not isinstance(found, Path):
+        name = section.dataset or "arrays"
+        try:
+            columns = Columns(name, name, {key: np.asarray(found[key]) for key in KEYS if key in found})
+        except ValueError as error:
+            raise MdptError(f"{name}: expected arrays of numbers. {_one_line(error)}") from error
+        return prepare(columns, section, spec, missing, warnings, show)
+    with open_hdf5(found) as columns:
+        return prepare(columns, section, spec, missing, warnings, show)
+
+
+def prepare(
+    columns: Columns,
+    section: DataSection,
+    spec: EnvironmentSpec | None,
+    missing: str,
+    warnings: tuple[str, ...],
+    show: Show,
+) -> Dataset:
+    """The dataset of these columns, which are read once, some rows at a time.
+
+    spec: None where there is no environment, for the reason `missing`.
+
+    Raises: MdptError naming what is at fault in them.
+    """
+    where = columns.where
+    widths = check_shapes(columns, spec, section.observation_columns)
+    episodes, told = read_episodes(columns, section.max_episode_steps if spec is None else spec.max_episode_steps)
+    spec = spec or _without_environment(widths, section, int(episodes.lengths.max()))
+    if spec.id is not None:
+        episodes.check_lengths(where, spec)
+    train, held, whole = choose_episodes(episodes, section, spec)
+    if section.held_out > 0 and not held.any():
+        told += (f"{where}: a single episode, so none is held out.",)
+    returns = np.add.reduceat(episodes.rewards.astype(np.float64), episodes.starts)[whole]
+    scale = _reward_scale(section.reward_scale or "none", returns, spec.max_episode_steps)
+    scaled = (episodes.rewards * float(scale["multiplier"]) + float(scale["offset"])).astype(np.float32)
+    terminals, timeouts, aside = episodes.terminals, episodes.timeouts, np.repeat(held, episodes.lengths)  # (n,)
+    kept = transition_rows(timeouts, "next_observations" in columns.arrays) & np.repeat(train, episodes.lengths)
+    if not kept.any():
+        raise MdptError(
+            f"{where}: no transition is left to train on; lower held_out (now {section.held_out}) or add episodes."
+        )
+    rows = _allocate(section.storage, int(kept.sum()), 2 * widths[0] + widths[1] + 2)
+    observations, actions, digest, clipped = _fill(rows, columns, spec, scaled, terminals, kept, aside, show)
+    for key, array in {"rewards": episodes.rewards, "terminals": terminals, "timeouts": timeouts}.items():
+        digest[key] = hashlib.sha256(array.data).hexdigest()
+    mean, deviation = moments(rows, widths[0])
     return Dataset(
         environment=spec,
-        **transitions,
-        held_out=HeldOut(
-            raw["observations"][held_out],
-            actions[held_out],
-            rewards[held_out],
-            raw["terminals"][held_out],
-            timeouts[held_out],
-        ),
-        episode_returns=episode_returns,
+        section=section,
+        rows=rows,
+        mean=mean,
+        deviation=deviation,
+        held_out=HeldOut(observations, actions, scaled[aside], terminals[aside], timeouts[aside]),
+        episode_returns=returns,
+        episode_lengths=episodes.lengths[whole],
         reward_scale=scale,
         identity={
             "source": section.source,
-            "name": path.name,
-            "transitions": len(timeouts),
-            "hash": _content_hash(raw),
+            "name": columns.name,
+            "transitions": len(scaled),
+            "no_environment": missing,
+            "hash": hashlib.sha256(json.dumps(sorted(digest.items())).encode()).hexdigest(),
         },
-        warnings=warnings,
+        facts={
+            "terminals": int(terminals.sum()),
+            "timeouts": int(timeouts.sum()),
+            "timeouts_counted": "timeouts" not in columns.arrays,
+        },
+        warnings=warnings + told + clipped,
     )
 
 
-def _judge_episodes(
-    raw: dict[str, Array], timeouts: Array, spec: EnvironmentSpec, *, collected: bool
-) -> tuple[Array, Array, Array]:
-    """Length of each episode (E,), whether it is complete (E,) bool (all are, if none is), and the raw returns (W,)
-    float64 of the whole ones.
-    """
-    starts, stops = episode_bounds(raw["terminals"], timeouts)
-    complete = (raw["terminals"] | timeouts)[stops - 1]
+@dataclass(frozen=True, eq=False)
+class Episodes:
+    """Where episodes begin and how they end: rewards (n,) raw, terminals and timeouts (n,) bool, starts, lengths (E,)."""
+
+    rewards: Array
+    terminals: Array
+    timeouts: Array
+    starts: Array
+    lengths: Array
+
+    def check_lengths(self, where: str, spec: EnvironmentSpec) -> None:
+        longest = int(self.lengths.argmax())
+        if self.lengths[longest] > spec.max_episode_steps:
+            raise MdptError(
+                f"{where}: the episode from row {self.starts[longest]} on has {self.lengths[longest]} rows, more than the "
+                f"time limit {spec.max_episode_steps} of {spec.id}. Its 'timeouts' miss the ends of episodes, and values "
+                "would be learned across them: mend or delete 'timeouts', or set [data] max_episode_steps."
+            )
+
+
+def read_episodes(columns: Columns, limit: int | None) -> tuple[Episodes, tuple[str, ...]]:
+    """The episodes of these columns, cut every `limit` rows where they do not say so themselves, and warnings."""
+    rewards, terminals, where = columns.read("rewards"), columns.read("terminals"), columns.where
+    warnings: tuple[str, ...] = ()
+    if "timeouts" in columns.arrays:
+        timeouts = columns.read("timeouts")
+    elif limit is not None:
+        timeouts = count_timeouts(terminals, limit)
+        warnings = (f"{where}: no 'timeouts'; episodes end at terminals and every {limit} rows.",)
+    else:
+        timeouts = np.zeros(len(terminals), dtype=np.bool_)
+        warnings = (f"{where}: no 'timeouts'; episodes end at terminals alone. [data] max_episode_steps cuts them.",)
+    starts, stops = episode_bounds(terminals, timeouts)
+    if looks_late(columns, starts, terminals, rewards):
+        late = (
+            "begins with reward 0 and ends with action 0, as in d4rl-pybullet's files whose rewards and terminals lie"
+        )
+        warnings += (f"{where}: every episode {late} one row late; if this is one, move them up before training.",)
+    return Episodes(rewards, terminals, timeouts, starts, stops - starts), warnings
+
+
+def choose_episodes(episodes: Episodes, section: DataSection, spec: EnvironmentSpec) -> tuple[Array, Array, Array]:
+    """Which episodes (E,) bool to train on, which to hold out, and which of both are whole, so that returns count."""
+    ends = episodes.starts + episodes.lengths - 1
+    complete = (episodes.terminals | episodes.timeouts)[ends]
     if not complete.any():
         complete[:] = True
-    whole = complete
-    if collected:  # ours are cut where a worker's share of the rows is full
-        whole = raw["terminals"][stops - 1] | (stops - starts == spec.max_episode_steps)
-    returns = np.add.reduceat(raw["rewards"].astype(np.float64), starts)
-    return stops - starts, complete, returns[whole if whole.any() else complete]
+    whole, used = complete, np.ones(len(ends), dtype=np.bool_)
+    if section.source == "collect":  # cut where a worker's share of the rows is full
+        whole = episodes.terminals[ends] | (episodes.lengths == spec.max_episode_steps)
+    if section.fraction < 1:
+        used = _choose(complete, section.fraction, [section.seed, 1], spare=0)
+        complete &= used
+    held = _choose(complete, section.held_out, section.seed, spare=1)
+    return used & ~held, held, whole & used if (whole & used).any() else complete
 
 
-def _choose_episodes(complete: Array, fraction: float, seed: int) -> Array:
-    """Which episodes to hold out, (E,) bool: a fraction of the complete ones, one at least, but never all."""
+def _choose(complete: Array, fraction: float, seed: int | list[int], spare: int) -> Array:
+    """Some episodes, (E,) bool: a fraction of the complete ones, one at least, but never the last `spare`."""
     chosen = np.zeros(len(complete), dtype=np.bool_)
     total = int(complete.sum())
-    count = min(max(1, round(fraction * total)), total - 1) if fraction > 0 else 0
+    count = min(max(1, round(fraction * total)), total - spare) if fraction > 0 else 0
     chosen[np.random.default_rng(seed).permutation(np.flatnonzero(complete))[:count]] = True
     return chosen
+
+
+def _without_environment(widths: tuple[int, int], section: DataSection, longest: int) -> EnvironmentSpec:
+    low, high = ((end,) * widths[1] for end in section.action_range)
+    return EnvironmentSpec(None, *widths, low, high, section.max_episode_steps or longest)
+
+
+def _fill(
+    rows: Array,
+    columns: Columns,
+    spec: EnvironmentSpec,
+    rewards: Array,
+    terminals: Array,
+    train: Array,
+    aside: Array,
+    show: Show,
+) -> tuple[Array, Array, dict[str, str], tuple[str, ...]]:
+    """Read the wide columns and put the transitions `train` (n,) into rows.
+
+    Returns observations and actions of the rows `aside` (n,), a hash of each column's content, and warnings.
+    """
+    wide, total = spec.observation_dim, len(train)
+    low, high = _bounds(spec)
+    bounds = f"expected within {low.tolist()} and {high.tolist()} of {spec.name}" + (
+        "" if spec.id else "; [data] action_range says what they may be"
+    )
+    own = "next_observations" in columns.arrays
+    digests = {key: hashlib.sha256() for key in ("observations", "actions", *(["next_observations"] if own else []))}
+    kept: list[tuple[Array, Array]] = []
+    filled, outside, most = 0, 0, 0.0
+    for start in range(0, total, CHUNK):
+        stop = min(start + CHUNK, total)
+        block = columns.read("observations", start, stop + 1)[:, :wide]
+        part = {"observations": block[: stop - start], "actions": columns.read("actions", start, stop)}
+        if own:
+            part["next_observations"] = columns.read("next_observations", start, stop)[:, :wide]
+        actions = part["actions"]
+        excess = np.maximum(low - actions, actions - high)
+        columns.forbid("actions", actions, excess > 1e-3 * (high - low), bounds, start)
+        outside, most = outside + int((excess > 0).any(axis=1).sum()), max(most, float(excess.max()))
+        part["actions"] = np.clip(actions, low, high)
+        for key, array in part.items():
+            digests[key].update(np.ascontiguousarray(array).data)
+        scaled = scale_actions(part["actions"], spec)
+        chosen, held = train[start:stop], aside[start:stop]
+        kept.append((part["observations"][held], scaled[held]))
+        places = np.flatnonzero(chosen)
+        following = part["next_observations"][places] if own else block[places + 1]
+        target = rows[filled : filled + len(places)]
+        parts = part["observations"][places], scaled[places], rewards[start:stop][places, None], following
+        np.concatenate([*parts, terminals[start:stop][places, None]], axis=1, out=target, dtype=None)
+        filled += len(places)
+        if total > 10 * CHUNK:
+            show("read", stop, total)
+    observations, actions = (np.concatenate(arrays) for arrays in zip(*kept, strict=True))
+    clipped = f"{columns.where}: clipped the actions of {outside} rows, out of bounds by {most:.1e} at most."
+    found = {key: digest.hexdigest() for key, digest in digests.items()}
+    return observations, actions, found, (clipped,) * (outside > 0)
+
+
+def _allocate(storage: str, count: int, width: int) -> Array:
+    """Room for rows (count, width) float32: in memory, or in a file of the cache that goes with this process."""
+    if storage == "memory":
+        return np.empty((count, width), dtype=np.float32)
+    folder = _cache_folder()
+    try:
+        make_writable_folder(folder)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            if hasattr(os, "posix_fallocate"):  # else a full disk would end the process later
+                os.posix_fallocate(file.fileno(), 0, 4 * count * width)
+            return np.memmap(file, dtype=np.float32, mode="r+", shape=(count, width))
+    except OSError as error:
+        raise MdptError(
+            f"{folder}: no room for {4 * count * width / 1e9:.1f} GB of transitions ({error.strerror}); set MDPT_CACHE to "
+            "a folder on a larger disk"
+        ) from error
+
+
+def moments(rows: Array, wide: int) -> tuple[Array, Array]:
+    """Mean and deviation (wide,) float32 of the first columns; 1 for one that never varies, which would be noise.
+
+    A thousandth is added as TD3+BC does, for columns that hardly do. In float64, some rows at a time, so that memory
+    and disk give the same.
+    """
+    count, mean, squares = 0, np.zeros(wide), np.zeros(wide)
+    low, high = np.full(wide, np.inf), np.full(wide, -np.inf)
+    for start in range(0, len(rows), CHUNK):
+        part = rows[start : start + CHUNK, :wide].astype(np.float64)
+        low, high = np.minimum(low, part.min(0)), np.maximum(high, part.max(0))
+        shift, more = part.mean(0) - mean, len(part)
+        squares += part.var(0) * more + shift**2 * (count * more / (count + more))
+        mean += shift * (more / (count + more))
+        count += more
+    constant = high - low <= 1e-6 * np.maximum(1, np.abs(mean))
+    deviation = np.where(constant, 1.0, np.sqrt(squares / count) + 1e-3)
+    return mean.astype(np.float32), deviation.astype(np.float32)
+
+
+def describe_data(dataset: Dataset) -> dict[str, Any]:
+    """What a user wants to know of a dataset before training on it, as plain values."""
+    wide, many = dataset.environment.observation_dim, len(dataset)
+    order = np.random.default_rng(0).standard_normal(wide + dataset.environment.action_dim)
+    keys, bound = np.empty(many), np.zeros(dataset.environment.action_dim)
+    low, high = np.full(wide, np.inf), np.full(wide, -np.inf)
+    for start in range(0, many, CHUNK):
+        part = dataset.rows[start : start + CHUNK, : len(order)]
+        keys[start : start + CHUNK] = part.astype(np.float64) @ order
+        bound += (np.abs(part[:, wide:]) >= 1 - 1e-6).sum(0)
+        low, high = np.minimum(low, part[:, :wide].min(0)), np.maximum(high, part[:, :wide].max(0))
+    return {
+        "transitions": many,
+        "held_out": len(dataset.held_out.rewards),
+        "lengths": np.quantile(dataset.episode_lengths, [0, 0.5, 1]).tolist(),
+        "returns": np.quantile(dataset.episode_returns, [0, 0.25, 0.5, 0.75, 1]).tolist(),
+        "histogram": np.histogram(dataset.episode_returns, bins=20)[0].tolist(),
+        "constant": np.flatnonzero(high == low).tolist(),
+        "at_bounds": (bound / many).tolist(),
+        "duplicates": 1 - len(np.unique(keys)) / many,
+        **dataset.facts,
+    }
+
+
+def looks_late(columns: Columns, starts: Array, terminals: Array, rewards: Array) -> bool:
+    """Whether rewards and terminals seem to lie a row late: episodes begin with reward 0 and end with action 0."""
+    ends = np.flatnonzero(terminals)[:50]
+    if len(ends) < 2 or rewards[starts].any() or not rewards.any():
+        return False
+    return not any(columns.read("actions", row, row + 1).any() for row in ends.tolist())
 
 
 def _reward_scale(rule: str | float, returns: Array, max_episode_steps: int) -> dict[str, float | str]:
@@ -841,48 +1722,44 @@ def _reward_scale(rule: str | float, returns: Array, max_episode_steps: int) -> 
         return {"rule": rule, "multiplier": 1.0, "offset": -1.0}
     if rule == "return-range":
         spread = float(returns.max() - returns.min())
-        if spread == 0:
-            raise MdptError("reward_scale 'return-range': all returns are equal; choose 'none' or a number.")
+        if spread <= 1e-6 * np.abs(returns).max():
+            raise MdptError(
+                f"reward_scale 'return-range': all returns are equal, {returns.min():.7g} to {returns.max():.7g}; choose "
+                "'none' or a number."
+            )
         return {"rule": rule, "multiplier": max_episode_steps / spread, "offset": 0.0}
     return {"rule": "number", "multiplier": float(rule), "offset": 0.0}
-
-
-def _content_hash(raw: dict[str, Array]) -> str:
-    digest = hashlib.sha256()
-    for key in sorted(raw):
-        digest.update(f"{key} {raw[key].shape} {raw[key].dtype.str}\n".encode())
-        digest.update(np.ascontiguousarray(raw[key]).data)
-    return digest.hexdigest()
 
 
 # --- collecting -------------------------------------------------------------------------------------------------
 
 
 def collect_dataset(
-    section: DataSection,
-    workers: Workers = Workers(),
-    progress: Callable[[int], None] | None = None,
-    cache: Path | None = None,
+    section: DataSection, workers: Workers = Workers(), show: Show | None = None, cache: Path | None = None
 ) -> Path:
     """Roll out PyBullet's bundled agent with perturbed weights into a D4RL-format file, or find it in the cache.
 
     The file depends on the environment and the settings only, not on `workers`. The cache is `cache`, else
-    $MDPT_CACHE, else mdpt in $XDG_CACHE_HOME or ~/.cache. progress counts transitions.
+    $MDPT_CACHE, else mdpt in $XDG_CACHE_HOME or ~/.cache. show: hears of transitions.
 
     Raises: MdptError without an agent for this environment, a damaged cached file.
     """
     share = section.transitions // len(section.levels)
-    agent = _bundled_agent(section.environment)
+    environment = section.environment or ""
+    agent = _bundled_agent(environment)
     settings = section.model_dump(include={"environment", "transitions", "levels", "action_noise", "seed"})
     made_by = settings | {"generator": GENERATOR}
+    special = section.environment_kwargs, section.max_episode_steps
+    if any(special):
+        made_by |= {"special": json.dumps(special)}
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
-    name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', section.environment)}-{digest}.hdf5"
+    name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', environment)}-{digest}.hdf5"
     path = (cache or _cache_folder()) / name
     if path.exists():
         _check_cached(path, section.transitions)
         return path
 
-    spec = environment_spec(section.environment)
+    spec = environment_spec(environment, *special)
     if (wide := (agent[0].shape[0], agent[-1].shape[0])) != (spec.observation_dim, spec.action_dim):
         raise MdptError(f"{spec.id}: its agent takes {wide[0]} observations and gives {wide[1]} actions.")
     noise = np.broadcast_to(section.action_noise, len(section.levels)).tolist()
@@ -900,8 +1777,8 @@ def collect_dataset(
     parts: list[dict[str, Array]] = []
     for part in parallel(collect_shard, shards, workers, len(shards)):
         parts.append(part)
-        if progress:
-            progress(sum(len(part["rewards"]) for part in parts))
+        if show:
+            show("collect", sum(len(part["rewards"]) for part in parts), section.transitions)
     arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     arrays["infos/level"] = np.repeat(np.array(section.levels, dtype=np.float32), share)
     versions = {name: importlib.metadata.version(name) for name in ("pybullet", "pybullet_envs_gymnasium", "numpy")}
@@ -930,19 +1807,20 @@ def collect_shard(shard: Shard, watch: Watch) -> dict[str, Array]:
     rewards = np.empty(size, dtype=np.float32)
     terminals, timeouts = np.zeros(size, dtype=np.bool_), np.zeros(size, dtype=np.bool_)
     row, doing = 0, f"collecting in {spec.id}"
+    seed_generators(*shard.seed)
     with watch.over(doing):
-        environment = make_environment(spec.id)
+        environment = make_environment(spec)
     while row < size:
         weights = [w * (1 + np.float32(shard.sigma) * random.standard_normal(w.shape, np.float32)) for w in shard.agent]
         noise = random.standard_normal((spec.max_episode_steps, spec.action_dim), np.float32)
         noise *= np.float64(shard.noise)  # a float would round the factor first, and give other data
         with watch.over(doing):
-            observation, _ = environment.reset(seed=int(random.integers(2**31)))
+            observation = reset(environment, spec, int(random.integers(2**31)))
         for step in range(min(spec.max_episode_steps, size - row)):
             observations[row] = observation
             actions[row] = action = np.clip(_agent_action(weights, observations[row]) + noise[step], *low_high)
             with watch.over(doing):
-                observation, rewards[row], terminals[row], timeout, _ = environment.step(action)
+                observation, rewards[row], terminals[row], timeout = take_step(environment, spec, action)
             row += 1
             if terminals[row - 1] or timeout:
                 break
@@ -1061,13 +1939,14 @@ def rollout(
     def show(place: int) -> None:
         if look is not None and place == 0:
             with watch.over(f"{spec.id}: episode {episodes[0]}, a frame after step {lengths[0]}"):
-                frame = _frame(environments[0], spec.id)
+                frame = _frame(environments[0], spec.name)
             look(int(lengths[0]), float(returns[0]), frame)
 
+    seed_generators(seed, *episodes)
     for place, episode in enumerate(episodes):
         with watch.over(f"{spec.id}: episode {episode}"):
-            environments.append(make_environment(spec.id, **({"render_mode": "rgb_array"} if look else {})))
-            observations[place], _ = environments[place].reset(seed=_start(seed, episode))
+            environments.append(make_environment(spec, **({"render_mode": "rgb_array"} if look else {})))
+            observations[place] = reset(environments[place], spec, _start(seed, episode))
         show(place)
     while len(running):
         actions = np.asarray(act(observations[running], running))
@@ -1079,7 +1958,7 @@ def rollout(
         scaled = unscale_actions(actions.clip(-1, 1), spec)
         for i, (place, action) in enumerate(zip(running.tolist(), scaled, strict=True)):
             with watch.over(f"{spec.id}: episode {episodes[place]}, step {lengths[place] + 1}"):
-                observations[place], reward, terminal, timeout, _ = environments[place].step(action)
+                observations[place], reward, terminal, timeout = take_step(environments[place], spec, action)
             returns[place] += reward
             lengths[place] += 1
             ended[i] = terminal or timeout
@@ -1124,11 +2003,7 @@ def reference_returns(reference: str | tuple[float, float]) -> tuple[float, floa
         if not low < high:
             raise MdptError(f"reference: [{low}, {high}] must be [min, max] with min < max.")
         return float(low), float(high)
-    found = importlib.util.find_spec("d4rl")
-    if found is None or not found.submodule_search_locations:
-        raise MdptError(f"reference {reference!r}: D4RL's table is not installed; give [min, max] instead.")
-    # Its own file only: importing the package would look for MuJoCo and complain.
-    infos = runpy.run_path(str(Path(found.submodule_search_locations[0], "infos.py")))
+    infos = d4rl_infos(f"reference {reference!r}: D4RL's table is not installed; give [min, max] instead.")
     table = {name: (float(low), float(infos["REF_MAX_SCORE"][name])) for name, low in infos["REF_MIN_SCORE"].items()}
     if reference in table:
         return table[reference]

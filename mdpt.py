@@ -16,7 +16,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, groupby, pairwise, product
 from pathlib import Path
@@ -31,7 +31,9 @@ from typer.core import TyperGroup
 
 from mdpt.data import (
     Array,
+    DataSection,
     Dataset,
+    EnvironmentSpec,
     EvaluationSection,
     Experiment,
     MdptError,
@@ -39,6 +41,7 @@ from mdpt.data import (
     Workers,
     check_experiment,
     compare,
+    describe_data,
     load_dataset,
     load_experiment,
     make_writable_folder,
@@ -189,11 +192,21 @@ def scalar_writer(
     return write
 
 
-def load_data(experiment: Experiment, workers: Workers) -> Dataset:
-    """The experiment's dataset, collected first where that is its source and the cache does not have it."""
-    reference_returns(experiment.data.reference)  # a mistake in it shall not wait for the collection
-    with progress("collect", experiment.data.transitions) as show:
-        dataset = load_dataset(experiment.data, workers, lambda done: show(done, ""))
+def load_data(section: DataSection, workers: Workers, spec: EnvironmentSpec | None = None) -> Dataset:
+    """The dataset, collected or downloaded first where that is needed; what takes long shows a bar.
+
+    spec: of the environment, where it is known already and need not be made.
+    """
+    with ExitStack() as stack:
+        bars: dict[str, Callable[[int, str], None]] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in bars:
+                stack.close()  # of what came before: Rich draws one at a time
+                bars[what] = stack.enter_context(progress(what, max(1, total)))
+            bars[what](done, "")
+
+        dataset = load_dataset(section, workers, show, spec=spec)
     for warning in dataset.warnings:
         warn(warning)
     return dataset
@@ -359,6 +372,39 @@ def cut_into_tasks(cell: Cell, products: str) -> Iterator[Play]:
         )
 
 
+def judge_cells(cells: Sequence[Cell], data_file: Path | None) -> dict[str, Any]:
+    """What can be said of policies without playing them, on the held-out part of their data, or of another file.
+
+    Raises: MdptError where the data are not what a policy was trained on and none were named.
+    """
+    from mdpt import models
+
+    results = []
+    for cell in cells:
+        stored = cell.bundle["dataset"]
+        section = Experiment.model_validate(cell.bundle["experiment"]).data
+        if data_file is not None:
+            section = section.model_copy(update={"source": "hdf5", "path": str(data_file), "dataset": None})
+        elif section.source == "arrays":
+            raise MdptError(f"{cell.policy}: was trained on arrays; name a file of the same data with --data")
+        dataset = load_data(section, Workers(), EnvironmentSpec(**cell.bundle["environment"]))
+        if dataset.identity["hash"] != stored["hash"]:
+            if data_file is None:
+                raise MdptError(
+                    f"{cell.policy}: {dataset.identity['name']} has changed since; name the data with --data"
+                )
+            warn(f"{data_file}: other data than {cell.policy} was trained on")
+        if not len(dataset.held_out.rewards):
+            raise MdptError(f"{cell.policy}: its data have no held-out episodes; train with [data] held_out above 0")
+        judges = {OWN: cell.bundle["guidance"], cell.guidance: cell.teacher}
+        known = {name: bundle for name, bundle in judges.items() if bundle is not None}
+        how, seed = cell.how, cell.section.seed
+        found = models.judge_offline(cell.bundle, cell.teacher, how, dataset.held_out, seed, known)
+        names = {"policy": cell.policy, "guidance": cell.guidance, "step": cell.bundle["step"]}
+        results.append(names | {"seeds": cell.bundle["seeds"], **asdict(how), **found})
+    return {"cells": results, "offline": True}
+
+
 def make_result(cell: Cell, parts: Sequence[tuple[Array, Array]], products: str) -> dict[str, Any]:
     """Everything a cell has shown, as plain containers: what was played, and score, returns, lengths of each pair."""
     bundle, reference, data = cell.bundle, cell.bundle["reference"], cell.bundle["dataset"]
@@ -511,7 +557,7 @@ def check_comparable(cells: Sequence[Cell]) -> None:
         (
             cell.policy,
             cell.section.model_dump(exclude={"w"})
-            | {"reference": list(cell.bundle["reference"]), "environment": cell.bundle["environment"]["id"]},
+            | {"reference": [*(cell.bundle["reference"] or ())], "environment": cell.bundle["environment"]["id"]},
         )
         for cell in cells
     ]
@@ -666,6 +712,57 @@ def score_table(cell: dict[str, Any], summary: dict[str, Any]) -> Table:
     for kind in KINDS:
         data = cell["dataset"]
         table.add_row(f"data {kind}", number(data[f"{kind}_return"]), number(data[f"{kind}_score"]), "")
+    return table
+
+
+def offline_table(result: dict[str, Any]) -> Table:
+    """What was found of a policy without playing: each member's distance to the data's actions, and values."""
+    title = f"{result['policy']}, step {result['step']}: offline, on {result['states']} held-out states"
+    heads = [f"{what} by {name}" for name in result["values"] for what in ("Q", "Q of data", "higher in")]
+    table = make_table(title, "seed", "distance", *heads)
+    for i, seed in enumerate(result["seeds"]):
+        cells = [number(result["distance"][i], 3)]
+        for value in result["values"].values():
+            cells += [number(value["policy"][i], 2), number(value["data"][i], 2), f"{value['higher'][i]:.0%}"]
+        table.add_row(str(seed), *cells)
+    table.caption = (
+        f"distance: root mean square to the data's actions, in [-1, 1]; {result['chance']:.3f} between two of the data's. "
+        f"Ranked by {result['guidance']}, best of {result['candidates']}. No guidance is a judge of itself: what it ranks "
+        "by, it values."
+    )
+    return table
+
+
+def data_table(dataset: Dataset) -> Table:
+    """What a dataset is, before anything is trained on it."""
+    found, section, spec = describe_data(dataset), dataset.section, dataset.environment
+    table = make_table(f"{dataset.identity['source']} {dataset.identity['name']}", "what", "value")
+    returns = np.array(found["returns"])
+    ends = [f"{name} {{:.1f}}" for name in ("worst", "quarter", "median", "three quarters", "best")]
+    steps = np.ceil(8 * np.array(found["histogram"]) / max(found["histogram"])).astype(int)
+    counted = " counted from the first row on" if found["timeouts_counted"] else ""
+    facts = {
+        "environment": f"{spec.id or 'none'}, O {spec.observation_dim}, A {spec.action_dim}, limit {spec.max_episode_steps}",
+        "transitions": f"{found['transitions']} to train on, {found['held_out']} held out",
+        "episodes": f"{len(dataset.episode_returns)} whole, of {' / '.join(f'{n:.0f}' for n in found['lengths'])} steps "
+        "(shortest / median / longest)",
+        "ends": f"{found['terminals']} terminals, {found['timeouts']} time limits{counted}",
+        "returns": ", ".join(ends).format(*returns),
+        "histogram": f"{''.join(' ▁▂▃▄▅▆▇█'[step] for step in steps)} from worst to best",
+    }
+    if spec.id is None:
+        facts["no environment"] = str(dataset.identity["no_environment"])
+    if section.reference is not None:
+        facts["scores"] = ", ".join(ends).format(*normalized_score(returns, reference_returns(section.reference)))
+    facts |= {
+        "rewards": f"scaled by {dataset.reward_scale['rule']}, x {dataset.reward_scale['multiplier']:.4g}",
+        "constant features": ", ".join(map(str, found["constant"])) or "none",
+        "actions at a bound": ", ".join(f"{share:.0%}" for share in found["at_bounds"]),
+        "duplicates": f"{found['duplicates']:.1%} of transitions repeat another's observation and action",
+    }
+    for name, text in facts.items():
+        table.add_row(name, text)
+    table.columns[1].justify, table.columns[1].no_wrap = "left", False
     return table
 
 
@@ -1006,7 +1103,7 @@ def describe(bundle: Bundle, path: Path) -> Iterator[Table]:
             ),
             "steps": f"{bundle['step']} of {pace['steps']}" + ("" if bundle["complete"] else " (unfinished)"),
             "snapshots": "".join(f"@{step}, " for step in bundle["snapshots"]) + "@last",
-            "environment": f"{bundle['environment']['id']}, O {bundle['environment']['observation_dim']}, "
+            "environment": f"{bundle['environment']['id'] or 'none'}, O {bundle['environment']['observation_dim']}, "
             f"A {bundle['environment']['action_dim']}",
             "data": f"{data['source']} {data['name']}, {data['transitions']} transitions, {data['episodes']} episodes",
             "data hash": data["hash"][:16],
@@ -1210,6 +1307,9 @@ def guidance(
     overwrite: Overwrite = False,
     extend: Extend = False,
     board: Board = None,
+    describe_only: Annotated[
+        bool, typer.Option("--describe-data", help="say what the data are; train nothing")
+    ] = False,
     workers: Count = CORES,
     timeout: Timeout = LONG,
 ) -> None:
@@ -1217,9 +1317,12 @@ def guidance(
     from mdpt.models import train_guidance
 
     run = load_run(experiment, overrides, seeds, device)
+    if describe_only:
+        show_table(data_table(load_data(run.data, Workers(workers, timeout))))
+        return
     path = out or Path(f"{run.name}-{run.guidance.algorithm}.guidance.pt")
     begun = unfinished(path, board, overwrite, extend)
-    dataset = load_data(run, Workers(workers, timeout))
+    dataset = load_data(run.data, Workers(workers, timeout))
     title = f"guidance {run.guidance.algorithm}"
     with training_run(title, run, run.guidance.steps, path, begun, extend, board) as training:
         bundle = train_guidance(run, dataset, training)
@@ -1272,7 +1375,7 @@ def policy(
             f"and guidance_until {section.guidance_until:g}: this policy learns as without it"
         )
     begun = unfinished(path, board, overwrite, extend)
-    dataset = load_data(run, Workers(workers, timeout))
+    dataset = load_data(run.data, Workers(workers, timeout))
     if teacher is not None:
         ours = {"kind": "policy", "environment": asdict(dataset.environment), "dataset": dataset.identity}
         for warning in check_fit(ours, teacher):
@@ -1302,6 +1405,9 @@ def evaluate(
     member: Annotated[int | None, typer.Option(metavar="SEED", help="the member to film; by default the first")] = None,
     overwrite: Overwrite = False,
     describe_only: Annotated[bool, typer.Option("--describe", help="say what the bundle is; run nothing")] = False,
+    data_file: Annotated[
+        Path | None, typer.Option("--data", metavar="FILE", help="judge offline, on held-out episodes of this file")
+    ] = None,
     workers: Count = CORES,
     timeout: Timeout = LONG,
     cluster: Cluster = None,
@@ -1330,6 +1436,10 @@ def evaluate(
     cells = [read_cell(path, infer_guidance, given) for path in paths]
     check_comparable(cells)
     tell(cells)
+    missing = [cell for cell in cells if cell.bundle["environment"]["id"] is None]
+    if missing or data_file is not None:
+        judge_apart(cells, missing, data_file, json_file, overwrite, bool(video or plot_file))
+        return
     if video is not None:
         film(cells[0], member, video, where)
         return
@@ -1338,6 +1448,27 @@ def evaluate(
     write_json(json_file, report)
     if plot_file is not None:
         (plot_curve if curve else plot_scores)(plot_file, report)
+
+
+def judge_apart(
+    cells: Sequence[Cell],
+    missing: Sequence[Cell],
+    data_file: Path | None,
+    json_file: Path | None,
+    overwrite: bool,
+    drawn: bool,
+) -> None:
+    """An evaluation without playing: tables, and a file of the same figures."""
+    for cell in missing:
+        warn(f"{cell.policy}: cannot be scored: {cell.bundle['dataset']['no_environment']}")
+    if drawn:
+        raise MdptError("--video and --plot show what was played, and nothing is; leave them out")
+    if json_file is not None:
+        refuse_to_overwrite(json_file, overwrite)
+    report = judge_cells(cells, data_file)
+    for result in report["cells"]:
+        show_table(offline_table(result))
+    write_json(json_file, report)
 
 
 @app.command()
@@ -1376,6 +1507,10 @@ def swap(
         refuse_to_overwrite(plot_file, overwrite)
     check_report(json_file, overwrite)
     cells = plan_swap(policies, guidances or [], pairs, evaluation_settings(settings, episodes, candidates, seed))
+    for cell in cells:
+        if cell.bundle["environment"]["id"] is None:
+            reason = cell.bundle["dataset"]["no_environment"]
+            raise MdptError(f"{cell.policy}: cannot be scored: {reason}; `mdpt evaluate` says what can be said offline")
     tell(cells)
     report = play_cells(cells, json_file, overwrite, Workers(workers, timeout, cluster))
     report["verdicts"] = judge_algorithms(report["cells"])

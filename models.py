@@ -8,7 +8,6 @@ T diffusion steps, E episodes, R episodes that still run, H hidden units. Observ
 from __future__ import annotations
 
 import copy
-import dataclasses
 import difflib
 import functools
 import hashlib
@@ -34,6 +33,7 @@ from mdpt.data import (
     EnvironmentSpec,
     Experiment,
     GuidanceSection,
+    HeldOut,
     MdptError,
     PolicySection,
     TrainingSection,
@@ -147,48 +147,35 @@ class Randomness:
 
 @dataclass(frozen=True)
 class Batch:
-    """Transitions drawn for each member: observations (S, B, O), actions (S, B, A), the others (S, B).
-
-    labels: 1 where the frozen guidance calls the action an improvement (advantage > 0), or None if nothing labelled.
-    """
+    """Transitions drawn for each member: observations (S, B, O), actions (S, B, A), the others (S, B)."""
 
     observations: Tensor
     actions: Tensor
     rewards: Tensor
     next_observations: Tensor
     terminals: Tensor
-    labels: Tensor | None = None
 
 
 class Transitions:
-    """A dataset as one tensor of rows on the training device, so that a batch is one gather."""
+    """Rows (n, 2 O + A + 2) of a dataset as one tensor, so that a batch is one gather.
 
-    def __init__(self, columns: Mapping[str, Any], device: torch.device | str) -> None:
-        order = [field.name for field in dataclasses.fields(Batch) if field.name != "labels"]
-        parts = [torch.as_tensor(columns[name], dtype=torch.float32) for name in order]
-        parts = [part if part.ndim == 2 else part[:, None] for part in parts]
-        self.sizes = [part.shape[1] for part in parts]
-        self.rows = torch.cat(parts, dim=1).to(device)  # (n, 2 O + A + 2)
-        self.labels: Tensor | None = None  # (S, n)
+    sizes: widths of the columns, in the order of `Batch`. on_disk: the rows stay there, and only batches come to the
+    training device.
+    """
+
+    def __init__(self, rows: Array, sizes: Sequence[int], device: torch.device | str, on_disk: bool = False) -> None:
+        self.device, self.sizes = torch.device(device), list(sizes)
+        self.rows = torch.from_numpy(rows) if on_disk else torch.from_numpy(rows).to(device)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, index: Tensor) -> Batch:
         """The transitions of rows `index`, (S, B)."""
-        rows = self.rows.index_select(0, index.flatten()).view(*index.shape, -1)
-        observations, actions, rewards, next_observations, terminals = torch.split(rows, self.sizes, dim=-1)
-        labels = None if self.labels is None else self.labels.gather(1, index)
-        return Batch(observations, actions, rewards.squeeze(-1), next_observations, terminals.squeeze(-1), labels)
-
-    def label(self, guidance: Guidance) -> None:
-        """Label every transition once: 1 where the frozen guidance's advantage is positive, for each member."""
-        parts = []
-        with torch.no_grad():
-            for rows in torch.split(self.rows, 8_192):
-                observations, actions, *_ = torch.split(rows.expand(guidance.members, -1, -1), self.sizes, dim=-1)
-                parts.append(guidance.advantage(observations, actions) > 0)
-        self.labels = torch.cat(parts, dim=1)
+        rows = self.rows.index_select(0, index.flatten().to(self.rows.device)).to(self.device)
+        parts = torch.split(rows.view(*index.shape, -1), self.sizes, dim=-1)
+        observations, actions, rewards, next_observations, terminals = parts
+        return Batch(observations, actions, rewards.squeeze(-1), next_observations, terminals.squeeze(-1))
 
     def sample(self, random: Randomness, batch_size: int) -> Batch:
         """A batch for each member, drawn uniformly with replacement."""
@@ -901,17 +888,11 @@ def noise_regression_loss(policy: Policy, batch: Batch, guidance: Guidance | Non
 
 
 def label_loss(policy: Policy, batch: Batch, guidance: Guidance | None, random: Randomness) -> Loss:
-    """Noise error given "this action is an improvement", label dropped at random (arXiv 2505.23458; 2207.12598).
-
-    Labels come with the batch where a frozen guidance made them; otherwise from the guidance as it is now.
-    """
-    better = batch.labels
-    if better is None and guidance is not None:
-        with torch.no_grad():
-            better = guidance.advantage(batch.observations, batch.actions) > 0
-    if guidance is None or better is None:
-        step = policy.predict(batch, random)
-        return noise_loss(step.predicted, step.noise)
+    """Noise error given "this action is an improvement", label dropped at random (arXiv 2505.23458; 2207.12598)."""
+    if guidance is None:
+        return cloning_loss(policy, batch, None, random)
+    with torch.no_grad():
+        better = guidance.advantage(batch.observations, batch.actions) > 0
     shown = random.uniform("label", better.shape[1]) >= policy.section.label_dropout
     step = policy.predict(batch, random, labels=shown * (1 + better.long()))
     loss, metrics = noise_loss(step.predicted, step.noise)
@@ -1140,6 +1121,41 @@ def play(task: Play, watch: Watch, **film: Any) -> tuple[Array, Array]:
         torch.set_num_threads(threads)
 
 
+@torch.no_grad()
+def judge_offline(
+    policy: Bundle, teacher: Bundle | None, how: Inference, held_out: HeldOut, seed: int, judges: Mapping[str, Bundle]
+) -> dict[str, Any]:
+    """What can be said of a policy without playing, on up to 2,000 held-out states; lists hold a figure per member.
+
+    distance: root mean square difference between its action and the data's, in [-1, 1]; chance: between the data's
+    actions of two states. For each of `judges`: mean Q of its actions and of the data's, and how often its own is higher.
+    """
+    count = len(policy["seeds"])
+    some = np.linspace(0, len(held_out.rewards) - 1, min(len(held_out.rewards), 2_000)).astype(np.int64)
+    observations, actions = (torch.from_numpy(array[some]) for array in (held_out.observations, held_out.actions))
+    states, data = observations.expand(count, -1, -1), actions.expand(count, -1, -1)
+
+    def of_members(bundle: Bundle) -> Guidance:
+        return build_guidance(select_members(bundle, pair_members(count, len(bundle["seeds"]))), "cpu")
+
+    actor, random = build_policy(policy, "cpu"), Randomness(policy["seeds"], f"evaluate {seed} offline")
+    noises = actor.noises(random, "act", len(some) * how.candidates)
+    uniform = random.uniform("selection", len(some), how.candidates)
+    chosen = act(actor, None if teacher is None else of_members(teacher), states, noises, uniform, how).clamp(-1, 1)
+    values = {}
+    for name, bundle in judges.items():
+        guidance = of_members(bundle)
+        own, given = guidance.q(states, chosen), guidance.q(states, data)
+        values[name] = {"policy": own.mean(1).tolist(), "data": given.mean(1).tolist()}
+        values[name]["higher"] = (own > given).float().mean(1).tolist()
+    return {
+        "states": len(some),
+        "distance": (chosen - data).square().mean((1, 2)).sqrt().tolist(),
+        "chance": float((actions - actions.roll(len(some) // 2, 0)).square().mean().sqrt()),
+        "values": values,
+    }
+
+
 # --- learning ---------------------------------------------------------------------------------------------------
 
 
@@ -1240,7 +1256,7 @@ def train(
     parts: the modules that learn, each with the bundle its weights go to: `bundle` itself, or one inside it.
     """
     steps, seeds, start = section.steps, bundle["seeds"], bundle["step"]
-    random = Randomness(seeds, f"{bundle['kind']} train", transitions.rows.device)
+    random = Randomness(seeds, f"{bundle['kind']} train", transitions.device)
     milestones = {round(steps * (i + 1) / section.snapshots) for i in range(section.snapshots)}
     history = History(bundle["history"], start, seeds)
     for step in range(start, steps):
@@ -1369,8 +1385,8 @@ def pick_device(name: str) -> str:
 def train_guidance(experiment: Experiment, dataset: Dataset, run: Run) -> Bundle:
     """Train a guidance from the data alone and judge it on held-out episodes."""
     bundle = new_bundle("guidance", experiment, dataset)
-    transitions = Transitions(vars(dataset), run.device)
-    cost = Cost(transitions.rows.device, run.choose_products(), run.begun)
+    transitions = Transitions(dataset.rows, dataset.sizes, run.device, dataset.section.storage == "disk")
+    cost = Cost(transitions.device, run.choose_products(), run.begun)
     guidance = build_guidance(bundle, run.device, new=True)
     learner = Learner([(guidance, experiment.guidance)], lambda batch, random, _: guidance.loss(batch, random))
     go_on(bundle, run, [(bundle, guidance)], learner)
@@ -1384,8 +1400,8 @@ def train_policy(experiment: Experiment, dataset: Dataset, teacher: Bundle | Non
     """Train a policy under a frozen guidance, together with one ("joint"), or unguided."""
     section = experiment.policy
     bundle = new_bundle("policy", experiment, dataset)
-    transitions = Transitions(vars(dataset), run.device)
-    cost = Cost(transitions.rows.device, run.choose_products(), run.begun)
+    transitions = Transitions(dataset.rows, dataset.sizes, run.device, dataset.section.storage == "disk")
+    cost = Cost(transitions.device, run.choose_products(), run.begun)
     policy = build_policy(bundle, run.device, new=True)
     parts: list[tuple[Bundle, Guidance | Policy]] = [(bundle, policy)]
     guidance: Guidance | None = None
@@ -1412,8 +1428,6 @@ def train_policy(experiment: Experiment, dataset: Dataset, teacher: Bundle | Non
     frozen = [guidance] if guidance is not None and not joint else []
     learner = Learner([(module, tables[target["kind"]]) for target, module in parts], loss, frozen)
     go_on(bundle, run, parts, learner)
-    if frozen and policy.algorithm.labels:
-        transitions.label(frozen[0])
     train(learner, transitions, section, bundle, parts, cost, run)
     return bundle
 
@@ -1462,9 +1476,10 @@ def check_same_run(ours: Bundle, theirs: Bundle, extend: bool) -> None:
     }
     fields |= {
         f"[data] {key}": [bundle["experiment"]["data"].get(key) for bundle in (ours, theirs)]
-        for key in ("seed", "held_out", "reward_scale")
+        for key in ("seed", "fraction", "held_out", "reward_scale")
     }
-    fields |= {key: [bundle[key] for bundle in (ours, theirs)] for key in ("seeds", "environment")}
+    fields["seeds"] = [bundle["seeds"] for bundle in (ours, theirs)]
+    fields["environment"] = [EnvironmentSpec(**bundle["environment"]) for bundle in (ours, theirs)]
     fields["data (by content)"] = [bundle["dataset"]["hash"][:8] for bundle in (ours, theirs)]
     steps = f"[{ours['kind']}] steps"
     longer = fields[steps][0] > fields[steps][1]
@@ -1513,32 +1528,28 @@ def guidance_quality(guidance: Guidance, dataset: Dataset, discount: float, devi
 
 # --- bundles ----------------------------------------------------------------------------------------------------
 
-BUNDLE_FORMAT, BUNDLE_VERSION = "mdpt bundle", 4
+BUNDLE_FORMAT, BUNDLE_VERSION = "mdpt bundle", 5
 
 
 def new_bundle(kind: str, experiment: Experiment, dataset: Dataset) -> Bundle:
     """All of a bundle that does not change while it learns."""
-    observations = torch.from_numpy(dataset.observations).double()
-    returns = dataset.episode_returns
+    returns, reference = dataset.episode_returns, dataset.section.reference
     return {
         "format": BUNDLE_FORMAT,
         "version": BUNDLE_VERSION,
         "kind": kind,
-        "experiment": experiment.model_dump(),
+        "experiment": experiment.model_copy(update={"data": dataset.section}).model_dump(),
         "seeds": list(experiment.seeds),
         "environment": asdict(dataset.environment),
-        "reference": reference_returns(experiment.data.reference),
+        "reference": None if reference is None else reference_returns(reference),
         "dataset": dataset.identity
         | {
-            "training_transitions": len(dataset.rewards),
+            "training_transitions": len(dataset),
             "episodes": len(returns),
             "mean_return": float(returns.mean()),
             "best_return": float(returns.max()),
         },
-        "normalizer": {
-            "mean": observations.mean(0).float(),
-            "deviation": observations.std(0, unbiased=False).float() + 1e-3,  # 1e-3 as TD3+BC: some features never vary
-        },
+        "normalizer": {"mean": torch.from_numpy(dataset.mean), "deviation": torch.from_numpy(dataset.deviation)},
         "reward_scale": dataset.reward_scale,
         "versions": {"mdpt": version(), "torch": str(torch.__version__), "python": platform.python_version()},
         "step": 0,
@@ -1645,7 +1656,8 @@ def check_fit(first: Bundle, second: Bundle) -> list[str]:
     Raises: MdptError listing each environment property in which they differ, by value.
     """
     ours, theirs = first["environment"], second["environment"]
-    mismatches = [f"{key} {ours[key]} against {theirs[key]}" for key in ours if ours[key] != theirs[key]]
+    facts = [key for key in ours if key != "repeatable"]
+    mismatches = [f"{key} {ours[key]} against {theirs[key]}" for key in facts if ours[key] != theirs[key]]
     if mismatches:
         raise MdptError(
             f"the {first['kind']} and the {second['kind']} do not fit together: {'; '.join(mismatches)}; "

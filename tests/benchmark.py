@@ -67,8 +67,6 @@ def training(kind: str, algorithm: str, members: int, transitions: models.Transi
         policy = build(Policy, theirs, members)
         if kind == "policy":
             guidance.requires_grad_(False)
-            if policy.algorithm.labels:
-                transitions.label(guidance)
             learner = models.Learner([(policy, theirs)], lambda batch, random, _: policy.loss(batch, guidance, random))
         else:
             guidance.actor = None
@@ -212,7 +210,9 @@ def main() -> None:
     threads = sorted({1, len(os.sched_getaffinity(0))})
     products = dict.fromkeys(["default", models.choose_products("oneDNN")])
     print(f"torch {torch.__version__}, {len(os.sched_getaffinity(0))} cores\n")
-    transitions = models.Transitions(random_transitions(100_000), "cpu")
+    columns = [np.atleast_2d(column.T).T for column in random_transitions(100_000).values()]
+    rows = np.concatenate(columns, axis=1).astype(np.float32)
+    transitions = models.Transitions(rows, [column.shape[1] for column in columns], "cpu")
     kinds = [("guidance", name) for name in models.GUIDANCES] + [("policy", name) for name in models.POLICIES]
     kinds += [("joint", name) for name in models.POLICIES if name in models.GUIDANCES]
     works = {

@@ -99,10 +99,10 @@ def run(command: str, code: int = 0) -> Result:
 
 
 def fail(command: str, *fragments: str) -> str:
-    """What `mdpt COMMAND` says as it ends: one line, which tells the user all this, perhaps after warnings."""
+    """What `mdpt COMMAND` says as it ends, perhaps after warnings: a line for each mistake, which tell all this."""
     result = run(command, code=1)
-    *_, line = result.stderr.splitlines()
-    assert result.stdout == "" and line.startswith("mdpt: ") and result.stderr.count("mdpt: ") == 1, result.output
+    _, mdpt, line = result.stderr.partition("mdpt: ")
+    assert result.stdout == "" and mdpt and "mdpt: " not in line, result.output
     assert [text for text in fragments if text not in line] == [], line
     return result.stderr
 
@@ -725,22 +725,6 @@ def test_a_joint_policy_serves_as_guidance(folder: Path) -> None:
     assert not any(name.startswith("actor.") for name in joint["guidance"]["weights"])
 
 
-def test_labels_come_once_from_the_frozen_guidance(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    labelled: list[Any] = []
-    label = models.Transitions.label
-
-    def count(transitions: models.Transitions, guidance: models.Guidance) -> None:
-        label(transitions, guidance)
-        labelled.append(transitions)
-        monkeypatch.setattr(models.Guidance, "q", None)  # from here on nothing is valued
-
-    monkeypatch.setattr(models.Transitions, "label", count)
-    run(f"{UNDER_IDQL} --set policy.algorithm=cfg --out again.pt")
-    (transitions,) = labelled
-    assert transitions.labels.shape == (2, len(transitions)) and 0 < transitions.labels.float().mean() < 1
-    assert equal(read("toy-cfg.policy.pt")["weights"], read("again.pt")["weights"])  # the same command, the same bits
-
-
 def test_a_joint_critic_looks_at_labels_once_they_are_learned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loss, seen = models.Guidance.loss, []
 
@@ -797,7 +781,7 @@ def test_one_guidance_member_serves_all(folder: Path) -> None:
 def test_other_data_is_warned_of_and_recorded(folder: Path) -> None:
     write_toy_data(Path("other.hdf5"), seed=1, timeouts=None)
     said = run("guidance toy.toml --set data.path=other.hdf5 --out other.pt").stderr.splitlines()
-    assert said[0].startswith("warning: other.hdf5: no 'timeouts'")
+    assert said[0].startswith(f"warning: {Path.cwd() / 'other.hdf5'}: no 'timeouts'")
     result = run("evaluate toy-dql.policy.pt --infer-guidance other.pt --workers 1 --json report.json")
     (text,) = json.loads(Path("report.json").read_text())["cells"][0]["warnings"]
     assert "toy.hdf5" in text and "other.hdf5" in text and "one data distribution" in text
@@ -1050,12 +1034,12 @@ SCHEMES = ("joint", "unguided")
 TRAIN = "guidance toy.toml --out p.pt --set"
 MISTAKES = [  # command, what the user learns
     ("guidance none.toml", "none.toml", "no such", "hopper.toml"),
-    ("guidance .", ".: ", "no such", "hopper.toml"),
+    ("guidance .", ".: ", "is a folder", "hopper.toml"),
     ("guidance broken.toml", "broken.toml", "TOML", "line 1"),
     (f"{TRAIN} data.path=none.hdf5", "none.hdf5", "no such file"),
     (f"{TRAIN} data.path=bad.hdf5", "bad.hdf5", "'rewards' row 0", "nan"),
     (f"{TRAIN} data.environment=HoperBulletEnv-v0", "HoperBulletEnv-v0", "'HopperBulletEnv-v0'"),
-    (f"{TRAIN} data.environment=HopperBulletEnv-v0", "toy.hdf5", "'observations'", "(290, 2)", "(290, 15)"),
+    (f"{TRAIN} data.environment=Pendulum-v1", "toy.hdf5", "'next_observations'", "(290, 2)", "(290, 3)"),
     (f"{TRAIN} data.reference=[5,5]", "reference", "[5.0, 5.0]", "min < max"),
     (f"{TRAIN} guidance.batch_size=1_000_000_000_000", "not enough memory", "batch_size"),
     ("guidance toy.toml --set steps", "--set steps", "table.key=value"),
@@ -1165,3 +1149,96 @@ def test_a_policy_that_its_guidance_never_touches_says_so(folder: Path, settings
     under, alone = (models.read_bundle(Path(name))["weights"] for name in ("under.pt", "alone.pt"))
     assert equal(under, alone) is not guided
     assert ("never enters the loss" in told) is not guided
+
+
+# ------------------------------------------------------------------------------------------- data of all kinds
+
+
+def without_environment(text: str = TOY) -> None:
+    lines = [line for line in text.splitlines() if not line.startswith(("environment", "reference"))]
+    Path("alone.toml").write_text("\n".join(lines).replace('"toy"', '"alone"').replace("held_out", OFFLINE))
+
+
+OFFLINE = "action_range = [-1, 4]\nmax_episode_steps = 6\nheld_out"
+
+
+def test_without_an_environment_a_policy_is_judged_offline(folder: Path) -> None:
+    without_environment()
+    run("guidance alone.toml")
+    run("policy alone.toml --guidance alone-idql.guidance.pt")
+    bundle = read("alone-dql.policy.pt")
+    assert bundle["environment"]["id"] is None and bundle["reference"] is None
+    assert bundle["environment"]["action_low"] == (-1, -1) and bundle["environment"]["max_episode_steps"] == 6
+
+    result = run("evaluate alone-dql.policy.pt --infer-guidance alone-idql.guidance.pt --json offline.json")
+    assert result.stderr.startswith("warning: alone-dql.policy.pt: cannot be scored: [data] names no environment\n")
+    (found,) = json.loads(Path("offline.json").read_text())["cells"]
+    assert list(found["values"]) == ["its own", "alone-idql.guidance.pt"]
+    own, named = found["values"].values()
+    assert own == named and all(0 <= share <= 1 for share in own["higher"])
+    for i, seed in enumerate((0, 1)):
+        row = next(line for line in result.stdout.splitlines() if line.startswith(f"│ {seed} "))
+        assert f"{found['distance'][i]:.3f}" in row and f"{own['policy'][i]:.2f}" in row
+    fail("evaluate alone-dql.policy.pt --json offline.json", "offline.json", "exists already", "--overwrite")
+    fail("evaluate alone-dql.policy.pt --plot a.png", "--plot")
+    fail("evaluate alone-dql.policy.pt --video a.gif", "--video")
+    fail("swap alone-dql.policy.pt", "alone-dql.policy.pt", "cannot be scored", "names no environment", "evaluate")
+    fail("evaluate alone-dql.policy.pt toy-dql.policy.pt", "environment None against conftest:Gentle-v0")
+
+    Path("toy.hdf5").rename("moved.hdf5")
+    fail("evaluate alone-dql.policy.pt", "toy.hdf5", "no such file")
+    assert "warning: moved" not in run("evaluate alone-dql.policy.pt --data moved.hdf5").stderr
+    write_toy_data(Path("toy.hdf5"), seed=1)
+    fail("evaluate alone-dql.policy.pt", "toy.hdf5", "has changed", "--data")
+    said = run("evaluate alone-dql.policy.pt --data toy.hdf5").stderr
+    assert "warning: toy.hdf5: other data than alone-dql.policy.pt was trained on" in said
+
+
+def test_a_policy_with_an_environment_is_judged_offline_on_request(folder: Path) -> None:
+    out = run("evaluate toy-bc.policy.pt --data toy.hdf5 --infer-guidance none").stdout
+    assert "offline" in out and "by its own" in out and "Ranked by none, best of 1" in out
+
+
+def test_the_data_are_described_before_anything_is_trained(folder: Path) -> None:
+    arrays = {"observations": [[0, 1], [1, 1], [2, 1], [3, 1], [3, 1]], "next_observations": np.ones((5, 2))}
+    arrays |= {"actions": [[1, 0], [0, 2], [0.5, 4], [0, 1], [0, 1]], "rewards": [1, 2, 10, 4, 5]}
+    write_toy_data(Path("five.hdf5"), **arrays, terminals=[0, 1, 0, 0, 0], timeouts=[0, 0, 0, 0, 1])
+    options = "--set data.path=five.hdf5 --set data.held_out=0 --set data.reference=[3,13]"
+    out = run(f"guidance toy.toml --describe-data {options} --out never.pt").stdout
+    told = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in out.splitlines() if line[0] == "│"}
+    assert told["transitions"] == "5 to train on, 0 held out"
+    assert told["episodes"].startswith("2 whole, of 2 / 2 / 3 steps")
+    assert told["ends"] == "1 terminals, 1 time limits"
+    assert told["returns"].startswith("worst 3.0,") and told["returns"].endswith(
+        "median 11.0, three quarters 15.0, best 19.0"
+    )
+    assert told["scores"].startswith("worst 0.0,") and told["scores"].endswith("best 160.0")
+    assert told["constant features"] == "1" and told["actions at a bound"] == "20%, 40%"
+    assert told["duplicates"].startswith("20.0%") and told["histogram"].startswith("█")
+    assert not Path("never.pt").exists()
+
+
+@pytest.mark.parametrize("algorithm", ["dql", "cfg"])
+def test_transitions_on_disk_give_the_same_weights(folder: Path, algorithm: str) -> None:
+    run("guidance toy.toml --set data.storage=disk --out g.pt")
+    assert equal(read("g.pt")["weights"], read("toy-idql.guidance.pt")["weights"])
+    command = f"policy toy.toml --set policy.algorithm={algorithm} --guidance g.pt"
+    run(f"{command} --out memory.pt")
+    run(f"{command} --set data.storage=disk --out disk.pt")
+    assert equal(read("memory.pt")["weights"], read("disk.pt")["weights"])
+
+
+def test_an_environment_that_changed_since_training_is_named_before_play(folder: Path) -> None:
+    bundle = read("toy-bc.policy.pt")
+    changed = bundle["environment"] | {"action_high": (1.0, 5.0)}
+    models.save_bundle(Path("b.pt"), bundle | {"environment": changed, "guidance": None})
+    told = "another environment than when this was trained", "action_high was (1.0, 5.0), is (1.0, 4.0)"
+    fail("evaluate b.pt --workers 1", "conftest:Gentle-v0", *told)
+
+
+def test_a_known_source_fills_in_what_the_file_leaves_out(folder: Path) -> None:
+    known = "[data] reference is missing", "conftest:Gentle-v0"
+    Path("toy.toml").write_text(TOY.replace("reference = [10, 110]", ""))
+    fail("guidance toy.toml --out g.pt", *known)
+    Path("toy.toml").write_text('[data]\nsource = "d4rl"\ndataset = "hoper-medium-v2"\n')
+    fail("guidance toy.toml --out g.pt", "hoper-medium-v2", "unknown to D4RL", "hopper-medium-v2")

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import conftest
+import gymnasium
 import h5py  # type: ignore[import-untyped]
 import numpy as np
 import pytest
+from gymnasium.spaces import flatten
 from scipy import stats
+from toy_environment import Parted, Toy
 
 from mdpt import data
-from mdpt.data import Array, DataSection, EnvironmentSpec, MdptError, Shard, Watch, Workers
+from mdpt.data import Array, Columns, DataSection, Dataset, EnvironmentSpec, MdptError, Shard, Watch, Workers
 
 HOPPER = "HopperBulletEnv-v0"
 TOY = "toy_environment:Toy-v0"
+PARTED = "toy_environment:ToyParted-v0"
 SPEC = EnvironmentSpec("Spec-v0", 3, 2, (-1.0, 0.0), (1.0, 4.0), 5)
 
 
@@ -62,9 +69,24 @@ def put(array: Array, row: Any, value: float) -> Array:
     return changed
 
 
-def load(path: Path, **changed: Any) -> data.Dataset:
-    section = {"source": "hdf5", "path": str(path), "environment": TOY, "reward_scale": "none", "held_out": 0.0}
+PLAIN: dict[str, Any] = {"reward_scale": "none", "held_out": 0.0}
+
+
+def load(path: Path, **changed: Any) -> Dataset:
+    section = PLAIN | {"source": "hdf5", "path": str(path), "environment": TOY, "reference": (0.0, 100.0)}
     return data.load_dataset(DataSection(**(section | changed)))
+
+
+def load_arrays(arrays: Mapping[str, Any], **changed: Any) -> Dataset:
+    """Without an environment."""
+    return data.load_dataset(DataSection(**(PLAIN | {"source": "arrays"} | changed)), arrays=arrays)
+
+
+def prepare(path: Path) -> Dataset:
+    """A file for SPEC, which nothing is asked for."""
+    section = DataSection(source="hdf5", path=str(path), **PLAIN)
+    with data.open_hdf5(path) as columns:
+        return data.prepare(columns, section, SPEC, "", (), lambda *_: None)
 
 
 def toy_file(path: Path, lengths: list[int], **changed: Any) -> Path:
@@ -84,7 +106,11 @@ def toy_file(path: Path, lengths: list[int], **changed: Any) -> Path:
 
 def test_environment_spec() -> None:
     assert data.environment_spec(HOPPER) == EnvironmentSpec(HOPPER, 15, 3, (-1.0,) * 3, (1.0,) * 3, 1000)
-    assert data.environment_spec(TOY) == EnvironmentSpec(TOY, 2, 2, (-1.0, 0.0), (1.0, 4.0), 6)
+    toy = EnvironmentSpec(TOY, 2, 2, (-1.0, 0.0), (1.0, 4.0), 6)
+    assert data.environment_spec(TOY) == toy == replace(toy, repeatable=False) != replace(toy, flattened=True)
+    special = replace(toy, kwargs={"bonus": 2.0}, max_episode_steps=3)
+    assert data.environment_spec(TOY, {"bonus": 2.0}, 3) == special
+    assert data.environment_spec("toy_environment:ToyEndless-v0", max_episode_steps=9).max_episode_steps == 9
 
 
 @pytest.mark.parametrize(
@@ -93,7 +119,7 @@ def test_environment_spec() -> None:
         ("HoperBulletEnv-v0", "no such environment is registered with gymnasium. Did you mean 'HopperBulletEnv-v0'?"),
         ("qqq-v9", "no such environment is registered with gymnasium. Write 'module:Name-v0' for one that a module"),
         ("absent_module:Toy-v7", "the module absent_module cannot be imported. ModuleNotFoundError: No module named"),
-        ("toy_environment:ToyEndless-v0", "it has no time limit; register it with max_episode_steps."),
+        ("toy_environment:ToyEndless-v0", "it has no time limit; set [data] max_episode_steps."),
         ("toy_environment:ToyFlawed-v0", "the environment cannot be made. OSError: no licence"),
         ("toy_environment:ToyDiscrete-v0", "its action space is Discrete(2); only a Box with one axis can be learned."),
         ("toy_environment:ToyImage-v0", "its action space is Box(0.0, 1.0, (2, 2), float32); only a Box with one axis"),
@@ -142,10 +168,137 @@ def test_an_episode_does_not_depend_on_what_came_before(environment_id: str) -> 
                 break
         return seen
 
-    used, fresh = data.make_environment(environment_id), data.make_environment(environment_id)
+    spec = data.environment_spec(environment_id)
+    used, fresh = data.make_environment(spec), data.make_environment(spec)
     for seed in (1, 2, 3):
         play(used, seed, 40)
     assert play(used, 9, 40) == play(fresh, 9, 40)
+
+
+def alter(
+    monkeypatch: pytest.MonkeyPatch,
+    step: Callable[[Toy, tuple[Any, ...]], Any] | None = None,
+    reset: Callable[..., Any] | None = None,
+) -> None:
+    """Another toy: step gives what it makes of what the toy's own gave; reset is the whole method."""
+    own = Toy.step
+    if step is not None:
+        monkeypatch.setattr(Toy, "step", lambda toy, action: step(toy, own(toy, action)))
+    if reset is not None:
+        monkeypatch.setattr(Toy, "reset", reset)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"reset": lambda toy, *, seed=None, options=None: np.zeros(2)}, ("reset", "ndarray", "(observation, info)")),
+        ({"reset": lambda toy: (np.zeros(2), {})}, ("reset", "TypeError", "unexpected keyword argument 'seed'")),
+        ({"step": lambda toy, found: found[:4]}, ("step", "4 values", "terminated, truncated, info")),
+        (
+            {"step": lambda toy, found: (found[0], np.array([1.5]), *found[2:])},
+            ("reward", "array([1.5])", "one finite"),
+        ),
+        ({"step": lambda toy, found: (found[0][:1], *found[1:])}, ("observation", "shape (1,)", "(2,)")),
+        ({"step": lambda toy, found: (found[0] / 0, *found[1:])}, ("observation", "not finite", "inf")),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:divide by zero")
+def test_broken_contracts_are_told(
+    monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], told: Sequence[str]
+) -> None:
+    alter(monkeypatch, **changed)
+    with pytest.raises(MdptError) as caught:
+        data.environment_spec(TOY)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{TOY}: ") and all(each in line for each in told), line
+
+
+class Mended(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """What an old gym gave, as gymnasium wants it."""
+
+    def reset(self, **_: Any) -> Any:
+        return self.env.reset(), {}
+
+    def step(self, action: Any) -> Any:
+        *found, info = self.env.step(action)
+        return *found, False, info
+
+
+def test_an_old_environment_can_be_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, reset = data.environment_spec(TOY), Toy.reset
+    alter(monkeypatch, lambda toy, found: (*found[:3], {}), lambda toy: reset(toy, seed=3)[0])
+    gymnasium.register("ToyMended-v0", entry_point=lambda: Mended(Toy()), max_episode_steps=6)
+    assert data.environment_spec("ToyMended-v0") == replace(spec, id="ToyMended-v0")
+
+
+DRAWS: dict[str, Callable[[], float]] = {
+    "numpy": np.random.random,
+    "python": random.random,
+    "system": lambda: os.urandom(1)[0] / 256,
+}
+
+
+@pytest.mark.parametrize("source", DRAWS)
+def test_global_generators_are_seeded(monkeypatch: pytest.MonkeyPatch, source: str, tmp_path: Path) -> None:
+    seeded = source != "system"
+    spec = data.environment_spec(TOY)
+    alter(monkeypatch, lambda toy, found: (found[0], found[1] + DRAWS[source](), *found[2:]))
+    assert data.environment_spec(TOY).repeatable is seeded
+    first, other, again = (data.rollout(pay_by_place, spec, range(5), seed=seed)[0] for seed in (1, 2, 1))
+    assert np.array_equal(first, again) is seeded and not np.array_equal(first % 0.5, other % 0.5)
+    warnings = load(toy_file(tmp_path / "a.hdf5", [3, 4])).warnings
+    told = f"{TOY}: two episodes with the same seed and actions differ; no score is repeatable."
+    assert warnings == (() if seeded else (told,))
+
+
+def test_an_environment_that_is_another_by_now_is_not_played(monkeypatch: pytest.MonkeyPatch) -> None:
+    def play(*_: Any, **__: Any) -> Any:
+        raise AssertionError("played")
+
+    trained = replace(
+        data.environment_spec(TOY), observation_dim=3, action_low=(-1.0, -4.0), flattened=True, repeatable=False
+    )
+    monkeypatch.setattr(Toy, "reset", play)
+    with pytest.raises(MdptError) as caught:
+        data.rollout(pay_by_place, trained, [0], seed=0)
+    changes = "observation_dim was 3, is 2; action_low was (-1.0, -4.0), is (-1.0, 0.0); flattened was True, is False."
+    assert str(caught.value) == f"{TOY}: is another environment than when this was trained: {changes}"
+
+
+def test_settings_of_an_environment_reach_it(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"environment_kwargs": {"bonus": 3.0}, "max_episode_steps": 4}
+    spec = load(toy_file(tmp_path / "a.hdf5", [3, 4]), **settings).environment
+    assert spec == data.environment_spec(TOY, {"bonus": 3.0}, 4)
+    lengths = toy_rollout()[1]
+    returns, shorter = data.rollout(pay_by_place, spec, range(5), seed=1)
+    assert (lengths > 4).any() and (lengths <= 4).any() and np.array_equal(shorter, np.minimum(lengths, 4))
+    assert np.allclose(returns, ((np.arange(5) + 1) / 2 + 3) * shorter + 100 * (lengths <= 4))
+
+
+def test_dict_observations_are_flattened_alike_in_data_and_in_play(tmp_path: Path) -> None:
+    spec = data.environment_spec(PARTED)
+    assert spec == EnvironmentSpec(PARTED, 2, 2, (-1.0, 0.0), (1.0, 4.0), 6, flattened=True)
+    shapes = ((2, 3), (3,), (3, 3), (3,), (3, 2))
+    agent = [np.zeros(shape, dtype=np.float32) for shape in shapes] + [np.array([0, 1], dtype=np.float32)]
+    Parted.shown.clear()
+    rows = data.collect_shard(Shard(spec, agent, 0.0, 0.1, 20, (0, 0, 0)), Watch(60))
+    shown = np.array([flatten(Parted.observation_space, each) for each in Parted.shown[1:]])  # the first is spent
+    starts, stops = data.episode_bounds(rows["terminals"], rows["timeouts"])
+    followed = np.arange(20) + np.repeat(np.arange(len(starts)), stops - starts)  # each end is shown, and in no row
+    assert len(starts) > 3 and np.array_equal(rows["observations"], shown[followed])
+    assert rows["observations"][:3, 0].tolist() == [0, 1, 2]  # the count comes first, by its key
+
+    loaded = load(write(tmp_path / "a.hdf5", rows), environment=PARTED)
+    assert loaded.environment == spec
+    assert np.array_equal(loaded.column("observations"), rows["observations"][~rows["timeouts"]])
+    seen: list[Array] = []
+
+    def act(observations: Array, places: Array) -> Array:
+        seen.extend(observations)
+        return np.zeros((len(places), 2))
+
+    (length,) = data.rollout(act, spec, [0], seed=0)[1]
+    assert np.array_equal(seen, [[step, seen[0][1]] for step in range(length)])
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -206,153 +359,259 @@ def test_normalized_score() -> None:
     assert data.normalized_score(np.array([[-5.0, 10.0], [2.5, 25.0]]), (-5.0, 10.0)).tolist() == [[0, 100], [50, 200]]
 
 
+# --- the experiment file ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"reward_scale": "x"}, ("reward_scale = 'x'", "'none', 'return-range' or 'minus-one'", "number")),
+        ({"reward_scale": -1.0}, ("reward_scale = -1.0", "greater than 0")),
+        ({"reward_scale": float("inf")}, ("reward_scale = inf", "finite")),
+        ({"source": "s"}, ("source = 's'", "'collect', 'hdf5', 'd4rl', 'minari' or 'arrays'")),
+        ({"source": "hdf5"}, ("'hdf5' needs a path",)),
+        ({"source": "d4rl"}, ("'d4rl' needs a dataset",)),
+        ({"path": "a.hdf5"}, ("path is only for source 'hdf5'",)),
+        ({"dataset": "a"}, ("dataset is only for source 'd4rl' and 'minari'",)),
+        ({"held_out": 0.6}, ("held_out = 0.6", "0.5")),
+        ({"fraction": 0.0}, ("fraction = 0.0", "greater than 0")),
+        ({"fraction": 1.1}, ("fraction = 1.1", "less than or equal to 1")),
+        ({"storage": "tape"}, ("storage = 'tape'", "'memory' or 'disk'")),
+        ({"environment_kwargs": {"bonus": 1.0}}, ("environment_kwargs are for a named environment",)),
+        (
+            {"environment": TOY, "environment_kwargs": {"render_mode": "human"}},
+            ("'render_mode'", "not the environment's"),
+        ),
+        ({"action_range": [1.0, -1.0]}, ("action_range [1.0, -1.0]", "low < high")),
+        ({"observation_columns": 0}, ("observation_columns = 0", "greater than or equal to 1")),
+        ({"transitions": 1201, "levels": [0.1, 0.8]}, ("1201", "2 levels")),
+        ({"levels": []}, ("levels = []", "at least 1")),
+        ({"levels": [0.1, -0.8]}, ("levels[1] = -0.8", "greater than or equal to 0")),
+        ({"action_noise": [0.1]}, ("action_noise", "1 entries", "4 levels")),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_any_work(changed: dict[str, Any], told: Sequence[str]) -> None:
+    with pytest.raises(MdptError) as caught:
+        data.check_experiment("my.toml", {"data": changed})
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith("my.toml: [data]") and all(each in line for each in told), line
+
+
+def toml(path: Path, text: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_an_experiment_extends_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    toml(tmp_path / "home" / "first.toml", "name = 'first'\n[policy]\nsteps = 1\neta = 3.0\n[guidance]\nsteps = 7\n")
+    base = "extends = '~/first.toml'\nname = 'base'\n[data]\nsource = 'hdf5'\npath = 'here/x.hdf5'\n"
+    toml(tmp_path / "bases" / "base.toml", base)
+    last = toml(tmp_path / "mine" / "last.toml", "extends = '../bases/base.toml'\n[policy]\nsteps = 2\n")
+    found = data.load_experiment(last.relative_to(tmp_path), ["guidance.steps=9"])
+    assert (found.name, found.policy.steps, found.policy.eta, found.guidance.steps) == ("base", 2, 3.0, 9)
+    assert found.data.path == str(tmp_path / "bases" / "here" / "x.hdf5")  # seen from the file that names it
+    places = {"~/x": "home/x", "../x": "x", "/x": "/x", "~nobody9/x": "mine/~nobody9/x"}
+    for name, path in places.items():
+        own = toml(tmp_path / "mine" / "own.toml", f"extends = '../bases/base.toml'\n[data]\npath = '{name}'\n")
+        assert data.load_experiment(own, []).data.path == str(tmp_path / path)
+
+
+@pytest.mark.parametrize(
+    ("extends", "told"),
+    [
+        ("'mine.toml'", "mine.toml: extends = 'mine.toml': that file is extended by this one"),
+        ("'back.toml'", "back.toml: extends = 'mine.toml': that file is extended by this one"),
+        ("'absent.toml'", "absent.toml: no such experiment file"),
+        ("'absent.toml'", "mine.toml extends"),
+        ("'.'", "is a folder, which "),
+        ("3", "mine.toml: extends = 3: expected the name of one file"),
+    ],
+)
+def test_what_cannot_be_extended_is_told(tmp_path: Path, extends: str, told: str) -> None:
+    toml(tmp_path / "back.toml", "extends = 'mine.toml'")
+    with pytest.raises(MdptError) as caught:
+        data.load_experiment(toml(tmp_path / "mine.toml", f"extends = {extends}"), [])
+    assert told in str(caught.value)
+
+
 # --- files ------------------------------------------------------------------------------------------------------
 
 
-def test_read_hdf5_gives_checked_arrays(tmp_path: Path) -> None:
+def test_a_file_of_other_types_gives_the_same_rows(tmp_path: Path) -> None:
     sound = rows(next_observations=np.ones((10, 3)))
-    file = sound | {"rewards": sound["rewards"][:, None].astype(np.float64), "terminals": np.zeros((10, 1), np.int64)}
-    raw, warnings = data.read_hdf5(write(tmp_path / "a.hdf5", file | {"infos/other": np.nan}), SPEC)
-    assert warnings == ()
-    assert {key: (array.dtype.str, array.shape) for key, array in raw.items()} == {
-        "observations": ("<f4", (10, 3)),
-        "actions": ("<f4", (10, 2)),
-        "rewards": ("<f4", (10,)),
-        "terminals": ("|b1", (10,)),
-        "next_observations": ("<f4", (10, 3)),
-        "timeouts": ("|b1", (10,)),
-    }
-    assert all(np.array_equal(raw[key], sound[key]) for key in raw)
+    other = sound | {"rewards": sound["rewards"][:, None].astype(np.float64), "terminals": np.zeros((10, 1), np.int64)}
+    one = prepare(write(tmp_path / "a.hdf5", sound))
+    two = prepare(write(tmp_path / "b.hdf5", other | {"infos/other": np.nan}))
+    scaled = data.scale_actions(sound["actions"], SPEC)
+    by_hand = [sound["observations"], scaled, sound["rewards"][:, None], np.ones((10, 3)), np.zeros((10, 1))]
+    assert np.array_equal(one.rows, np.hstack(by_hand)) and one.rows.dtype == np.float32
+    assert np.array_equal(two.rows, one.rows) and two.identity["hash"] == one.identity["hash"]
+    assert one.warnings == two.warnings == ()
 
 
 SOUND = rows()
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("changed", "messages"),
     [
-        ({"rewards": None}, "the key 'rewards' is missing. It has: actions, observations, terminals, timeouts."),
-        ({"terminals": None}, "the key 'terminals' is missing. It has: actions, observations, rewards, timeouts."),
-        ({"observations": SOUND["rewards"]}, "'observations' has shape (10,), expected (10, 3) for Spec-v0."),
-        ({"observations": np.ones((10, 4))}, "'observations' has shape (10, 4), expected (10, 3) for Spec-v0."),
-        ({"actions": np.ones((10, 3))}, "'actions' has shape (10, 3), expected (10, 2) for Spec-v0."),
-        ({"actions": np.ones((9, 2))}, "'actions' has shape (9, 2), expected (10, 2) for Spec-v0."),
-        ({"rewards": np.ones(11)}, "'rewards' has shape (11,), expected (10,) for Spec-v0."),
-        ({"next_observations": np.ones((9, 3))}, "'next_observations' has shape (9, 3), expected (10, 3) for Spec-v0."),
-        ({"rewards": [b"a"] * 10}, "'rewards' holds object, expected numbers."),
-        ({"observations": h5py.Empty("f")}, "'observations' holds object, expected numbers."),
+        ({"rewards": None}, ["the key 'rewards' is missing. It has: actions, observations, terminals, timeouts."]),
+        (
+            {"terminals": None, "actions": [b"a"] * 10},
+            [
+                "the key 'terminals' is missing. It has: actions, observations, rewards, timeouts.",
+                "'actions' holds object, expected numbers.",
+            ],
+        ),
+        ({"observations": SOUND["rewards"]}, ["'observations' has shape (10,), expected (10, 3) for Spec-v0."]),
+        (
+            {"observations": np.ones((10, 4)), "actions": np.ones((9, 2)), "rewards": np.ones(11)},
+            [
+                "'observations' has shape (10, 4), expected (10, 3) for Spec-v0.",
+                "'actions' has shape (9, 2), expected (10, 2) for Spec-v0.",
+                "'rewards' has shape (11,), expected (10,) for Spec-v0.",
+            ],
+        ),
+        ({"actions": np.ones((10, 3))}, ["'actions' has shape (10, 3), expected (10, 2) for Spec-v0."]),
+        ({"timeouts": np.ones((10, 2))}, ["'timeouts' has shape (10, 2), expected (10,) for Spec-v0."]),
+        ({"rewards": h5py.Empty("f")}, ["'rewards' has shape (), expected (10,) for Spec-v0."]),
+        (
+            {"next_observations": np.ones((9, 3))},
+            ["'next_observations' has shape (9, 3), expected (10, 3) for Spec-v0."],
+        ),
         (
             {"observations": put(np.zeros((10, 3)), (4, 1), np.nan)},
-            "'observations' row 4 is [0.0, nan, 0.0], expected finite numbers.",
+            ["'observations' row 4 is [0.0, nan, 0.0], expected finite numbers."],
         ),
-        ({"rewards": put(SOUND["rewards"], [8, 3], np.inf)}, "'rewards' row 3 is inf, expected finite numbers."),
-        ({"rewards": put(SOUND["rewards"], 3, 1e300)}, "'rewards' row 3 is inf, expected finite numbers."),
-        ({"terminals": np.arange(10)}, "'terminals' row 2 is 2, expected only 0 and 1."),
-        ({"timeouts": np.full(10, 0.5)}, "'timeouts' row 0 is 0.5, expected only 0 and 1."),
-        ({"terminals": np.full(10, np.nan)}, "'terminals' row 0 is nan, expected only 0 and 1."),
+        ({"rewards": put(SOUND["rewards"], [8, 3], np.inf)}, ["'rewards' row 3 is inf, expected finite numbers."]),
+        ({"rewards": put(SOUND["rewards"], 3, 1e300)}, ["'rewards' row 3 is inf, expected finite numbers."]),
+        ({"terminals": np.arange(10)}, ["'terminals' row 2 is 2, expected only 0 and 1."]),
+        ({"timeouts": np.full(10, 0.5)}, ["'timeouts' row 0 is 0.5, expected only 0 and 1."]),
+        ({"terminals": np.full(10, np.nan)}, ["'terminals' row 0 is nan, expected only 0 and 1."]),
         (
             {"actions": np.tile([[0.5, 4.25]], (10, 1))},
-            "'actions' row 0 is [0.5, 4.25], expected within [-1.0, 0.0] and [1.0, 4.0] of Spec-v0.",
+            ["'actions' row 0 is [0.5, 4.25], expected within [-1.0, 0.0] and [1.0, 4.0] of Spec-v0."],
         ),
         (
             {"actions": put(np.tile([[0.5, 2.0]], (10, 1)), (6, 0), -1.0625)},
-            "'actions' row 6 is [-1.0625, 2.0], expected within [-1.0, 0.0] and [1.0, 4.0] of Spec-v0.",
+            ["'actions' row 6 is [-1.0625, 2.0], expected within [-1.0, 0.0] and [1.0, 4.0] of Spec-v0."],
         ),
     ],
 )
-def test_bad_files(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize("chunk", [data.CHUNK, 4])
+def test_bad_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], messages: list[str], chunk: int
+) -> None:
+    monkeypatch.setattr(data, "CHUNK", chunk)
     path = write(tmp_path / "bad.hdf5", rows(**changed))
     with pytest.raises(MdptError) as caught:
-        data.read_hdf5(path, SPEC)
-    assert str(caught.value) == f"{path}: {message}"
+        prepare(path)
+    assert str(caught.value).splitlines() == [f"{path}: {message}" for message in messages]
 
 
 def test_short_missing_foreign_and_truncated_files(tmp_path: Path) -> None:
-    short = write(tmp_path / "short.hdf5", rows(1))
-    with pytest.raises(MdptError, match=r"short.hdf5: 1 row\(s\), expected at least 2\."):
-        data.read_hdf5(short, SPEC)
-    with pytest.raises(MdptError, match=r"absent\.hdf5: no such file\."):
-        data.read_hdf5(tmp_path / "absent.hdf5", SPEC)
+    def fails(path: Path) -> str:
+        with pytest.raises(MdptError) as caught:
+            prepare(path)
+        return str(caught.value).removeprefix(f"{path}: ")
+
+    assert fails(write(tmp_path / "short.hdf5", rows(1))) == "1 row(s), expected at least 2."
+    assert fails(tmp_path / "absent.hdf5") == f"no such file; looked in {tmp_path}."
+    assert fails(tmp_path) == "is a folder; name the file in it."
     (tmp_path / "text.hdf5").write_text("observations,actions")
-    with pytest.raises(MdptError, match=r"text\.hdf5: not an HDF5 file\. Expected D4RL's format"):
-        data.read_hdf5(tmp_path / "text.hdf5", SPEC)
-    whole = write(tmp_path / "cut.hdf5", rows(1000))
-    whole.write_bytes(whole.read_bytes()[:-5000])
-    linked = write(tmp_path / "linked.hdf5", {key: value for key, value in rows(10).items() if key != "rewards"})
-    with h5py.File(linked, "a") as file:
-        file["rewards"] = h5py.SoftLink("/nowhere")
-    with pytest.raises(MdptError, match=r"linked\.hdf5: a truncated or damaged HDF5 file; get it again\. KeyError: "):
-        data.read_hdf5(linked, SPEC)
-    with pytest.raises(MdptError, match=r"cut\.hdf5: a truncated or damaged HDF5 file; get it again\. OSError: "):
-        data.read_hdf5(whole, SPEC)
+    assert fails(tmp_path / "text.hdf5").startswith("not an HDF5 file. Expected D4RL's format: observations, actions,")
+    cut = write(tmp_path / "cut.hdf5", rows(1000))
+    cut.write_bytes(cut.read_bytes()[:-5000])
+    assert fails(cut).startswith("a truncated or damaged HDF5 file; get it again. OSError: ")
+    minari = write(tmp_path / "minari.hdf5", {"episode_0/observations": np.ones((3, 2))})
+    assert fails(minari).startswith("is a Minari dataset; use source = 'minari' and its name as dataset, such as ")
+
+
+@pytest.mark.parametrize("how", ["dangling", "soft", "other file", "external", "virtual"])
+def test_nothing_outside_the_file_is_read(tmp_path: Path, how: str) -> None:
+    other = write(tmp_path / "other.hdf5", {"rewards": SOUND["rewards"]})
+    (tmp_path / "raw").write_bytes(SOUND["rewards"].tobytes())
+    path = write(tmp_path / "a.hdf5", rows(rewards=None) | {"mine": SOUND["rewards"]})
+    with h5py.File(path, "a") as file:
+        if how == "external":
+            file.create_dataset("rewards", (10,), "f4", external=[(str(tmp_path / "raw"), 0, h5py.h5f.UNLIMITED)])
+        elif how == "virtual":
+            layout = h5py.VirtualLayout((10,), "f4")
+            layout[:] = h5py.VirtualSource(other, "rewards", (10,))
+            file.create_virtual_dataset("rewards", layout)
+        else:
+            links = {"dangling": h5py.SoftLink("/nowhere"), "soft": h5py.SoftLink("/mine")}
+            file["rewards"] = links.get(how) or h5py.ExternalLink(other, "rewards")
+    message = "'rewards' lies in other files" if how in ("external", "virtual") else "'rewards' is a link"
+    with pytest.raises(MdptError, match=rf"a\.hdf5: {message}; copy the data into"):
+        prepare(path)
+
+
+def test_a_file_that_is_still_written_is_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.hdf5", rows())
+    code = "import h5py, sys; file = h5py.File(sys.argv[1], 'a'); print('open', flush=True); sys.stdin.read()"
+    writer = subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert writer.stdout is not None and writer.stdout.readline() == b"open\n"
+        with pytest.raises(MdptError, match=r"a\.hdf5: another process holds it open for writing; wait"):
+            prepare(path)
+    finally:
+        writer.communicate(timeout=30)
+    assert len(prepare(path)) > 0
 
 
 def test_actions_slightly_out_of_bounds_are_clipped_with_a_warning(tmp_path: Path) -> None:
     actions = np.tile(np.array([[0.5, 2.0]], dtype=np.float32), (10, 1))
     actions[3] = [1.0005, 4.003]
     actions[7, 0] = -1.0015
-    path = write(tmp_path / "a.hdf5", rows(actions=actions))
-    raw, warnings = data.read_hdf5(path, SPEC)
-    assert warnings == (f"{path}: clipped the actions of 2 rows, out of bounds by 3.0e-03 at most.",)
-    assert raw["actions"][[3, 7]].tolist() == [[1, 4], [-1, 2]]
-    untouched = np.delete(np.arange(10), [3, 7])
-    assert np.array_equal(raw["actions"][untouched], actions[untouched])
+    path = write(tmp_path / "a.hdf5", rows(actions=actions, next_observations=np.ones((10, 3))))
+    loaded = prepare(path)
+    assert loaded.warnings == (f"{path}: clipped the actions of 2 rows, out of bounds by 3.0e-03 at most.",)
+    assert loaded.column("actions")[[3, 7]].tolist() == [[1, 1], [-1, 0]]
+    assert (np.delete(loaded.column("actions"), [3, 7], axis=0) == [0.5, 0]).all()
 
 
 # --- transitions ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("with_timeouts", [True, False])
-def test_transitions_agree_with_d4rl(d4rl: ModuleType, with_timeouts: bool) -> None:
+def test_transitions_agree_with_d4rl(d4rl: ModuleType, monkeypatch: pytest.MonkeyPatch, with_timeouts: bool) -> None:
     random = np.random.default_rng(int(with_timeouts))
     compared = ends_in_middle = 0
     for case in range(600):
+        monkeypatch.setattr(data, "CHUNK", int(random.integers(1, 20)))
         n, limit = int(random.integers(2, 60)), int(random.integers(1, 9))
         terminals = random.random(n) < random.choice([0, 0.05, 0.2, 0.5])
         timeouts = (random.random(n) < random.choice([0, 0.1, 0.5])) | (terminals & (random.random(n) < 0.3))
         if case % 3 == 0:
             terminals[-1] = timeouts[-1] = False
             ends_in_middle += 1
-        raw = rows(n, terminals=terminals, timeouts=timeouts if with_timeouts else None)
+        actions = random.uniform(-1, 1, (n, 2)).astype(np.float32)
+        raw = rows(n, actions=actions, terminals=terminals, timeouts=timeouts if with_timeouts else None)
         expected = d4rl.qlearning_dataset(SimpleNamespace(_max_episode_steps=limit), dataset=raw)
-        built = data.build_transitions(raw, limit)
-        assert len(built["rewards"]) == len(expected["rewards"])
-        if len(expected["rewards"]):  # D4RL's empty arrays have lost type and shape
-            for key, array in expected.items():
-                assert built[key].dtype == array.dtype and np.array_equal(built[key], array), (case, key)
-            assert np.array_equal(built["observations"], raw["observations"][built["rows"]])
-            compared += 1
+        if not len(expected["rewards"]):
+            with pytest.raises(MdptError, match="no transition is left"):
+                load_arrays(raw, max_episode_steps=None if with_timeouts else limit)
+            continue
+        loaded = load_arrays(raw, max_episode_steps=None if with_timeouts else limit)
+        for key, array in expected.items():
+            assert np.array_equal(loaded.column(key), array), (case, key)
+        compared += 1
     assert compared > 400 and ends_in_middle == 200
 
 
-@pytest.mark.parametrize("with_timeouts", [True, False])
-def test_a_million_transitions_take_less_than_a_second(with_timeouts: bool) -> None:
-    n = 1_000_000
-    raw = {
-        "observations": np.zeros((n, 15), dtype=np.float32),
-        "actions": np.zeros((n, 3), dtype=np.float32),
-        "rewards": np.zeros(n, dtype=np.float32),
-        "terminals": np.random.default_rng(0).random(n) < 0.01,
-    }
-    if with_timeouts:
-        raw["timeouts"] = np.arange(n) % 1000 == 999
-    seconds = []
-    for _ in range(3):  # the best of three: the machine may be busy with something else
-        start = time.perf_counter()
-        built = data.build_transitions(raw, 1000)
-        seconds.append(time.perf_counter() - start)
-    assert len(built["rewards"]) > 0.9 * n
-    assert min(seconds) < 1
-
-
-def test_next_observations_are_used_and_keep_every_row() -> None:
+def test_next_observations_are_used_and_keep_every_row(tmp_path: Path) -> None:
     own = np.arange(30, dtype=np.float32).reshape(10, 3)
     terminals, timeouts = np.zeros(10, dtype=np.bool_), np.zeros(10, dtype=np.bool_)
     terminals[[2, 4]] = timeouts[[4, 7]] = True
-    built = data.build_transitions(rows(next_observations=own, terminals=terminals, timeouts=timeouts), 5)
-    assert built["rows"].tolist() == list(range(10))
-    assert np.array_equal(built["next_observations"], own)
-    assert np.flatnonzero(built["terminals"]).tolist() == [2, 4]  # row 7, a time limit, is bootstrapped
+    raw = rows(next_observations=own, terminals=terminals, timeouts=timeouts)
+    loaded = prepare(write(tmp_path / "a.hdf5", raw))
+    assert np.array_equal(loaded.column("observations"), raw["observations"])
+    assert np.array_equal(loaded.column("next_observations"), own)
+    assert np.flatnonzero(loaded.column("terminals")).tolist() == [2, 4]  # row 7, a time limit, is bootstrapped
 
 
 def test_discounted_returns_against_a_loop() -> None:
@@ -387,16 +646,20 @@ def test_discounted_returns_by_hand() -> None:
 
 def test_dataset_without_held_out_episodes(tmp_path: Path) -> None:
     loaded = load(toy_file(tmp_path / "a.hdf5", [3, 4, 2]))
-    assert loaded.observations[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert loaded.next_observations[:, 0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert np.flatnonzero(loaded.terminals).tolist() == [2, 6]
-    assert loaded.actions[0].tolist() == [0.5, -0.5]
+    expected = [[row, row, 0.5, -0.5, row, row + 1, row + 1, row in (2, 6)] for row in range(8)]
+    assert loaded.rows.tolist() == expected and loaded.rows.dtype == np.float32
+    views = [loaded.column(key) for key in ("observations", "actions", "rewards", "next_observations", "terminals")]
+    assert [view.shape for view in views] == [(8, 2), (8, 2), (8,), (8, 2), (8,)]
+    assert np.array_equal(np.column_stack(views), expected)
+    assert all(np.shares_memory(view, loaded.rows) for view in views)
     assert loaded.episode_returns.tolist() == [3, 18]  # the last episode is incomplete
-    assert (loaded.environment.id, len(loaded.held_out.rewards), loaded.warnings) == (TOY, 0, ())
-    assert {key: loaded.identity[key] for key in ("source", "name", "transitions")} == {
+    assert loaded.episode_lengths.tolist() == [3, 4]
+    assert (loaded.environment.id, len(loaded), len(loaded.held_out.rewards), loaded.warnings) == (TOY, 8, 0, ())
+    assert {key: loaded.identity[key] for key in ("source", "name", "transitions", "no_environment")} == {
         "source": "hdf5",
         "name": "a.hdf5",
         "transitions": 9,
+        "no_environment": "",
     }
     only = load(toy_file(tmp_path / "b.hdf5", [5]), held_out=0.5)
     assert only.episode_returns.tolist() == [10]
@@ -410,7 +673,7 @@ def test_held_out_episodes_are_whole_and_apart(tmp_path: Path) -> None:
     for seed in range(8):
         loaded = load(path, held_out=0.2, seed=seed, reward_scale=2.0)
         kept = loaded.held_out
-        held, trained = kept.observations[:, 0], loaded.observations[:, 0]
+        held, trained = kept.observations[:, 0], loaded.column("observations")[:, 0]
         assert kept.terminals.sum() == 2 and kept.terminals[-1]  # 2 of 10 complete episodes
         assert not set(held) & set(trained)
         assert sorted([*held, *trained]) == list(range(34))  # all but the file's last row
@@ -419,12 +682,38 @@ def test_held_out_episodes_are_whole_and_apart(tmp_path: Path) -> None:
         assert not kept.timeouts.any()
         assert np.array_equal(loaded.episode_returns, everything.episode_returns)
         assert np.array_equal(load(path, held_out=0.2, seed=seed).held_out.observations, kept.observations)
+        assert loaded.mean.tolist() == pytest.approx([np.mean(trained)] * 2)  # of the training rows alone
         seen.add(tuple(held))
     assert len(seen) > 1
     assert load(path, held_out=0.001).held_out.terminals.sum() == 1
     assert load(path, held_out=0.5).held_out.terminals.sum() == 5
     two = load(toy_file(tmp_path / "two.hdf5", [3, 4, 2]), held_out=0.5)
-    assert two.held_out.terminals.sum() == 1 and len(two.rewards)  # never all
+    assert two.held_out.terminals.sum() == 1 and len(two)  # never all
+
+
+def test_a_fraction_is_of_whole_episodes(tmp_path: Path) -> None:
+    lengths = [3, 4, 2, 5, 1, 6, 3, 4, 2, 2, 3]
+    path, starts = toy_file(tmp_path / "a.hdf5", lengths), np.cumsum([0, *lengths])
+    drawn = set()
+    for seed in range(4):
+        last: set[float] = set()
+        for fraction, count in ((0.001, 1), (0.25, 2), (0.5, 5), (0.9, 9)):  # of 10 complete episodes
+            loaded = load(path, fraction=fraction, seed=seed)
+            used = loaded.column("observations")[:, 0].tolist()
+            places = np.flatnonzero(np.isin(starts, used))
+            assert len(places) == count and 10 not in places
+            assert used == [row for place in places for row in range(starts[place], starts[place + 1])]
+            assert loaded.episode_lengths.tolist() == [lengths[place] for place in places]
+            assert loaded.identity["transitions"] == 35 and loaded.identity["hash"] == load(path).identity["hash"]
+            assert last < {*used}  # a larger fraction adds episodes, and drops none
+            last = {*used}
+        drawn.add(frozenset(last))
+    assert len(drawn) > 1
+    assert len(load(toy_file(tmp_path / "one.hdf5", [5]), fraction=0.5)) == 4  # one at least
+    both = load(path, fraction=0.5, held_out=0.4, seed=3)
+    assert both.held_out.terminals.sum() == 2  # of these five
+    rows = {*both.held_out.observations[:, 0], *both.column("observations")[:, 0]}
+    assert rows == {*load(path, fraction=0.5, seed=3).column("observations")[:, 0]}
 
 
 @pytest.mark.parametrize(
@@ -433,45 +722,58 @@ def test_held_out_episodes_are_whole_and_apart(tmp_path: Path) -> None:
         ("none", {"rule": "none", "multiplier": 1.0, "offset": 0.0}),
         ("minus-one", {"rule": "minus-one", "multiplier": 1.0, "offset": -1.0}),
         ("return-range", {"rule": "return-range", "multiplier": 6 / 15, "offset": 0.0}),
+        (None, {"rule": "return-range", "multiplier": 6 / 15, "offset": 0.0}),
         (0.25, {"rule": "number", "multiplier": 0.25, "offset": 0.0}),
     ],
 )
-def test_reward_scale(tmp_path: Path, rule: str | float, expected: dict[str, Any]) -> None:
+def test_reward_scale(tmp_path: Path, rule: str | float | None, expected: dict[str, Any]) -> None:
     loaded = load(toy_file(tmp_path / "a.hdf5", [3, 4, 2]), reward_scale=rule)  # returns 3 and 18
     assert loaded.reward_scale == expected
-    assert np.allclose(loaded.rewards, expected["multiplier"] * np.arange(8) + expected["offset"])
-    assert loaded.rewards.dtype == np.float32
+    assert np.allclose(loaded.column("rewards"), expected["multiplier"] * np.arange(8) + expected["offset"])
+
+
+def test_returns_that_hardly_differ_give_no_range(tmp_path: Path) -> None:
+    rewards = np.zeros(9, dtype=np.float32)
+    path = tmp_path / "a.hdf5"
+    rewards[[0, 3]] = 1000
+    rewards[4] = 2**-11  # 4.9e-7 of 1000
+    with pytest.raises(MdptError, match=r"'return-range': all returns are equal, 1000 to 1000; choose 'none' or a num"):
+        load(toy_file(path, [3, 4, 2], rewards=rewards), reward_scale="return-range")
+    rewards[4] = 2**-9
+    loaded = load(toy_file(path, [3, 4, 2], rewards=rewards), reward_scale="return-range")
+    assert loaded.reward_scale["multiplier"] == 6 * 2**9
+    with pytest.raises(MdptError, match="all returns are equal, 0 to 0"):
+        load(toy_file(path, [3, 4, 2], rewards=0 * rewards), reward_scale="return-range")
+
+
+def test_a_path_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    toy_file(tmp_path / "a.hdf5", [3, 4])
+    assert load(Path("~/a.hdf5")).section.path == str(tmp_path / "a.hdf5")
+
+
+def test_other_arrays_are_left_alone() -> None:
+    arrays = rows(actions=np.zeros((10, 2)))
+    more = {"infos/qpos": np.zeros((10, 5)), "metadata/algorithm": np.array("SAC")}  # as D4RL's get_dataset has
+    assert same(load_arrays(arrays | more), load_arrays(arrays))
+    with pytest.raises(MdptError, match="arrays: expected arrays of numbers"):
+        load_arrays(arrays | {"observations": [[1.0], [1.0, 2.0]]})
 
 
 def test_dataset_errors(tmp_path: Path) -> None:
-    path = toy_file(tmp_path / "a.hdf5", [3, 4, 2], rewards=np.zeros(9))
-    with pytest.raises(MdptError, match=r"'return-range': all returns are equal; choose 'none' or a number"):
-        load(path, reward_scale="return-range")
     with pytest.raises(MdptError, match=r"no transition is left to train on; lower held_out \(now 0\.0\)"):
         load(toy_file(tmp_path / "b.hdf5", [3, 2], timeouts=np.ones(5, dtype=np.bool_)))
-
-
-@pytest.mark.parametrize(
-    ("changed", "told"),
-    [
-        ({"reward_scale": "x"}, ("reward_scale = 'x'", "'none', 'return-range' or 'minus-one'", "number")),
-        ({"reward_scale": -1.0}, ("reward_scale = -1.0", "greater than 0")),
-        ({"reward_scale": float("inf")}, ("reward_scale = inf", "finite")),
-        ({"source": "s"}, ("source = 's'", "'collect' or 'hdf5'")),
-        ({"source": "hdf5"}, ("'hdf5' needs a path",)),
-        ({"path": "a.hdf5"}, ("path is only for source 'hdf5'",)),
-        ({"held_out": 0.6}, ("held_out = 0.6", "0.5")),
-        ({"transitions": 1201, "levels": [0.1, 0.8]}, ("1201", "2 levels")),
-        ({"levels": []}, ("levels = []", "at least 1")),
-        ({"levels": [0.1, -0.8]}, ("levels[1] = -0.8", "greater than or equal to 0")),
-        ({"action_noise": [0.1]}, ("action_noise", "1 entries", "4 levels")),
-    ],
-)
-def test_settings_that_cannot_be_are_refused_before_any_work(changed: dict[str, Any], told: Sequence[str]) -> None:
-    with pytest.raises(MdptError) as caught:
-        data.check_experiment("my.toml", {"data": changed})
-    (line,) = str(caught.value).splitlines()
-    assert line.startswith("my.toml: [data]") and all(each in line for each in told), line
+    with pytest.raises(
+        MdptError, match=r"episode from row 3 on has 7 rows, more than the time limit 6 of toy_env.*mend"
+    ):
+        load(toy_file(tmp_path / "c.hdf5", [3, 7, 2]))
+    assert len(load(toy_file(tmp_path / "c.hdf5", [3, 6, 2]))) == 10
+    with pytest.raises(MdptError, match=r"^\[data\] reference is missing: .* \[min, max\], the returns in toy_env"):
+        load(tmp_path / "absent.hdf5", reference=None)
+    with pytest.raises(MdptError, match=r"reference: \[1\.0, 0\.0\] must be \[min, max\]"):
+        load(tmp_path / "absent.hdf5", reference=(1.0, 0.0))
+    with pytest.raises(MdptError, match=r"source = 'arrays': .* load_dataset\(section, arrays=\.\.\.\)"):
+        data.load_dataset(DataSection(source="arrays"))
 
 
 def test_identity_follows_the_content(tmp_path: Path) -> None:
@@ -479,13 +781,194 @@ def test_identity_follows_the_content(tmp_path: Path) -> None:
     other = toy_file(tmp_path / "c.hdf5", [4, 3])
     hashes = [load(path).identity["hash"] for path in (one, same, other)]
     assert hashes[0] == hashes[1] != hashes[2]
+    for key in ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations"):
+        arrays = rows(next_observations=np.ones((10, 3)), actions=np.zeros((10, 2)))
+        before = load_arrays(arrays).identity["hash"]
+        arrays[key] = put(arrays[key], 5, 1 - arrays[key].flat[5] / 2)  # any other value, of a flag too
+        assert load_arrays(arrays).identity["hash"] != before, key
 
 
 def test_a_file_without_timeouts_says_so(tmp_path: Path) -> None:
     whole = toy_file(tmp_path / "a.hdf5", [3, 9])
     with h5py.File(whole, "r+") as file:
         del file["timeouts"]
-    assert load(whole).warnings == (f"{whole}: no 'timeouts'; episodes end at terminals and every 6 rows.",)
+    loaded = load(whole)
+    assert loaded.warnings == (f"{whole}: no 'timeouts'; episodes end at terminals and every 6 rows.",)
+    assert loaded.facts == {"terminals": 1, "timeouts": 1, "timeouts_counted": True}
+    bare = load(whole, environment=None, reference=None)
+    told = "no 'timeouts'; episodes end at terminals alone. [data] max_episode_steps cuts them."
+    assert bare.warnings == (f"{whole}: {told}",) and bare.facts["timeouts"] == 0
+
+
+def test_data_without_an_environment(tmp_path: Path) -> None:
+    path = toy_file(tmp_path / "a.hdf5", [3, 40, 2])
+    loaded = load(path, environment=None, reference=None, action_range=(0.0, 4.0), max_episode_steps=None)
+    assert loaded.environment == EnvironmentSpec(None, 2, 2, (0.0, 0.0), (4.0, 4.0), 40)  # the longest episode
+    assert loaded.column("actions")[0].tolist() == [-0.75, -0.5]
+    assert loaded.identity["no_environment"] == "[data] names no environment"
+    assert loaded.section.reference is None
+    limited = load(path, environment=None, reference=None, max_episode_steps=50)
+    assert limited.environment == EnvironmentSpec(None, 2, 2, (-1.0, -1.0), (1.0, 1.0), 50)
+    with pytest.raises(MdptError) as caught:
+        load(path, environment=None, reference=None, action_range=(0.0, 0.75))
+    where = "'actions' row 0 is [0.5, 1.0], expected within [0.0, 0.0] and [0.75, 0.75] of the data"
+    assert str(caught.value) == f"{path}: {where}; [data] action_range says what they may be."
+
+
+def test_only_the_first_observation_columns_are_used(tmp_path: Path) -> None:
+    arrays = rows(observations=np.arange(40.0).reshape(10, 4), next_observations=np.ones((10, 4)) * np.arange(4))
+    narrow = arrays | {key: arrays[key][:, :2] for key in ("observations", "next_observations")}
+    loaded, other = (
+        load(write(tmp_path / "a.hdf5", arrays), observation_columns=2),
+        load(write(tmp_path / "b.hdf5", narrow)),
+    )
+    assert loaded.environment == other.environment and loaded.identity["hash"] == other.identity["hash"]
+    assert np.array_equal(loaded.rows, other.rows) and (loaded.column("next_observations") == [0, 1]).all()
+    with pytest.raises(MdptError, match=r"'observations' has shape \(10, 4\), expected \(10, 2\) for toy_env"):
+        load(tmp_path / "a.hdf5")
+    alone = load(tmp_path / "a.hdf5", environment=None, reference=None, observation_columns=3, action_range=(-1.0, 4.0))
+    assert alone.environment.observation_dim == 3 and alone.rows.shape == (10, 10)
+    with pytest.raises(
+        MdptError, match=r"^\[data\] observation_columns = 3: toy_environment:Toy-v0 has 2 observations"
+    ):
+        load(tmp_path / "a.hdf5", observation_columns=3)
+    with pytest.raises(MdptError, match=r"'observations' has shape \(10, 4\), expected \(10, 5\)"):
+        load(tmp_path / "a.hdf5", environment=None, reference=None, observation_columns=5)
+
+
+def noisy(n: int = 100, **changed: Any) -> dict[str, Any]:
+    """Rows for Toy-v0 whose actions are a little out of bounds here and there."""
+    random = np.random.default_rng(7)
+    sound = {
+        "observations": random.normal([3, -900], [5, 0.01], size=(n, 2)),
+        "actions": random.uniform(-9, 9, size=(n, 2)).clip([-1.001, -0.003], [1.001, 4.003]),
+        "rewards": random.normal(size=n),
+        "terminals": random.random(n) < 0.2,
+    }
+    return rows(n, **(sound | changed), timeouts=None)
+
+
+def same(one: Dataset, other: Dataset) -> bool:
+    """To the last bit."""
+    held = [[*vars(each.held_out).values()] for each in (one, other)]
+    return (
+        one.identity | {"name": ""} == other.identity | {"name": ""}
+        and np.array_equal(one.rows, other.rows)
+        and all(map(np.array_equal, *held))
+        and [text.partition(": ")[2] for text in one.warnings] == [text.partition(": ")[2] for text in other.warnings]
+    )
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_size_of_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own: bool) -> None:
+    following = np.random.default_rng(8).normal(size=(100, 2)) if own else None
+    path = write(tmp_path / "a.hdf5", noisy(next_observations=following))
+    settings: dict[str, Any] = {"held_out": 0.2, "fraction": 0.8, "reward_scale": "return-range"}
+    whole = load(path, **settings)
+    assert "clipped" in whole.warnings[-1] and len(whole.held_out.rewards) and 40 < len(whole) < 80
+    for chunk in (1, 3, 10, 99, 100):
+        monkeypatch.setattr(data, "CHUNK", chunk)
+        parts = load(path, **settings)
+        assert same(parts, whole)
+        assert np.allclose(parts.mean, whole.mean, rtol=1e-6) and np.allclose(
+            parts.deviation, whole.deviation, rtol=1e-6
+        )
+
+
+def test_disk_and_memory_give_the_same_bits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MDPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(data, "CHUNK", 7)
+    path = write(tmp_path / "a.hdf5", noisy())
+    memory, disk = (load(path, held_out=0.2, storage=storage) for storage in ("memory", "disk"))
+    assert isinstance(disk.rows, np.memmap) and not isinstance(memory.rows, np.memmap)
+    assert same(disk, memory) and data.describe_data(disk) == data.describe_data(memory)
+    assert np.array_equal(disk.mean, memory.mean) and np.array_equal(disk.deviation, memory.deviation)
+    assert list((tmp_path / "cache").iterdir()) == []  # it goes with the process, however that ends
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(
+        MdptError, match=rf"cache: no room for 0\.0 GB of .*{os.strerror(errno.ENOSPC)}.*set MDPT_CACHE"
+    ):
+        load(path, storage="disk")
+
+
+class Unread:
+    """A column that notes which rows are asked for."""
+
+    def __init__(self, array: Array) -> None:
+        self.array, self.dtype, self.shape = array, array.dtype, array.shape
+        self.asked: list[range] = []
+
+    def __getitem__(self, rows: slice) -> Array:
+        self.asked.append(range(len(self.array))[rows])
+        return self.array[rows]
+
+
+def test_wide_columns_are_read_once_and_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "CHUNK", 8)
+    unread = {key: Unread(array) for key, array in noisy().items()}
+    heard: list[tuple[str, int, int]] = []
+    section = DataSection(source="arrays", max_episode_steps=9, action_range=(-1.0, 5.0), **PLAIN)
+    loaded = data.prepare(
+        Columns("", "", unread), section, None, "", (), lambda what, done, total: heard.append((what, done, total))
+    )
+    assert len(loaded) > 70
+    parts = [range(start, min(start + 8, 100)) for start in range(0, 100, 8)]
+    assert unread["actions"].asked == parts
+    assert unread["observations"].asked == [
+        range(part.start, min(part.stop + 1, 100)) for part in parts
+    ]  # and the next
+    assert heard == [("read", part.stop, 100) for part in parts]
+
+
+def test_the_normalizer_against_numpy_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "CHUNK", 64)
+    random = np.random.default_rng(0)
+    columns = random.normal([0, 1e4, -3, 0.1, 0, 7], [1, 0.05, 1e3, 0, 1e-4, 0], size=(1000, 6)).astype(np.float32)
+    columns[:, 5] = 7 + 1e-6 * random.random(1000)  # noise of the last bit
+    mean, deviation = data.moments(np.hstack([columns, columns]), 6)
+    wide = columns.astype(np.float64)
+    assert np.allclose(mean, wide.mean(0), rtol=1e-7, atol=1e-10) and mean.dtype == np.float32
+    assert np.allclose(deviation[[0, 1, 2, 4]], wide.std(0)[[0, 1, 2, 4]] + 1e-3, rtol=1e-7)
+    assert deviation[[3, 5]].tolist() == [1, 1] and deviation.dtype == np.float32  # what never varies is not blown up
+    assert data.moments(np.array([[1.0, 5.0], [3.0, 5.0]]), 2)[1].tolist() == [np.float32(1.001), 1]
+
+
+def test_rewards_that_lie_a_row_late_are_told() -> None:
+    """As d4rl-pybullet writes them: an episode's last row has its last reward, its terminal and no action."""
+    rewards, terminals = np.array([0, 1, 2, 0, 3, 4, 0], dtype=np.float32), np.array([0, 0, 1, 0, 0, 1, 0])
+    actions = np.full((7, 2), 0.5)
+    actions[[2, 5]] = 0
+    late = rows(7, rewards=rewards, terminals=terminals, actions=actions, timeouts=np.zeros(7))
+    (told,) = load_arrays(late).warnings
+    assert "begins with reward 0 and ends with action 0" in told and "one row late" in told
+    assert load_arrays(late | {"rewards": put(rewards, 3, 0.5)}).warnings == ()
+    assert load_arrays(late | {"actions": put(actions, (5, 1), 0.5)}).warnings == ()
+    assert load_arrays(late | {"rewards": rewards * 0}).warnings == ()  # sparse rewards that nobody earned
+
+
+def test_what_is_told_of_a_dataset(tmp_path: Path) -> None:
+    observations = np.array([[0, 3], [1, 3], [2, 3], [0, 3], [1, 3], [4, 3], [5, 3], [6, 3], [7, 3]])
+    actions = np.tile([0.5, 4.0], (9, 1))
+    actions[:4, 0] = [1, -1, 0.25, 1]
+    rewards = np.array([1, 1, 1, 2, 2, 2, 2, 5, 5])
+    path = toy_file(tmp_path / "a.hdf5", [3, 4, 2], observations=observations, actions=actions, rewards=rewards)
+    assert data.describe_data(load(path)) == {
+        "transitions": 8,
+        "held_out": 0,
+        "lengths": [3, 3.5, 4],
+        "returns": [3, 4.25, 5.5, 6.75, 8],
+        "histogram": [1] + 18 * [0] + [1],
+        "constant": [1],
+        "at_bounds": [3 / 8, 1],
+        "duplicates": 1 / 8,  # rows 0 and 3
+        "terminals": 2,
+        "timeouts": 0,
+        "timeouts_counted": False,
+    }
 
 
 # --- work in other processes ------------------------------------------------------------------------------------
@@ -656,16 +1139,17 @@ def test_an_environment_may_fail_in_its_pictures_and_at_its_end(monkeypatch: pyt
 
 def test_a_shard_closes_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[Any] = []
-    spec, make = data.environment_spec(HOPPER), data.make_environment
+    spec, make = data.environment_spec(TOY), data.make_environment
 
-    def watched(environment_id: str) -> Any:
-        environment = make(environment_id)
-        monkeypatch.setattr(environment.unwrapped, "close", lambda: closed.append(environment_id))
+    def watched(spec: EnvironmentSpec) -> Any:
+        environment = make(spec)
+        monkeypatch.setattr(environment.unwrapped, "close", lambda: closed.append(spec))
         return environment
 
     monkeypatch.setattr(data, "make_environment", watched)
-    collect(0.0, 0.0, 10, 0, 0, 0)
-    assert closed == [HOPPER] == [spec.id]
+    agent = [np.zeros(shape, dtype=np.float32) for shape in ((2, 3), (3,), (3, 3), (3,), (3, 2), (2,))]
+    data.collect_shard(Shard(spec, agent, 0.0, 0.0, 10, (0, 0, 0)), Watch(60))
+    assert closed == [spec]
 
 
 @pytest.mark.slow
@@ -705,7 +1189,7 @@ time.sleep(600)
 # --- collecting
 
 
-SETTINGS = DataSection(transitions=1200, levels=[0.1, 0.8], action_noise=0.1, seed=4)
+SETTINGS = DataSection(environment=HOPPER, transitions=1200, levels=[0.1, 0.8], action_noise=0.1, seed=4)
 
 
 def changed_settings(**changed: Any) -> DataSection:
@@ -725,11 +1209,11 @@ def test_collecting_does_not_depend_on_the_workers(
 ) -> None:
     monkeypatch.setattr(data, "SHARD", 250)
     monkeypatch.setenv("MDPT_CACHE", str(tmp_path))
-    calls: list[int] = []
-    path = data.collect_dataset(SETTINGS, Workers(2), calls.append)
+    calls: list[tuple[str, int, int]] = []
+    path = data.collect_dataset(SETTINGS, Workers(2), lambda what, done, total: calls.append((what, done, total)))
     assert path == tmp_path / collected.name
     assert path.read_bytes() == collected.read_bytes()
-    assert calls == [250, 500, 600, 850, 1100, 1200]
+    assert calls == [("collect", done, 1200) for done in (250, 500, 600, 850, 1100, 1200)]
     assert [file.name for file in tmp_path.iterdir()] == [collected.name]  # nothing temporary is left
 
 
@@ -747,12 +1231,13 @@ def test_collected_rows(collected: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         falls = file["terminals"][()].sum()  # none of these episodes reaches the time limit
     loaded = load(collected, environment=HOPPER, held_out=0.1, seed=4)
     assert loaded.warnings == () and len(loaded.episode_returns) == ends.sum()
-    assert np.abs(loaded.actions).max() == 1
+    assert np.abs(loaded.column("actions")).max() == 1
     monkeypatch.setenv("MDPT_CACHE", str(collected.parent))
-    ours = data.load_dataset(changed_settings(held_out=0.1, reward_scale="none"))
+    ours = data.load_dataset(changed_settings(environment=None, held_out=0.1, reward_scale="none"))
+    assert ours.environment == loaded.environment and ours.section.reference == "bullet-hopper"  # by default
     assert len(ours.episode_returns) == falls < ends.sum()  # an end of a shard is no episode's end
     assert ours.identity["name"] == collected.name and ours.identity["source"] == "collect"
-    assert np.array_equal(ours.observations, loaded.observations)
+    assert np.array_equal(ours.rows, loaded.rows)
     assert ends[:600].sum() < ends[600:].sum()  # the better agent's episodes last longer
 
 
@@ -793,7 +1278,7 @@ def test_actions_are_drawn_as_ever() -> None:
 
 
 def test_each_level_may_have_its_own_noise(tmp_path: Path) -> None:
-    section = DataSection(transitions=200, levels=[0.0, 0.0], action_noise=[0.0, 0.5])
+    section = DataSection(environment=HOPPER, transitions=200, levels=[0.0, 0.0], action_noise=[0.0, 0.5])
     with h5py.File(data.collect_dataset(section, cache=tmp_path)) as file:
         differences = away_from_the_agent(file)
     assert differences[:100].max() < 1e-5 and differences[100:].max() > 0.5
@@ -808,7 +1293,8 @@ def test_cache_is_reused_by_settings(collected: Path, monkeypatch: pytest.Monkey
     assert data.collect_dataset(SETTINGS, cache=folder) == collected
     assert collected.name == "HopperBulletEnv-v0-9d45c44134aa7601.hdf5"  # what was cached long ago is still found
     assert data.collect_dataset(changed_settings(held_out=0.5, reward_scale=2.0), cache=folder) == collected
-    for changed in ({"transitions": 1202}, {"levels": [0.1, 0.7]}, {"action_noise": 0.2}, {"seed": 5}):
+    others = ({"transitions": 1202}, {"levels": [0.1, 0.7]}, {"action_noise": 0.2}, {"seed": 5})
+    for changed in (*others, {"max_episode_steps": 50}):
         with pytest.raises(AssertionError, match="rolled out"):
             data.collect_dataset(changed_settings(**changed), cache=folder)
 
@@ -941,6 +1427,30 @@ def test_actions_that_cannot_be_are_told(action: Callable[[int], Array], told: S
     with pytest.raises(MdptError) as caught:
         toy_rollout(lambda observations, places: action(len(places)))
     assert all(each in str(caught.value) for each in told)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (lambda found: (found[0], np.nan, *found[2:]), "its reward is nan"),
+        (lambda found: (found[0], np.array([2.0]), *found[2:]), "its reward is array([2.])"),
+        (lambda found: (found[0][None], *found[1:]), "its observation has shape (1, 2)"),
+        (lambda found: (found[0] * np.nan, *found[1:]), "its observation is not finite: [nan, nan]"),
+    ],
+)
+def test_what_an_environment_may_not_give_is_told_with_episode_and_step(
+    monkeypatch: pytest.MonkeyPatch, wrong: Callable[[Any], Any], told: str
+) -> None:
+    spec = data.environment_spec(TOY)
+    alter(monkeypatch, lambda toy, found: wrong(found) if toy.state[1] == 3 else found)
+    with pytest.raises(MdptError) as caught:
+        data.rollout(pay_by_place, spec, [4], seed=1)
+    assert all(each in str(caught.value) for each in (TOY, told, "episode 4, step 3")), caught.value
+
+
+def test_data_alone_cannot_be_played() -> None:
+    with pytest.raises(MdptError, match=r"there is no environment to play in; name one in \[data\]"):
+        data.rollout(pay_by_place, replace(SPEC, id=None), [0], seed=0)
 
 
 def test_what_the_policy_raises_is_left_alone() -> None:

@@ -37,6 +37,7 @@ from mdpt.data import (
     HeldOut,
     MdptError,
     PolicySection,
+    moments,
 )
 from mdpt.models import (
     ACTIVATIONS,
@@ -142,30 +143,47 @@ def learn(kind: str, teacher: Bundle | None = None, run: Run | None = None, **se
     return models.train_policy(experiment, noisy_dataset(), teacher, run or Run())
 
 
-def noisy_dataset(n: int = 200, o: int = 3, a: int = 2) -> Dataset:
+def noisy_columns(n: int = 200, o: int = 3, a: int = 2) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(3)
-    columns = {
+    return {
         "observations": torch.randn(n, o, generator=g),
         "actions": torch.rand(n, a, generator=g) * 2 - 1,
         "rewards": torch.randn(n, generator=g),
         "next_observations": torch.randn(n, o, generator=g),
         "terminals": torch.rand(n, generator=g) < 0.3,
     }
-    arrays = {name: column.numpy() for name, column in columns.items()}
-    kept = {name: arrays[name][:20] for name in ("observations", "actions", "rewards", "terminals")}
+
+
+def noisy_dataset(n: int = 200) -> Dataset:
+    columns = noisy_columns(n)
+    kept = {name: columns[name][:20].numpy() for name in ("observations", "actions", "rewards", "terminals")}
+    rows = together(columns).rows.numpy()
+    mean, deviation = moments(rows, 3)
     return Dataset(
         environment=TOY,
-        **arrays,
+        section=DataSection(source="arrays", environment=TOY.id, reference=(0.0, 100.0)),
+        rows=rows,
+        mean=mean,
+        deviation=deviation,
         held_out=HeldOut(**kept, timeouts=~kept["terminals"]),
         episode_returns=np.array([1.0, 2.0]),
+        episode_lengths=np.array([6, 6]),
         reward_scale={"rule": "none", "multiplier": 1.0, "offset": 0.0},
-        identity={"source": "hdf5", "name": "toy", "transitions": n, "hash": "abc"},
+        identity={"source": "hdf5", "name": "toy", "transitions": n, "hash": "abc", "no_environment": ""},
+        facts={},
         warnings=(),
     )
 
 
+def together(columns: dict[str, Any]) -> Transitions:
+    """Columns, in the order of a batch, side by side."""
+    parts = [torch.as_tensor(part, dtype=torch.float32) for part in columns.values()]
+    parts = [part if part.ndim == 2 else part[:, None] for part in parts]
+    return Transitions(torch.cat(parts, dim=1).numpy(), [part.shape[1] for part in parts], "cpu")
+
+
 def noisy_data(n: int = 200, o: int = 3, a: int = 2) -> Transitions:
-    return Transitions(vars(noisy_dataset(n, o, a)), "cpu")
+    return together(noisy_columns(n, o, a))
 
 
 def offers(policy: Policy, observations: Tensor, candidates: int = 1, **settings: Any) -> Tensor:
@@ -286,16 +304,14 @@ def test_implicit_q_loss_bootstraps_time_limits_only() -> None:
     guidance = make_guidance((4,), discount=0.9, expectile=0.8)
     with torch.no_grad():
         guidance.target_q.vector.mul_(-3.0)  # so that targets and online critics differ
-    data = Transitions(
+    data = together(
         {
             "observations": [[0.1], [0.2], [0.3]],
             "actions": [[0.5], [-0.5], [0.9]],
             "rewards": [1.0, 2.0, 3.0],
             "next_observations": [[0.2], [0.7], [-0.6]],
-            "terminals": [False, True, False],
-            "timeouts": [False, False, True],
-        },
-        "cpu",
+            "terminals": [False, True, False],  # the third is a time limit
+        }
     )
     batch = data.take(torch.arange(3)[None])
     loss, _ = guidance.loss(batch, Randomness((4,), "train"))
@@ -468,10 +484,9 @@ def test_dac_shifts_the_noise_of_gaussian_data_by_the_slope_of_a_linear_q() -> N
 def test_weighted_cloning_and_labels_reach_the_loss() -> None:
     guidance = make_guidance((0, 1), 3, 2)
     data = noisy_data()
-    data.label(guidance)
     batch = data.sample(Randomness((0, 1), "x"), 32)
     advantage = guidance.advantage(batch.observations, batch.actions)
-    assert torch.equal(batch.labels, advantage > 0) and 0 < batch.labels.float().mean() < 1
+    assert 0 < (advantage > 0).float().mean() < 1
     random = Randomness((0, 1), "train")
 
     policy = make_policy((0, 1), 3, 2, algorithm="bc", advantage_weight="expectile", advantage_expectile=0.9)
@@ -480,8 +495,6 @@ def test_weighted_cloning_and_labels_reach_the_loss() -> None:
     expected = (weight[..., None] * (step.predicted - step.noise) ** 2).mean((1, 2))
     near(policy.loss(batch, guidance, random)[0], expected.detach(), 1e-5)
 
-    unlabelled = copy.copy(batch)
-    object.__setattr__(unlabelled, "labels", None)
     for dropout in (0.0, 1.0, 0.5):
         policy = make_policy((0, 1), 3, 2, algorithm="cfg", label_dropout=dropout)
         kept = random.uniform("label", 32) >= dropout
@@ -489,7 +502,6 @@ def test_weighted_cloning_and_labels_reach_the_loss() -> None:
         step = policy.predict(batch, random, labels)
         expected = ((step.predicted - step.noise) ** 2).mean((1, 2)).detach()
         near(policy.loss(batch, guidance, random)[0], expected)
-        near(policy.loss(unlabelled, guidance, random)[0], expected)  # as in a joint run
         if dropout < 1:
             assert (policy.loss(batch, None, random)[0] - expected).abs().min() > 1e-6
     near(policy.loss(batch, None, random)[0], noise_error(policy.predict(batch, random, 0 * labels)))
@@ -986,7 +998,7 @@ def reward(action: Tensor) -> Tensor:
 def one_state(actions: Tensor, rewards: Tensor) -> Transitions:
     n = len(actions)
     columns = {"observations": torch.zeros(n, 1), "actions": actions[:, None], "rewards": rewards}
-    return Transitions(columns | {"next_observations": torch.zeros(n, 1), "terminals": torch.ones(n)}, "cpu")
+    return together(columns | {"next_observations": torch.zeros(n, 1), "terminals": torch.ones(n)})
 
 
 @pytest.fixture(scope="module")
@@ -1013,9 +1025,6 @@ def trained_dql(mixture: Transitions) -> Guidance:
 
 def trained(data: Transitions, guidance: Any, **settings: Any) -> Policy:
     policy = make_policy(SEEDS, **({"ema_decay": 0.99} | settings))
-    data = copy.copy(data)
-    if policy.algorithm.labels:
-        data.label(guidance)
     train(policy, data, SEEDS, guidance)
     return policy
 
@@ -1316,7 +1325,6 @@ def test_member_two_of_three_seeds_is_that_seed_alone(kind: str) -> None:
             train(module, noisy_data(), seeds)
         else:
             guidance, data = frozen_guidance(seeds), noisy_data()
-            data.label(guidance)
             module = make_policy(seeds, 3, 2, dropout=0.2, **steps)
             train(module, data, seeds, guidance)
         trained[seeds] = weights_of(module)
@@ -1342,7 +1350,6 @@ def test_through_onednn_threads_and_members_change_no_bit(kind: str) -> None:
         settings = {"algorithm": algorithm, "steps": 30, "batch_size": 256, "hidden": [48, 48], "time_features": 64}
         settings |= {"actor_hidden": [256, 256, 256]} if name == "guidance" else {}
         guidance, data = make_guidance(seeds, 3, 2).requires_grad_(False), noisy_data()
-        data.label(guidance)
         module: Any = (make_guidance if name == "guidance" else make_policy)(seeds, 3, 2, **settings)
         train(module, data, seeds, guidance)
         trained.append(weights_of(module))
@@ -1758,6 +1765,29 @@ def test_episodes_under_several_judges_are_what_each_is_under_one(how: Inference
         chosen = together(states[running], np.array(running))
         for row, place in zip(chosen, running, strict=True):
             near(torch.from_numpy(row), apart[place](states[[place]], np.arange(1))[0])
+
+
+def test_judging_offline_by_hand() -> None:
+    teacher, other = guidance_bundle(frozen_guidance(SEEDS), SEEDS), guidance_bundle(make_guidance((9,), 3, 2), (9,))
+    bundle, how, held_out = policy_bundle(SEEDS, teacher), Inference(candidates=4), noisy_dataset().held_out
+    found = models.judge_offline(bundle, teacher, how, held_out, 5, {"own": teacher, "other": other})
+    policy, random = build_policy(bundle, "cpu"), Randomness(SEEDS, "evaluate 5 offline")
+    observations, data = torch.from_numpy(held_out.observations), torch.from_numpy(held_out.actions)
+    states, noises = observations.expand(2, -1, -1), policy.noises(random, "act", 20 * 4)
+    chosen = act(policy, build_guidance(teacher, "cpu"), states, noises, random.uniform("selection", 20, 4), how)
+    assert found["states"] == 20
+    near(torch.tensor(found["distance"]), [float((chosen[i] - data).norm() / math.sqrt(40)) for i in range(2)], 1e-5)
+    near(torch.tensor(found["chance"]), (data[:10] - data[10:]).norm() / math.sqrt(20), 1e-5)
+    for name, judge, members in (("own", teacher, (0, 1)), ("other", other, (0, 0))):
+        for i, member in enumerate(members):
+            guidance = build_guidance(select_members(judge, [member]), "cpu")
+            ours, theirs = guidance.q(observations[None], chosen[[i]]), guidance.q(observations[None], data[None])
+            for key, expected in (
+                ("policy", ours.mean()),
+                ("data", theirs.mean()),
+                ("higher", (ours > theirs).float().mean()),
+            ):
+                near(torch.tensor(found["values"][name][key][i]), expected, 1e-5)
 
 
 def test_a_loaded_agent_acts_in_the_environments_unit(tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ def allowed(schema: dict[str, Any]) -> str:
         return f"[{', '.join(allowed(item) for item in schema['prefixItems'])}]"
     if schema["type"] == "array":
         return f"list of {allowed(schema['items'])}"
+    if schema["type"] == "object":
+        return "table"
     if "pattern" in schema:
         return f"text of the form `{schema['pattern']}`"
     words = [{"integer": "integer", "number": "number", "string": "text", "boolean": "boolean"}[schema["type"]]]

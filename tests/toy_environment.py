@@ -1,7 +1,8 @@
 """Small environments whose returns are known by hand; gymnasium imports this module for ids "toy_environment:...".
 
 Toy-v0: an episode starts at observation [d, 0], where d in 3..8 is drawn by reset's seed, and ends after d steps
-(a terminal, worth 100) or after 6 (the time limit). Every step pays the second action, which lies in [0, 4].
+(a terminal, worth 100) or after 6 (the time limit). Every step pays the second action, which lies in [0, 4], and a
+bonus that is 0 unless it is asked for. ToyParted-v0 shows the same two numbers apart, the second one first.
 The first action, in [-1, 1], breaks the environment: above 0.9 with an exception, above 0.8 by hanging, above 0.7 by
 interrupting and above 0.6 by exiting Python, below -0.9 by ending its process.
 """
@@ -10,19 +11,20 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Dict, Discrete
 
 
 class Toy(gymnasium.Env[Any, Any]):
     observation_space = Box(-np.inf, np.inf, (2,), np.float32)
 
-    def __init__(self, action_space: Any = None) -> None:
+    def __init__(self, action_space: Any = None, bonus: float = 0.0) -> None:
         low, high = np.array([-1, 0], dtype=np.float32), np.array([1, 4], dtype=np.float32)
         self.action_space = action_space or Box(low, high)
+        self.bonus = bonus
         self.state = np.zeros(2, dtype=np.float32)
         self.ended = True
 
@@ -47,7 +49,8 @@ class Toy(gymnasium.Env[Any, Any]):
             os._exit(7)
         self.state[1] += 1
         self.ended = bool(self.state[1] == self.state[0])
-        return self.state.copy(), float(action[1]) + 100 * self.ended, self.ended, False, {}
+        reward = float(action[1]) + self.bonus + 100 * self.ended
+        return self.state.copy(), reward, self.ended, False, {}
 
 
 class Flawed(Toy):
@@ -55,8 +58,25 @@ class Flawed(Toy):
         raise OSError("no licence")
 
 
+class Parted(Toy):
+    observation_space = Dict({"drawn": Box(3, 8, (1, 1)), "count": Box(0, 6, (1,))})
+    shown: ClassVar[list[dict[str, Any]]] = []
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        return self.show(super().reset(seed=seed)[0]), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        state, *rest = super().step(action)
+        return self.show(state), *rest
+
+    def show(self, state: Any) -> dict[str, Any]:
+        self.shown.append({"drawn": state[:1, None], "count": state[1:]})
+        return self.shown[-1]
+
+
 for name, toy, limit, settings in (
     ("Toy", "Toy", 6, {}),
+    ("ToyParted", "Parted", 6, {}),
     ("ToyEndless", "Toy", None, {}),
     ("ToyFlawed", "Flawed", 6, {}),
     ("ToyDiscrete", "Toy", 6, {"action_space": Discrete(2)}),
