@@ -67,6 +67,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Widths = Annotated[list[Positive], Field(min_length=1, max_length=16)]
 MAKES_OWN = {"id", "environment_id", "max_episode_steps", "disable_env_checker", "render_mode"}  # gymnasium.make's
 Pair = Annotated[tuple[float, float], Field(strict=False)]
+Rate = Annotated[float, Field(gt=0)]
 Activation = Literal["relu", "mish"]
 
 
@@ -105,30 +106,37 @@ class DataSection(Section):
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of collection and of the choice of episodes")
     fraction: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="of whole episodes to use at all")
     held_out: Annotated[float, Field(ge=0, le=0.5)] = Field(0.05, description="fraction of these kept from training")
-    reward_scale: Literal["none", "return-range", "minus-one"] | Annotated[float, Field(gt=0)] | None = Field(
+    reward_scale: Literal["none", "return-range", "minus-one"] | Rate | Pair | None = Field(
         None,
-        description="return-range: episode length / (best - worst return); minus-one; none; or a factor; by default "
-        "the source's own, else return-range",
+        description="return-range: episode length / (best - worst return); minus-one; none; a factor; or [factor, offset]; "
+        "by default the source's own, else return-range",
     )
+    normalization: Literal["gaussian", "none"] = Field("gaussian", description="of observations, as networks see them")
     storage: Literal["memory", "disk"] = Field("memory", description="disk: for more transitions than memory holds")
 
     @model_validator(mode="after")
     def _source_is_complete(self) -> DataSection:
+        problems = []
         for key, needed in (("path", ("hdf5",)), ("dataset", ("d4rl", "minari"))):
             if self.source in needed and getattr(self, key) is None:
-                raise ValueError(f"source {self.source!r} needs a {key}")
+                problems.append(f"source {self.source!r} needs a {key}")
             if self.source not in needed and getattr(self, key) is not None:
-                raise ValueError(f"{key} is only for source {' and '.join(map(repr, needed))}")
+                problems.append(f"{key} is only for source {' and '.join(map(repr, needed))}")
         if self.environment_kwargs and self.environment is None:
-            raise ValueError("environment_kwargs are for a named environment")
+            problems.append("environment_kwargs are for a named environment")
         if own := sorted(self.environment_kwargs.keys() & MAKES_OWN):
-            raise ValueError(f"environment_kwargs has {own[0]!r}, which is not the environment's to be given")
+            problems.append(f"environment_kwargs has {own[0]!r}, which is not the environment's to be given")
         if self.transitions % len(self.levels):
-            raise ValueError(f"transitions {self.transitions} cannot be shared equally by {len(self.levels)} levels")
+            problems.append(f"transitions {self.transitions} cannot be shared equally by {len(self.levels)} levels")
         if isinstance(self.action_noise, list) and len(self.action_noise) != len(self.levels):
-            raise ValueError(f"action_noise has {len(self.action_noise)} entries for {len(self.levels)} levels")
-        if not self.action_range[0] < self.action_range[1]:
-            raise ValueError(f"action_range {list(self.action_range)} should be [low, high] with low < high")
+            problems.append(f"action_noise has {len(self.action_noise)} entries for {len(self.levels)} levels")
+        with np.errstate(over="ignore", invalid="ignore"):
+            low, high = np.array(self.action_range, dtype=np.float32)
+            sound = low < high and np.isfinite(high - low)
+        if not sound:
+            problems.append(f"action_range {list(self.action_range)} should be [low, high] with low < high")
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
 
@@ -137,8 +145,10 @@ class TrainingSection(Section):
 
     steps: Positive = Field(20_000, description="gradient steps")
     batch_size: Positive = Field(256, description="transitions per step and member")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(3e-4, description="of Adam at the start; cosine decay to 0")
-    gradient_norm: Annotated[float, Field(gt=0)] = Field(10.0, description="limit per network and member")
+    learning_rate: Rate = Field(3e-4, description="of Adam at the start")
+    decay: Literal["cosine", "none"] = Field("cosine", description="of the learning rate, to 0 at the last step")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="as of AdamW (1711.05101)")
+    gradient_norm: Annotated[float, Field(ge=0)] = Field(10.0, description="limit per network and member; 0: none")
     snapshots: Positive = Field(10, description="evenly spaced copies of the acting weights kept in the bundle")
 
 
@@ -150,11 +160,16 @@ class GuidanceSection(TrainingSection):
     activation: Activation = Field("relu", description="of critics, V and companion actor")
     layer_norm: bool = Field(False, description="before each activation, of critics and V")
     discount: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="per environment step")
-    expectile: Annotated[float, Field(gt=0, lt=1)] = Field(0.7, description="of V, for idql (2110.06169, eq. 5)")
+    value_loss: Literal["expectile", "quantile", "gumbel"] = Field("expectile", description="idql: of V")
+    expectile: Annotated[float, Field(gt=0, lt=1)] = Field(0.7, description="idql: of V, or its quantile")
+    gumbel_temperature: Rate = Field(1.0, description="idql: for value_loss gumbel (2301.02328)")
+    value_learning_rate: Rate | None = Field(None, description="of V; by default learning_rate")
     tau: Annotated[float, Field(gt=0, le=1)] = Field(
         0.005, description="Polyak: target <- (1 - tau) target + tau online"
     )
+    target_every: Positive = Field(1, description="gradient steps between such updates")
     bootstrap_candidates: Positive = Field(1, description="dql: next actions of which the best counts")
+    actor_learning_rate: Rate | None = Field(None, description="dql: of the companion; by default learning_rate")
     actor_hidden: Widths = Field([256, 256, 256], description="dql: hidden units of the companion actor")
     time_features: Annotated[int, Field(ge=2, multiple_of=2)] = Field(64, description="dql: as in [policy]")
     eta: Annotated[float, Field(ge=0)] = Field(1.0, description="dql: value weight in the companion actor's loss")
@@ -173,13 +188,18 @@ class PolicySection(TrainingSection):
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="in residual blocks")
     time_features: Annotated[int, Field(ge=2, multiple_of=2)] = Field(64, description="sinusoids of the diffusion step")
     diffusion_steps: Positive = Field(5, description="T")
-    noise_schedule: Literal["vp", "cosine", "linear"] = Field("vp", description="betas; vp as in Diffusion-QL")
+    noise_schedule: Literal["vp", "cosine", "linear", "linear-unscaled"] = Field(
+        "vp", description="betas; vp as in Diffusion-QL; linear: DDPM's thousand, spread over T steps, or not spread"
+    )
     sampler: Literal["ddpm", "dpm-solver++"] = Field("ddpm", description="ancestral, or DPM-Solver++ 2M")
+    variance: Literal["posterior", "beta"] = Field("posterior", description="of ddpm's steps; beta: wider (IDQL)")
     sampling_steps: Positive = Field(5, description="network calls of dpm-solver++, at most diffusion_steps")
     eta: Annotated[float, Field(ge=0)] = Field(1.0, description="weight of the guidance term (dac, dql, edp)")
-    ema_decay: Fraction = Field(0.999, description="of the averaged weights that act, per step")
+    ema_decay: Fraction = Field(0.999, description="of the averaged weights that act, per update")
+    ema_every: Positive = Field(1, description="gradient steps between such updates")
+    ema_from: Annotated[int, Field(ge=0)] = Field(0, description="gradient step of the first; until then it is a copy")
     label_dropout: Fraction = Field(0.1, description="cfg: share of labels dropped in training")
-    advantage_weight: Literal["none", "expectile", "exponential"] = Field(
+    advantage_weight: Literal["none", "expectile", "exponential", "hard"] = Field(
         "none", description="of transitions: bc, idql"
     )
     advantage_expectile: Annotated[float, Field(gt=0, lt=1)] = Field(0.7, description="for advantage_weight expectile")
@@ -208,9 +228,11 @@ class EvaluationSection(Section):
     selection: Literal["max", "softmax"] = Field("max", description="the best candidate, or a draw by value")
     weight_temperature: Annotated[float, Field(ge=0)] = Field(100.0, description="inverse temperature of the softmax")
     temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="scale of the sampling noise")
+    temperature_on: Literal["all", "start"] = Field("all", description="which noise: of every step, or of the first")
     w: Annotated[float, Field(ge=0)] = Field(1.0, description="classifier-free guidance weight (cfg)")
     guide: Literal["rank", "gradient", "both"] = Field("rank", description="how guidance acts at inference")
     guidance_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="of the gradient, for gradient and both")
+    jacobian: bool = Field(False, description="gradient through the denoiser: its weight is an inverse temperature")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of start states and sampling noise")
 
 
@@ -1283,7 +1305,8 @@ def check_shapes(columns: Columns, spec: EnvironmentSpec | None, width: int | No
         fits = fits and 0 not in expected[1:]
         if not fits:
             of = f" for {spec.id}" if spec else ""
-            problems.append(f"{where}: {key!r} has shape {shape}, expected {expected}{of}.")
+            wanted = ", ".join(str(size or "at least 1") for size in expected) + "," * (len(expected) == 1)
+            problems.append(f"{where}: {key!r} has shape {shape}, expected ({wanted}){of}.")
     if not problems and rows < 2:
         problems.append(f"{where}: {rows} row(s), expected at least 2.")
     if problems:
@@ -1474,7 +1497,8 @@ def prepare(
     """
     where = columns.where
     widths = check_shapes(columns, spec, section.observation_columns)
-    episodes, told = read_episodes(columns, section.max_episode_steps if spec is None else spec.max_episode_steps)
+    limit = section.max_episode_steps if spec is None or spec.id is None else spec.max_episode_steps
+    episodes, told = read_episodes(columns, limit)
     spec = spec or _without_environment(widths, section, int(episodes.lengths.max()))
     if spec.id is not None:
         episodes.check_lengths(where, spec)
@@ -1495,6 +1519,8 @@ def prepare(
     for key, array in {"rewards": episodes.rewards, "terminals": terminals, "timeouts": timeouts}.items():
         digest[key] = hashlib.sha256(array.data).hexdigest()
     mean, deviation = moments(rows, widths[0])
+    if section.normalization == "none":
+        mean, deviation = np.zeros_like(mean), np.ones_like(deviation)
     return Dataset(
         environment=spec,
         section=section,
@@ -1699,12 +1725,19 @@ def describe_data(dataset: Dataset) -> dict[str, Any]:
         "held_out": len(dataset.held_out.rewards),
         "lengths": np.quantile(dataset.episode_lengths, [0, 0.5, 1]).tolist(),
         "returns": np.quantile(dataset.episode_returns, [0, 0.25, 0.5, 0.75, 1]).tolist(),
-        "histogram": np.histogram(dataset.episode_returns, bins=20)[0].tolist(),
+        "histogram": histogram(dataset.episode_returns).tolist(),
         "constant": np.flatnonzero(high == low).tolist(),
         "at_bounds": (bound / many).tolist(),
         "duplicates": 1 - len(np.unique(keys)) / many,
         **dataset.facts,
     }
+
+
+def histogram(values: Array, bins: int = 20) -> Array:
+    """How many values there are in each of so many equal parts of their range."""
+    low, high = values.min(), values.max()
+    places = ((values - low) / (high - low or 1.0) * bins).astype(np.int64)
+    return np.bincount(places.clip(0, bins - 1), minlength=bins)
 
 
 def looks_late(columns: Columns, starts: Array, terminals: Array, rewards: Array) -> bool:
@@ -1715,7 +1748,9 @@ def looks_late(columns: Columns, starts: Array, terminals: Array, rewards: Array
     return not any(columns.read("actions", row, row + 1).any() for row in ends.tolist())
 
 
-def _reward_scale(rule: str | float, returns: Array, max_episode_steps: int) -> dict[str, float | str]:
+def _reward_scale(
+    rule: str | float | tuple[float, float], returns: Array, max_episode_steps: int
+) -> dict[str, float | str]:
     if rule == "none":
         return {"rule": rule, "multiplier": 1.0, "offset": 0.0}
     if rule == "minus-one":
@@ -1728,7 +1763,8 @@ def _reward_scale(rule: str | float, returns: Array, max_episode_steps: int) -> 
                 "'none' or a number."
             )
         return {"rule": rule, "multiplier": max_episode_steps / spread, "offset": 0.0}
-    return {"rule": "number", "multiplier": float(rule), "offset": 0.0}
+    factor, offset = rule if isinstance(rule, tuple) else (float(rule), 0.0)
+    return {"rule": "number", "multiplier": factor, "offset": offset}
 
 
 # --- collecting -------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from mdpt.data import (
     EvaluationSection,
     Experiment,
     MdptError,
+    PolicySection,
     Watch,
     Workers,
     check_experiment,
@@ -684,19 +685,34 @@ def number(value: float | None, digits: int = 1) -> str:
 
 
 def quality_table(bundle: Bundle) -> Table:
-    """Held-out judgement of a guidance."""
-    quality = bundle["quality"]
+    """Held-out judgement of a guidance: each member as it is, then all of them as they were at each snapshot."""
+    *earlier, last = bundle["quality"]
     rule = bundle["reward_scale"]["rule"]
-    title = f"guidance on {quality['rows']} held-out transitions (values in rewards scaled by '{rule}')"
-    table = make_table(title, "seed", "corr(V, MC return)", "mean V", "mean MC return")
+    title = f"guidance on {last['rows']} held-out transitions (values in rewards scaled by '{rule}')"
+    table = make_table(title, "seed", "corr(V, return)", "corr(Q - V, return - V)", "mean V", "mean return")
+    keys = {"correlation": 3, "advantage_correlation": 3, "mean_v": 2, "mean_return": 2}
     for i, seed in enumerate(bundle["seeds"]):
-        correlation = quality["correlation"][i] if quality["correlation"] else None
-        table.add_row(
-            str(seed), number(correlation, 3), number(quality["mean_v"][i], 2), number(quality["mean_return"], 2)
-        )
-    spread = number(quality["q_spread_members"], 3)
-    table.caption = f"spread of Q between members {spread}, between transitions {quality['q_spread_rows']:.3f}"
+        table.add_row(str(seed), *(number(last[key][i], digits) for key, digits in keys.items()))
+    table.add_section()
+    for entry in earlier:
+        means = {key: [value for value in entry[key] if value is not None] for key in keys}
+        cells = (number(float(np.mean(means[key])) if means[key] else None, keys[key]) for key in keys)
+        table.add_row(f"mean @{entry['step']}", *cells)
+    how = "discounted return to the episode's end"
+    if last["bootstrapped"]:
+        how = "discounted return to the time limit and V there, since no episode here shows what comes after"
+    spread = (
+        f"spread of Q between members {number(last['q_spread_members'], 3)}, transitions {last['q_spread_rows']:.3f}"
+    )
+    table.caption = f"return: {how}; {spread}"
     return table
+
+
+def low_values(bundle: Bundle) -> list[int]:
+    """Seeds of members whose V lies below the returns on average, where an upper expectile lies above."""
+    last = bundle["quality"][-1]
+    pairs = zip(bundle["seeds"], last["mean_v"], last["mean_return"], strict=True)
+    return [seed for seed, value, known in pairs if value is not None and value < known]
 
 
 def score_table(cell: dict[str, Any], summary: dict[str, Any]) -> Table:
@@ -777,6 +793,19 @@ def policy_table(entries: Sequence[dict[str, Any]], curve: bool) -> Table:
         cells = summary_cells(entry["summary"]).values()
         table.add_row(entry["policy"], str(entry["step"]), *cells, *[", ".join(notes)] * curve)
     return table
+
+
+def far_below_the_data(cell: Cell, result: dict[str, Any], median: float) -> str:
+    """What to say where a policy that its guidance has taught scores far below the data's mean, else ""."""
+    from mdpt.models import learns_under_guidance
+
+    mean, section = result["dataset"]["mean_score"], PolicySection(**cell.bundle["experiment"]["policy"])
+    if median > mean - 10 or not learns_under_guidance(section) or not section.eta:
+        return ""
+    return (
+        f"{cell.policy}: median {median:.1f}, far below the data's mean, {mean:.1f}: what it does may have left the data; "
+        f"train it with a smaller [policy] eta, now {section.eta:g}"
+    )
 
 
 def of_policy(entry: dict[str, Any], curve: bool) -> str:
@@ -1326,8 +1355,13 @@ def guidance(
     title = f"guidance {run.guidance.algorithm}"
     with training_run(title, run, run.guidance.steps, path, begun, extend, board) as training:
         bundle = train_guidance(run, dataset, training)
-    if "q_spread_rows" in bundle["quality"]:
+    if bundle["quality"]:
         show_table(quality_table(bundle))
+        if low := low_values(bundle):
+            warn(
+                f"{path}: V of seed {', '.join(map(str, low))} lies below the returns: values have not spread over the "
+                "episodes yet; raise steps, tau or learning_rate"
+            )
     same = [part for override in overrides or [] for part in ("--set", override)]
     same += ["--seeds", seeds] if seeds else []
     command = ["mdpt", "policy", str(experiment), "--guidance", str(path), *same]
@@ -1351,7 +1385,7 @@ def policy(
     timeout: Timeout = LONG,
 ) -> None:
     """Train a diffusion policy under a frozen guidance."""
-    from mdpt.models import check_fit, learns_under_guidance, read_guidance, train_policy
+    from mdpt.models import check_fit, learns_under_guidance, read_guidance, schedule_problem, train_policy
 
     run = load_run(experiment, overrides, seeds, device)
     scheme = run.policy.scheme
@@ -1374,6 +1408,8 @@ def policy(
             f"{section.advantage_weight}, label_dropout {section.label_dropout:g}, guidance_from {section.guidance_from:g} "
             f"and guidance_until {section.guidance_until:g}: this policy learns as without it"
         )
+    if problem := schedule_problem(run.policy):
+        warn(f"noise_schedule {run.policy.noise_schedule} with {run.policy.diffusion_steps} diffusion_steps: {problem}")
     begun = unfinished(path, board, overwrite, extend)
     dataset = load_data(run.data, Workers(workers, timeout))
     if teacher is not None:
@@ -1445,6 +1481,9 @@ def evaluate(
         return
     report = play_cells(cells, json_file, overwrite, where)
     show_evaluation(report, curve)
+    for cell, result, entry in zip(cells, report["cells"], overall(report["summary"]), strict=True):
+        if text := far_below_the_data(cell, result, entry["summary"]["median"]):
+            warn(text)
     write_json(json_file, report)
     if plot_file is not None:
         (plot_curve if curve else plot_scores)(plot_file, report)

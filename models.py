@@ -40,6 +40,7 @@ from mdpt.data import (
     Watch,
     check_experiment,
     discounted_returns,
+    episode_bounds,
     reference_returns,
     rollout,
     unscale_actions,
@@ -131,18 +132,27 @@ class Randomness:
     ) -> Tensor:
         length = max(1, min(64, 2**20 // max(1, math.prod(shape))))
         block, offset = divmod(self.step, length)
-        key = f"{name}{shape}"
+        key = f"{name} {shape}"
         if key not in self._blocks or self._blocks[key][0] != block:
             members = [
-                fill(torch.empty(length, *shape, dtype=dtype, device=self.device), self._seeded(seed, name, block))
+                fill(torch.empty(length, *shape, dtype=dtype, device=self.device), self._seeded(seed, key, block))
                 for seed in self.seeds
             ]
             self._blocks[key] = block, torch.stack(members, dim=1)
         return self._blocks[key][1][offset]
 
-    def _seeded(self, seed: int | str, name: str, block: int) -> torch.Generator:
-        digest = hashlib.blake2b(f"{seed}/{self.purpose}/{name}/{block}".encode(), digest_size=8).digest()
-        return self._generator.manual_seed(int.from_bytes(digest) >> 1)
+    def _seeded(self, seed: int | str, key: str, block: int) -> torch.Generator:
+        digest = hashlib.blake2b(f"{seed}/{self.purpose}/{key}/{block}".encode(), digest_size=16).digest()
+        generator = self._generator.manual_seed(int.from_bytes(digest[:8]) >> 1)
+        if self.device.type == "cpu":  # whose Mersenne Twister takes 32 bits of a seed: fill its whole state
+            state = generator.get_state()
+            words = np.random.SeedSequence(int.from_bytes(digest)).generate_state(TWISTER, np.uint32)
+            state[24 : 24 + 8 * TWISTER] = torch.from_numpy(words.astype(np.uint64).view(np.uint8))
+            generator.set_state(state)
+        return generator
+
+
+TWISTER = 624  # words of its state, which torch keeps in 8 bytes each, after 24 of seed and counters
 
 
 @dataclass(frozen=True)
@@ -267,16 +277,17 @@ class Stack(nn.Module):
     size: int  # parameters of one network; a row is longer, and 0 from there on
     vector: Tensor
 
-    def pack(self) -> None:
+    def pack(self, vector: Tensor | None = None) -> None:
         """Move the parameters into one tensor, each row a whole number of the longest SIMD words.
 
-        An optimizer then rounds a row the same way however many there are.
+        An optimizer then rounds a row the same way however many there are. vector: theirs from now on, in place of a new
+        one with their values.
         """
         parameters = list(self.parameters())
         sizes = [parameter[0].numel() for parameter in parameters]
         self.size = sum(sizes)
         pieces = torch.cat([parameter.detach().flatten(1) for parameter in parameters], dim=1)
-        self.vector = functional.pad(pieces, (0, -self.size % 16))
+        self.vector = functional.pad(pieces, (0, -self.size % 16)) if vector is None else vector
         for parameter, piece in zip(parameters, torch.split(self.vector[:, : self.size], sizes, dim=1), strict=True):
             parameter.data = piece.view_as(parameter)
 
@@ -288,6 +299,12 @@ class Stack(nn.Module):
         """A copy that does not learn: a target network or a moving average."""
         clone = copy.deepcopy(self).requires_grad_(False)
         clone.pack()
+        return clone
+
+    def onlooker(self) -> Self:
+        """The same weights, also as they learn, with no gradient to them."""
+        clone = copy.deepcopy(self).requires_grad_(False)
+        clone.pack(self.vector)
         return clone
 
     @torch.no_grad()
@@ -462,7 +479,7 @@ def make_schedule(name: str, steps: int, beta_min: float = 0.1, beta_max: float 
     """beta_1 .. beta_T, (T,), float64.
 
     "vp": the variance-preserving schedule of Diffusion-QL (arXiv 2208.06193, eq. after 3; arXiv 2112.07804);
-    "cosine": improved DDPM (arXiv 2102.09672, eq. 17); "linear": DDPM's betas (arXiv 2006.11239), spaced for T steps.
+    "cosine": improved DDPM (arXiv 2102.09672, eq. 17); "linear": DDPM's betas (arXiv 2006.11239), spaced for T steps, "linear-unscaled" as they are.
     """
     t = torch.arange(1, steps + 1, dtype=torch.float64)
     if name == "vp":
@@ -470,22 +487,33 @@ def make_schedule(name: str, steps: int, beta_min: float = 0.1, beta_max: float 
     if name == "cosine":
         level = torch.cos((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
         return (1 - level[1:] / level[:-1]).clamp(max=0.999)
-    return (torch.linspace(1e-4, 2e-2, steps, dtype=torch.float64) * 1000 / steps).clamp(max=0.999)
+    scale = 1000 / steps if name == "linear" else 1.0
+    return (torch.linspace(1e-4, 2e-2, steps, dtype=torch.float64) * scale).clamp(max=0.999)
+
+
+def schedule_problem(section: PolicySection) -> str:
+    """What is wrong with a noise schedule for this many steps, or ""."""
+    signal = torch.cumprod(1 - make_schedule(section.noise_schedule, section.diffusion_steps), 0).sqrt()
+    if signal[-1] > 0.2:
+        return f"its last step still shows {signal[-1]:.0%} of the action, but sampling starts from noise alone"
+    if (share := float((signal < 0.05).double().mean())) > 0.5:
+        return f"{share:.0%} of its steps are noise alone"
+    return ""
 
 
 class Diffusion:
     """Forward and reverse process of DDPM (arXiv 2006.11239) for actions in [-1, 1]; step t runs from 0 to T - 1."""
 
-    def __init__(self, betas: Tensor, device: torch.device | str) -> None:
+    def __init__(self, betas: Tensor, device: torch.device | str, variance: str = "posterior") -> None:
         alpha_bar = torch.cumprod(1 - betas, dim=0)
         previous = torch.cat([torch.ones(1, dtype=betas.dtype), alpha_bar[:-1]])
         self.steps = len(betas)
         self.signal, self.noise = alpha_bar.sqrt().tolist(), (1 - alpha_bar).sqrt().tolist()
         self.levels = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()], dim=1).float().to(device)  # (T, 2)
-        # eq. 7: the posterior's mean is clean_share * x_0 + noisy_share * x_t, with variance deviation^2
+        # eq. 7: the posterior's mean is clean_share * x_0 + noisy_share * x_t; its variance, or beta (section 3.2)
         self.clean_share = (betas * previous.sqrt() / (1 - alpha_bar)).tolist()
         self.noisy_share = ((1 - previous) * (1 - betas).sqrt() / (1 - alpha_bar)).tolist()
-        self.deviation = (betas * (1 - previous) / (1 - alpha_bar)).sqrt().tolist()
+        self.deviation = (betas * (1 if variance == "beta" else (1 - previous) / (1 - alpha_bar))).sqrt().tolist()
 
     def diffuse(self, actions: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Noisy actions at steps t (S, B), eq. 4: (S, B, A)."""
@@ -508,9 +536,16 @@ class Diffusion:
         return self.clean(x, denoise(x, 0), 0)  # the last posterior is the clean action itself
 
     def solve(self, denoise: Denoise, noises: Tensor, steps: int) -> Tensor:
-        """DPM-Solver++ 2M (arXiv 2211.01095, Algorithm 2) in `steps` network calls: noises (S, 1, B, A)."""
-        grid = [round((self.steps - 1) * (1 - i / max(1, steps - 1))) for i in range(steps)]
+        """DPM-Solver++ 2M (arXiv 2211.01095, Algorithm 2) in `steps` network calls: noises (S, 1, B, A).
+
+        They lie evenly over the diffusion steps, or where these are many, over their log signal-to-noise ratio.
+        """
         log_snr = [math.log(signal / noise) for signal, noise in zip(self.signal, self.noise, strict=True)]
+        grid = [round((self.steps - 1) * (1 - i / max(1, steps - 1))) for i in range(steps)]
+        if self.steps >= 200:
+            even = np.linspace(log_snr[-1], log_snr[0], steps)
+            near = {int(np.abs(np.array(log_snr) - ratio).argmin()) for ratio in even}
+            grid = sorted(near, reverse=True)
         x, before, h_before = noises[:, 0], None, 0.0
         for s, t in pairwise(grid):
             clean, h = self.clean(x, denoise(x, s), s), log_snr[t] - log_snr[s]
@@ -533,6 +568,33 @@ def expectile_loss(target_q: Tensor, v: Tensor, expectile: float) -> Loss:
     weight = torch.where(difference < 0, 1.0 - expectile, expectile)
     loss = (weight * difference.square()).mean(-1)
     return loss, {"v_loss": loss.detach(), "v": v.detach().mean(-1)}
+
+
+def quantile_loss(target_q: Tensor, v: Tensor, quantile: float) -> Loss:
+    """Quantile regression of V towards target Q; shapes and units as for `expectile_loss`.
+
+    Source: implicit diffusion Q-learning, arXiv 2304.10573, section 4.1.
+    """
+    difference = target_q.detach() - v
+    loss = torch.maximum(quantile * difference, (quantile - 1.0) * difference).mean(-1)
+    return loss, {"v_loss": loss.detach(), "v": v.detach().mean(-1)}
+
+
+def gumbel_loss(target_q: Tensor, v: Tensor, temperature: float) -> Loss:
+    """Gumbel regression of V towards target Q; shapes and units as for `expectile_loss`, temperature in the unit of Q.
+
+    The exponent is cut off at 7. Source: extreme Q-learning, arXiv 2301.02328, eq. 9.
+    """
+    z = ((target_q.detach() - v) / temperature).clamp(max=7.0)
+    loss = (z.exp() - z - 1.0).mean(-1)
+    return loss, {"v_loss": loss.detach(), "v": v.detach().mean(-1)}
+
+
+VALUE_LOSSES: dict[str, Callable[[Tensor, Tensor, GuidanceSection], Loss]] = {
+    "expectile": lambda target_q, v, section: expectile_loss(target_q, v, section.expectile),
+    "quantile": lambda target_q, v, section: quantile_loss(target_q, v, section.expectile),
+    "gumbel": lambda target_q, v, section: gumbel_loss(target_q, v, section.gumbel_temperature),
+}
 
 
 def td_loss(q: Tensor, rewards: Tensor, terminals: Tensor, next_v: Tensor, discount: float) -> Loss:
@@ -570,11 +632,14 @@ def improvement_loss(q: Tensor) -> Loss:
 def advantage_weights(advantage: Tensor, rule: str, expectile: float, inverse_temperature: float) -> Tensor:
     """Weight of each transition in the noise error, (S, B).
 
-    "expectile": |expectile - 1(advantage < 0)|; "exponential": exp(inverse_temperature * advantage), at most 100.
+    "expectile": |expectile - 1(advantage < 0)|; "exponential": exp(inverse_temperature * advantage), at most 100;
+    "hard": 1(advantage >= 0).
     Source: IDQL, arXiv 2304.10573, table 1.
     """
     if rule == "expectile":
         return torch.where(advantage < 0, 1.0 - expectile, expectile)
+    if rule == "hard":
+        return (advantage >= 0).float()
     return (inverse_temperature * advantage).exp().clamp(max=100.0)
 
 
@@ -608,6 +673,7 @@ class Guidance(nn.Module):
         self.online_q = ValueNetwork(random, "q", observation_dim + action_dim, *shape, copies=2)
         self.target_q = self.online_q.frozen_copy()
         self.value = ValueNetwork(random, "v", observation_dim, *shape)
+        self.learning: list[Stack] = []  # the critics as they learn; in a list, since they are stored already
         self.actor: Policy | None = None
         if companion and self.algorithm.has_actor:
             shared = ("activation", "time_features", "diffusion_steps", "eta", "ema_decay")
@@ -632,10 +698,14 @@ class Guidance(nn.Module):
         return self.twins(self.target_q, observations, actions).amin(1)
 
     def one_q(self, observations: Tensor, actions: Tensor, twin: Tensor) -> Tensor:
-        """The target critic `twin` (S,) in {0, 1} of each member: (S, B)."""
+        """What teaches a policy: critic `twin` (S,) in {0, 1} of each member, (S, B).
+
+        The target, or where the guidance learns along the online one, which no gradient of a policy's loss reaches.
+        """
         inputs = torch.cat([self.normalizer(observations), actions], dim=-1)
         rows = 2 * torch.arange(self.members, device=twin.device) + twin
-        return self.target_q(inputs, rows)  # type: ignore[no-any-return]
+        (network,) = self.learning or [self.target_q]
+        return network(inputs, rows)  # type: ignore[no-any-return]
 
     def v(self, observations: Tensor) -> Tensor:
         """State value: raw (S, B, O) -> (S, B), scaled-reward units."""
@@ -645,9 +715,11 @@ class Guidance(nn.Module):
         """q - v, (S, B)."""
         return self.q(observations, actions) - self.v(observations)
 
-    def networks(self) -> list[Stack]:
-        """The networks that learn."""
-        return [self.online_q, self.value, *(self.actor.networks() if self.actor else [])]
+    def networks(self) -> list[tuple[Stack, float]]:
+        """The networks that learn, and their learning rates at the start."""
+        rate = self.section.learning_rate
+        actor = [] if self.actor is None else [(self.actor.denoiser, self.section.actor_learning_rate or rate)]
+        return [(self.online_q, rate), (self.value, self.section.value_learning_rate or rate), *actor]
 
     def loss(self, batch: Batch, random: Randomness, actor: Sampler | None = None) -> Loss:
         """The algorithm's loss. actor: what acts in a joint run, in place of the companion."""
@@ -655,7 +727,8 @@ class Guidance(nn.Module):
 
     def follow(self, step: int) -> None:
         """Targets and averages after gradient step `step`: target <- (1 - tau) target + tau online."""
-        self.target_q.follow(self.online_q, self.section.tau)
+        if (step + 1) % self.section.target_every == 0:
+            self.target_q.follow(self.online_q, self.section.tau)
         if self.actor is not None:
             self.actor.follow(step)
 
@@ -671,7 +744,7 @@ def implicit_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor:
     v = guidance.v(batch.observations)
     q = guidance.twins(guidance.online_q, batch.observations, batch.actions)
     return add(
-        expectile_loss(target_q, v, guidance.section.expectile),
+        VALUE_LOSSES[guidance.section.value_loss](target_q, v, guidance.section),
         td_loss(q, batch.rewards, batch.terminals, next_v, guidance.section.discount),
     )
 
@@ -679,7 +752,7 @@ def implicit_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor:
 def diffusion_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Sampler | None) -> Loss:
     """The critics of Diffusion-QL (arXiv 2208.06193, eq. 4), bootstrapped by the actor, or else by a companion.
 
-    Of `bootstrap_candidates` next actions the best counts. V regresses to Q at the data's actions. The companion
+    Of `bootstrap_candidates` next actions the best by each critic counts, and of the critics the lower. V regresses to Q at the data's actions. The companion
     learns along by the loss of "dql".
     """
     companion = guidance.actor if actor is None else None
@@ -690,7 +763,8 @@ def diffusion_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor
     repeated = batch.next_observations.repeat_interleave(guidance.section.bootstrap_candidates, dim=1)  # (S, B N, O)
     with torch.no_grad():
         next_actions = actor(repeated, random)
-        next_q = guidance.q(repeated, next_actions).view(*batch.rewards.shape, -1).amax(-1)
+        both = guidance.twins(guidance.target_q, repeated, next_actions)  # (S, 2, B N)
+        next_q = both.view(*both.shape[:2], batch.rewards.shape[1], -1).amax(-1).amin(1)
         target_q = guidance.q(batch.observations, batch.actions)
     q = guidance.twins(guidance.online_q, batch.observations, batch.actions)
     critic = td_loss(q, batch.rewards, batch.terminals, next_q, guidance.section.discount)
@@ -730,7 +804,8 @@ class Policy(nn.Module):
         super().__init__()
         self.section, self.normalizer, self.algorithm = section, normalizer, POLICIES[section.algorithm]
         self.action_dim = action_dim
-        self.diffusion = Diffusion(make_schedule(section.noise_schedule, section.diffusion_steps), random.device)
+        betas = make_schedule(section.noise_schedule, section.diffusion_steps)
+        self.diffusion = Diffusion(betas, random.device, section.variance)
         self.denoiser = Denoiser(random, section, observation_dim, action_dim, self.algorithm.labels)
         self.average = self.denoiser.frozen_copy()
         self.times: Tensor | None = None  # (S, T, H), where the weights change no more
@@ -739,9 +814,9 @@ class Policy(nn.Module):
     def members(self) -> int:
         return self.average.members
 
-    def networks(self) -> list[Stack]:
-        """The networks that learn."""
-        return [self.denoiser]
+    def networks(self) -> list[tuple[Stack, float]]:
+        """The networks that learn, and their learning rates at the start."""
+        return [(self.denoiser, self.section.learning_rate)]
 
     def loss(self, batch: Batch, guidance: Guidance | None, random: Randomness) -> Loss:
         """The algorithm's loss under a guidance, or without its guidance term where there is none."""
@@ -749,7 +824,10 @@ class Policy(nn.Module):
 
     def follow(self, step: int) -> None:
         """Move the average after gradient step `step`; it forgets the initial weights faster than ema_decay."""
-        self.average.follow(self.denoiser, 1.0 - min(self.section.ema_decay, (1 + step) / (10 + step)))
+        if step < self.section.ema_from:
+            self.average.follow(self.denoiser, 1.0)
+        elif (step + 1) % self.section.ema_every == 0:
+            self.average.follow(self.denoiser, 1.0 - min(self.section.ema_decay, (1 + step) / (10 + step)))
 
     def predict(self, batch: Batch, random: Randomness, labels: Tensor | None = None) -> Prediction:
         """Noise the batch's actions at random diffusion steps and predict that noise."""
@@ -771,14 +849,17 @@ class Policy(nn.Module):
         w: float = 1.0,
         guidance: Ranker | None = None,
         guidance_weight: float = 0.0,
+        jacobian: bool = False,
     ) -> Tensor:
         """Actions of the averaged policy: raw observations (S, B, O) -> (S, B N, A), the N of a state side by side.
 
         noises: as from `noises`, for B N rows. w is the weight of classifier-free guidance (0: unguided; arXiv
-        2207.12598), for policies that know labels. guidance_weight > 0 shifts the predicted noise by
-        -guidance_weight * sqrt(1 - alpha_bar) * dQ/da at the one-step estimate of the clean action, without that
-        estimate's Jacobian (Q-guided flow, arXiv 2606.11087, in DDPM's terms: Diffusion Models Beat GANs,
-        arXiv 2105.05233, Algorithm 2).
+        2207.12598), for policies that know labels. guidance_weight > 0 shifts the predicted noise against dQ/da at the
+        one-step estimate of the clean action: with jacobian by -guidance_weight * sqrt(1 - alpha_bar) * dQ/dx, through
+        that estimate's network, which draws from the policy's density times exp(guidance_weight * Q), exactly so where
+        the one is Gaussian and the other linear (arXiv 2105.05233, Algorithm 2); without it by -guidance_weight *
+        sqrt(alpha_bar) * dQ/da (Q-guided flow, arXiv 2606.11087), which moves the clean action by guidance_weight *
+        sqrt(1 - alpha_bar) * dQ/da: no temperature.
         """
         network = self.average
         normalized = self.normalizer(observations)
@@ -790,16 +871,25 @@ class Policy(nn.Module):
         repeated = observations.repeat_interleave(candidates, dim=1)
         times = network.times() if self.times is None else self.times
 
-        def denoise(x: Tensor, t: int) -> Tensor:
+        def predict(x: Tensor, t: int) -> Tensor:
             noise: Tensor = network(x, times[:, t : t + 1], conditions[0])
             for condition in conditions[1:]:
                 noise = noise + w * (network(x, times[:, t : t + 1], condition) - noise)
-            if guidance is not None and guidance_weight > 0:
-                with torch.enable_grad():
-                    clean = self.diffusion.clean(x, noise, t).detach().requires_grad_()
-                    (gradient,) = torch.autograd.grad(guidance.q(repeated, clean).sum(), clean)
-                noise = noise - guidance_weight * self.diffusion.noise[t] * gradient
             return noise
+
+        def denoise(x: Tensor, t: int) -> Tensor:
+            if guidance is None or guidance_weight == 0:
+                return predict(x, t)
+            with torch.enable_grad():
+                start = x.detach().requires_grad_(jacobian)
+                noise = predict(start, t)
+                clean = self.diffusion.clean(start, noise, t)
+                if not jacobian:
+                    start = clean = clean.detach().requires_grad_()
+                (gradient,) = torch.autograd.grad(guidance.q(repeated, clean).sum(), start)
+            scale = self.diffusion.noise[t] if jacobian else self.diffusion.signal[t]
+            steered: Tensor = noise.detach() - guidance_weight * scale * gradient
+            return steered
 
         return self.denoise_all(denoise, noises)
 
@@ -969,6 +1059,8 @@ class Inference:
     temperature: float = 1.0
     w: float = 1.0
     guidance_weight: float = 0.0
+    jacobian: bool = False
+    temperature_on: str = "all"
 
 
 def pick_inference(run: Experiment, guided: bool) -> tuple[Inference, dict[str, bool]]:
@@ -990,6 +1082,8 @@ def pick_inference(run: Experiment, guided: bool) -> tuple[Inference, dict[str, 
         temperature=section.temperature,
         w=section.w if labels else 0.0,
         guidance_weight=section.guidance_weight if steered else 0.0,
+        jacobian=section.jacobian,
+        temperature_on=section.temperature_on,
     )
     return how, {
         "candidates": ranked or section.candidates == 1,
@@ -997,6 +1091,7 @@ def pick_inference(run: Experiment, guided: bool) -> tuple[Inference, dict[str, 
         "weight_temperature": ranked and section.selection == "softmax",
         "guide": guided,
         "guidance_weight": steered,
+        "jacobian": steered,
         "w": labels,
     }
 
@@ -1037,13 +1132,16 @@ def act(
     exp(weight_temperature * q) ("softmax"; V would cancel, since it does not depend on the action). noises: standard
     normal, as from `Policy.noises` for B N rows. uniform: (S, B, N) in [0, 1), for "softmax".
     """
+    scale = torch.full((noises.shape[1], 1, 1), how.temperature if how.temperature_on == "all" else 1.0)
+    scale[0] = how.temperature
     actions = policy.sample(
         observations,
-        how.temperature * noises,
+        scale.to(noises.device) * noises,
         candidates=how.candidates,
         w=how.w,
         guidance=guidance,
         guidance_weight=how.guidance_weight,
+        jacobian=how.jacobian,
     ).view(*observations.shape[:2], how.candidates, -1)  # (S, B, N, A)
     if guidance is None or how.candidates == 1:
         return actions[:, :, 0]
@@ -1161,15 +1259,16 @@ def judge_offline(
 
 @dataclass
 class Parameters:
-    """A network that learns: its optimizer, initial learning rate and gradient-norm limit."""
+    """A network that learns: its optimizer, initial learning rate, and what its section says of both."""
 
     network: Stack
     learning_rate: float
-    gradient_norm: float
+    section: TrainingSection
 
     def __post_init__(self) -> None:
         self.gradient = self.network.vector.grad = torch.zeros_like(self.network.vector)
-        self.adam = torch.optim.Adam([self.network.vector], lr=self.learning_rate, fused=True)
+        weight_decay = self.section.weight_decay
+        self.adam = torch.optim.AdamW([self.network.vector], self.learning_rate, weight_decay=weight_decay, fused=True)
 
 
 class Learner:
@@ -1186,9 +1285,7 @@ class Learner:
     ) -> None:
         self.modules, self.loss, self.frozen = [module for module, _ in modules], loss, frozen
         self.networks = [
-            Parameters(network, section.learning_rate, section.gradient_norm)
-            for module, section in modules
-            for network in module.networks()
+            Parameters(network, rate, section) for module, section in modules for network, rate in module.networks()
         ]
         self.parameters = [parameter for each in self.networks for parameter in each.network.parameters()]
 
@@ -1199,9 +1296,11 @@ class Learner:
             pieces = [next(gradients).flatten(1) for _ in each.network.parameters()]
             torch.cat(pieces, dim=1, out=each.gradient[:, : each.network.size])
             by_member = each.gradient.view(len(loss), -1)  # (S, copies * P)
-            norm = torch.linalg.vector_norm(by_member, dim=1, keepdim=True)
-            by_member.mul_((each.gradient_norm / (norm + 1e-6)).clamp(max=1.0))
-            each.adam.param_groups[0]["lr"] = each.learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+            if each.section.gradient_norm > 0:
+                norm = torch.linalg.vector_norm(by_member, dim=1, keepdim=True)
+                by_member.mul_((each.section.gradient_norm / (norm + 1e-6)).clamp(max=1.0))
+            left = 0.5 * (1 + math.cos(math.pi * step / steps)) if each.section.decay == "cosine" else 1.0
+            each.adam.param_groups[0]["lr"] = each.learning_rate * left
             each.adam.step()
         for module in self.modules:
             module.follow(step)
@@ -1391,7 +1490,7 @@ def train_guidance(experiment: Experiment, dataset: Dataset, run: Run) -> Bundle
     learner = Learner([(guidance, experiment.guidance)], lambda batch, random, _: guidance.loss(batch, random))
     go_on(bundle, run, [(bundle, guidance)], learner)
     train(learner, transitions, experiment.guidance, bundle, [(bundle, guidance)], cost, run)
-    bundle["quality"] = guidance_quality(guidance, dataset, experiment.guidance.discount, run.device)
+    bundle["quality"] = judge_guidance(bundle, dataset.held_out, run.device)
     run.save(bundle)
     return bundle
 
@@ -1476,7 +1575,7 @@ def check_same_run(ours: Bundle, theirs: Bundle, extend: bool) -> None:
     }
     fields |= {
         f"[data] {key}": [bundle["experiment"]["data"].get(key) for bundle in (ours, theirs)]
-        for key in ("seed", "fraction", "held_out", "reward_scale")
+        for key in ("seed", "fraction", "held_out", "reward_scale", "normalization")
     }
     fields["seeds"] = [bundle["seeds"] for bundle in (ours, theirs)]
     fields["environment"] = [EnvironmentSpec(**bundle["environment"]) for bundle in (ours, theirs)]
@@ -1498,29 +1597,57 @@ def same_weights(first: Bundle | None, second: Bundle | None) -> bool:
     return ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
 
 
-@torch.no_grad()
-def guidance_quality(guidance: Guidance, dataset: Dataset, discount: float, device: str) -> dict[str, Any]:
-    """How far to trust a guidance, on held-out episodes: V against discounted Monte-Carlo returns, Q among members.
+def judge_guidance(bundle: Bundle, held_out: HeldOut, device: str) -> list[dict[str, Any]]:
+    """What `guidance_quality` finds of a guidance bundle at each of its snapshots, the last of which is what it is."""
+    discount = bundle["experiment"]["guidance"]["discount"]
+    return [
+        {"step": step} | guidance_quality(build_guidance(bundle | {"weights": weights}, device), held_out, discount)
+        for step, weights in bundle["snapshots"].items()
+        if len(held_out.rewards)
+    ]
 
-    Correlations are Pearson's, one per member, over rows whose return is known (the episode ended, or what a time
-    limit cut off weighs at most 5 %). The spread is the deviation of Q over members, averaged, beside that over rows.
+
+@torch.no_grad()
+def guidance_quality(guidance: Guidance, held_out: HeldOut, discount: float) -> dict[str, Any]:
+    """How far to trust a guidance, on held-out episodes; lists hold a figure per member.
+
+    correlation: Pearson's, of V and discounted Monte-Carlo returns; advantage_correlation: of Q - V and return - V, which
+    is about actions. Over rows whose return is known: the episode ended, or what a time limit cut off weighs at most 5 %.
+    Where none is, all rows count, and V at the limit stands for what came after it (bootstrapped). V is an upper
+    expectile: it lies above the returns, unless values have not spread yet. q_spread: the deviation of Q over members,
+    averaged, and over rows.
     """
-    held_out = dataset.held_out
-    if not len(held_out.rewards):
-        return {"rows": 0}
-    returns, known = discounted_returns(held_out.rewards, held_out.terminals, held_out.timeouts, discount)
-    tensors = [torch.from_numpy(array) for array in (held_out.observations, held_out.actions)]
     found = []
+    device = guidance.value.vector.device
+    tensors = [torch.from_numpy(array) for array in (held_out.observations, held_out.actions)]
     for block in zip(*(torch.split(tensor, 8192) for tensor in tensors), strict=True):
         observations, actions = (part.to(device).expand(guidance.members, -1, -1) for part in block)
         found.append(torch.stack([guidance.v(observations), guidance.q(observations, actions)]).cpu())
     v, q = torch.cat(found, dim=-1).double().numpy()  # (S, rows)
-    enough = known.sum() > 1 and returns[known].std() > 0
+    rewards, terminals, timeouts = held_out.rewards, held_out.terminals, held_out.timeouts
+    _, known = discounted_returns(rewards, terminals, timeouts, discount)
+    _, stops = episode_bounds(terminals, timeouts)
+    cut = np.zeros(len(rewards), dtype=np.bool_)
+    cut[stops - 1] = ~terminals[stops - 1]
+    if bootstrapped := not known.any():
+        known = ~cut
+    columns = np.stack([np.where(cut & bootstrapped, member, rewards) for member in v])  # a last V is a last reward
+    returns = np.stack([discounted_returns(column, terminals, timeouts, discount)[0] for column in columns])
+    v, q_known, returns = v[:, known], q[:, known], returns[:, known]
+
+    def correlate(first: Array, second: Array) -> list[float | None]:
+        return [
+            float(np.corrcoef(ours, theirs)[0, 1]) if known.sum() > 1 and ours.std() > 0 and theirs.std() > 0 else None
+            for ours, theirs in zip(first, second, strict=True)
+        ]
+
     return {
         "rows": int(known.sum()),
-        "correlation": [float(np.corrcoef(member[known], returns[known])[0, 1]) for member in v] if enough else [],
-        "mean_v": v[:, known].mean(1).tolist() if enough else [None] * len(v),
-        "mean_return": float(returns[known].mean()) if enough else None,
+        "bootstrapped": bootstrapped,
+        "correlation": correlate(v, returns),
+        "advantage_correlation": correlate(q_known - v, returns - v),
+        "mean_v": v.mean(1).tolist() if known.any() else [None] * len(v),
+        "mean_return": returns.mean(1).tolist() if known.any() else [None] * len(v),
         "q_spread_members": float(q.std(0).mean()) if len(q) > 1 else None,
         "q_spread_rows": float(q.std(1).mean()),
     }
@@ -1698,6 +1825,7 @@ def build_guidance(bundle: Bundle, device: str, *, new: bool = False, companion:
     """The guidance of a bundle, frozen, without what only its training needed; new: one that is yet to learn."""
     guidance = Guidance(*_shape(bundle, device), companion=new and companion)
     if new:
+        guidance.learning = [guidance.online_q.onlooker()]
         return guidance
     del guidance.online_q  # its targets speak for it
     guidance.load_state_dict(acting_weights(bundle))

@@ -255,14 +255,14 @@ def test_guidance_tells_its_quality_and_what_comes_next(folder: Path) -> None:
     assert result.stdout.endswith("wrote g.pt\nnext: mdpt policy toy.toml --guidance g.pt\n")
     varied = run("guidance toy.toml --out h.pt --seeds 8 --set policy.hidden=[8]")
     assert varied.stdout.endswith("next: mdpt policy toy.toml --guidance h.pt --set 'policy.hidden=[8]' --seeds 8\n")
-    quality = read("g.pt")["quality"]
+    *_, quality = read("g.pt")["quality"]
     for row, seed in enumerate((0, 1)):
         assert re.search(rf"│ {seed} +│ +{quality['correlation'][row]:.3f} │", result.stdout)
     assert quality["rows"] > 0 and f"{quality['rows']} held-out transitions" in result.stdout
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(folder: Path) -> None:
-    lines = run("guidance toy.toml --out g.pt").stderr.splitlines()
+    lines = [line for line in run("guidance toy.toml --out g.pt").stderr.splitlines() if "warning" not in line]
     assert len(lines) == 10
     for i, line in enumerate(lines):
         assert re.fullmatch(rf"guidance idql: {2 * i + 2}/20  loss [\d.e+-]+, \d+ steps/s  \d+ s left", line)
@@ -1234,6 +1234,16 @@ def test_an_environment_that_changed_since_training_is_named_before_play(folder:
     models.save_bundle(Path("b.pt"), bundle | {"environment": changed, "guidance": None})
     told = "another environment than when this was trained", "action_high was (1.0, 5.0), is (1.0, 4.0)"
     fail("evaluate b.pt --workers 1", "conftest:Gentle-v0", *told)
+
+
+def test_a_policy_far_below_its_data_is_told_of_eta(folder: Path) -> None:
+    far, options = "far below the data's mean", "--workers 1 --episodes 1 --set evaluation.candidates=1"
+    for name, told in (("toy-dql", True), ("toy-bc", False)):  # the second its guidance never taught
+        bundle = read(f"{name}.policy.pt")
+        models.save_bundle(Path("p.pt"), bundle | {"dataset": bundle["dataset"] | {"mean_return": 1000.0}})
+        said = run(f"evaluate p.pt {options}").stderr
+        assert (far in said) == told == ("smaller [policy] eta, now 1" in said)
+    assert far not in run(f"evaluate toy-dql.policy.pt {options}").stderr
 
 
 def test_a_known_source_fills_in_what_the_file_leaves_out(folder: Path) -> None:

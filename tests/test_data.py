@@ -724,12 +724,18 @@ def test_a_fraction_is_of_whole_episodes(tmp_path: Path) -> None:
         ("return-range", {"rule": "return-range", "multiplier": 6 / 15, "offset": 0.0}),
         (None, {"rule": "return-range", "multiplier": 6 / 15, "offset": 0.0}),
         (0.25, {"rule": "number", "multiplier": 0.25, "offset": 0.0}),
+        ((4.0, -2.0), {"rule": "number", "multiplier": 4.0, "offset": -2.0}),
     ],
 )
 def test_reward_scale(tmp_path: Path, rule: str | float | None, expected: dict[str, Any]) -> None:
     loaded = load(toy_file(tmp_path / "a.hdf5", [3, 4, 2]), reward_scale=rule)  # returns 3 and 18
     assert loaded.reward_scale == expected
     assert np.allclose(loaded.column("rewards"), expected["multiplier"] * np.arange(8) + expected["offset"])
+
+
+def test_observations_may_stay_as_they_are(tmp_path: Path) -> None:
+    loaded = load(toy_file(tmp_path / "a.hdf5", [3, 4, 2]), normalization="none")
+    assert not loaded.mean.any() and (loaded.deviation == 1).all()
 
 
 def test_returns_that_hardly_differ_give_no_range(tmp_path: Path) -> None:
@@ -795,9 +801,10 @@ def test_a_file_without_timeouts_says_so(tmp_path: Path) -> None:
     loaded = load(whole)
     assert loaded.warnings == (f"{whole}: no 'timeouts'; episodes end at terminals and every 6 rows.",)
     assert loaded.facts == {"terminals": 1, "timeouts": 1, "timeouts_counted": True}
-    bare = load(whole, environment=None, reference=None)
+    bare = load(whole, environment=None, reference=None, held_out=0.5)
     told = "no 'timeouts'; episodes end at terminals alone. [data] max_episode_steps cuts them."
-    assert bare.warnings == (f"{whole}: {told}",) and bare.facts["timeouts"] == 0
+    assert bare.warnings == (f"{whole}: {told}", f"{whole}: a single episode, so none is held out.")
+    assert bare.facts["timeouts"] == 0
 
 
 def test_data_without_an_environment(tmp_path: Path) -> None:
@@ -813,6 +820,51 @@ def test_data_without_an_environment(tmp_path: Path) -> None:
         load(path, environment=None, reference=None, action_range=(0.0, 0.75))
     where = "'actions' row 0 is [0.5, 1.0], expected within [0.0, 0.0] and [0.75, 0.75] of the data"
     assert str(caught.value) == f"{path}: {where}; [data] action_range says what they may be."
+
+
+@pytest.mark.parametrize("environment", [None, TOY])
+def test_a_dataset_is_loaded_again_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: str | None
+) -> None:
+    reference = None if environment is None else (0.0, 1.0)
+    path = write(tmp_path / "a.hdf5", noisy())
+    loaded = load(path, environment=environment, reference=reference, action_range=(-1.0, 5.0))
+    assert loaded.facts["timeouts_counted"]
+    monkeypatch.setattr(data, "environment_spec", None)  # it need not be made
+    again = data.load_dataset(loaded.section, spec=loaded.environment)
+    assert same(again, loaded) and (again.environment, again.section) == (loaded.environment, loaded.section)
+
+
+def test_what_a_source_knows_holds_where_the_user_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts: dict[str, Any] = {
+        "environment": TOY,
+        "environment_kwargs": {"bonus": 1.0},
+        "max_episode_steps": 4,
+        "observation_columns": 2,
+        "reward_scale": "minus-one",
+        "reference": (1.0, 2.0),
+    }
+
+    def settle(known: dict[str, Any], missing: str, width: int, **settings: Any) -> tuple[Dataset, dict[str, Any]]:
+        source = replace(data.SOURCES["arrays"], know=lambda section: (known, missing, ("told",)))
+        monkeypatch.setitem(data.SOURCES, "arrays", source)
+        arrays = rows(observations=np.ones((10, width)), timeouts=np.arange(10) % 4 == 3, actions=np.ones((10, 2)))
+        loaded = data.load_dataset(DataSection(source="arrays", **settings), arrays=arrays)
+        assert loaded.warnings[0] == "told"
+        return loaded, {key: getattr(loaded.section, key) for key in facts}
+
+    loaded, found = settle(facts, "", 3)
+    assert found == facts and loaded.environment == data.environment_spec(TOY, {"bonus": 1.0}, 4)
+    own = {"reference": (0.0, 9.0), "reward_scale": 2.0, "max_episode_steps": 5}
+    assert settle(facts, "", 3, **own)[1] == facts | own
+    loaded, found = settle(facts, "", 2, environment=PARTED)  # of which nothing is known but what scores mean
+    assert found == {key: None for key in facts} | {"environment": PARTED, "environment_kwargs": {}} | {
+        key: facts[key] for key in ("reward_scale", "reference")
+    }
+    assert loaded.environment == data.environment_spec(PARTED) and loaded.identity["no_environment"] == ""
+    loaded, _ = settle({key: facts[key] for key in ("max_episode_steps", "reward_scale")}, "none fits", 2)
+    assert loaded.environment == EnvironmentSpec(None, 2, 2, (-1.0, -1.0), (1.0, 1.0), 4)
+    assert loaded.identity["no_environment"] == "none fits"
 
 
 def test_only_the_first_observation_columns_are_used(tmp_path: Path) -> None:
@@ -907,8 +959,9 @@ class Unread:
         return self.array[rows]
 
 
-def test_wide_columns_are_read_once_and_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "CHUNK", 8)
+@pytest.mark.parametrize("chunk", [8, 10])
+def test_wide_columns_are_read_once_and_in_parts(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(data, "CHUNK", chunk)
     unread = {key: Unread(array) for key, array in noisy().items()}
     heard: list[tuple[str, int, int]] = []
     section = DataSection(source="arrays", max_episode_steps=9, action_range=(-1.0, 5.0), **PLAIN)
@@ -916,12 +969,11 @@ def test_wide_columns_are_read_once_and_in_parts(monkeypatch: pytest.MonkeyPatch
         Columns("", "", unread), section, None, "", (), lambda what, done, total: heard.append((what, done, total))
     )
     assert len(loaded) > 70
-    parts = [range(start, min(start + 8, 100)) for start in range(0, 100, 8)]
+    parts = [range(start, min(start + chunk, 100)) for start in range(0, 100, chunk)]
     assert unread["actions"].asked == parts
-    assert unread["observations"].asked == [
-        range(part.start, min(part.stop + 1, 100)) for part in parts
-    ]  # and the next
-    assert heard == [("read", part.stop, 100) for part in parts]
+    following = [range(part.start, min(part.stop + 1, 100)) for part in parts]  # its last row's next one, too
+    assert unread["observations"].asked == following
+    assert heard == [("read", part.stop, 100) for part in parts if len(parts) > 10]  # what is short stays silent
 
 
 def test_the_normalizer_against_numpy_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -951,7 +1003,7 @@ def test_rewards_that_lie_a_row_late_are_told() -> None:
 
 
 def test_what_is_told_of_a_dataset(tmp_path: Path) -> None:
-    observations = np.array([[0, 3], [1, 3], [2, 3], [0, 3], [1, 3], [4, 3], [5, 3], [6, 3], [7, 3]])
+    observations = np.array([[place / 10, 3] for place in (0, 1, 2, 0, 1, 4, 5, 6, 7)])
     actions = np.tile([0.5, 4.0], (9, 1))
     actions[:4, 0] = [1, -1, 0.25, 1]
     rewards = np.array([1, 1, 1, 2, 2, 2, 2, 5, 5])

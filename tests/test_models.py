@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -278,7 +279,7 @@ def test_guidance_members_learn_apart(algorithm: str) -> None:
     random = Randomness((0, 1, 2), "train")
     loss, metrics = guidance.loss(noisy_data().sample(random, 16), random)
     assert loss.shape == (3,) and all(value.shape == (3,) for value in metrics.values())
-    check_only_member_one_learns(loss, guidance.networks())
+    check_only_member_one_learns(loss, [network for network, _ in guidance.networks()])
 
 
 @pytest.mark.parametrize("algorithm", POLICIES)
@@ -289,7 +290,7 @@ def test_policy_members_learn_apart(algorithm: str) -> None:
     random = Randomness((0, 1, 2), "train")
     loss, metrics = policy.loss(noisy_data().sample(random, 16), guidance, random)
     assert loss.shape == (3,) and all(value.shape == (3,) for value in metrics.values())
-    check_only_member_one_learns(loss, policy.networks())
+    check_only_member_one_learns(loss, [network for network, _ in policy.networks()])
 
 
 def check_only_member_one_learns(loss: Tensor, networks: Sequence[models.Stack]) -> None:
@@ -333,6 +334,13 @@ def test_diffusion_q_loss_takes_the_best_of_the_next_actions() -> None:
     with torch.no_grad():
         guidance.target_q.vector.mul_(-3.0)
     next_actions = torch.tensor([[0.9, -0.9, 0.1, 0.2, 0.7, -0.3]])[..., None]  # three of each state, side by side
+    with torch.no_grad():  # what one critic likes the other does not
+        *hidden, last = guidance.target_q.layers
+        for layer in hidden:
+            layer.weight[1], layer.bias[1] = layer.weight[0], layer.bias[0]
+        last.weight[1], states = -last.weight[0], torch.full((1, 6, 1), 0.35)
+        middle = guidance.twins(guidance.target_q, states, next_actions)[0, 0].mean()
+        last.bias[1] = 2 * middle - last.bias[0]
     seen: list[Any] = []
     actor: Any = lambda states, random: seen.append(states) or next_actions
     batch = Batch(
@@ -346,16 +354,19 @@ def test_diffusion_q_loss_takes_the_best_of_the_next_actions() -> None:
     loss, _ = guidance.loss(batch, random, actor)
     near(seen[0], [[[0.3], [0.3], [0.3], [0.4], [0.4], [0.4]]])
     with torch.no_grad():
-        expected = 0.0
+        expected, better = 0.0, 0
         v, data_q = guidance.v(batch.observations)[0], guidance.q(batch.observations, batch.actions)[0]
         online = guidance.twins(guidance.online_q, batch.observations, batch.actions)[0]
         for i in range(2):
             state = batch.next_observations[:, i : i + 1]
-            next_q = max(float(guidance.q(state, next_actions[:, j : j + 1])) for j in range(3 * i, 3 * i + 3))
+            twins = guidance.twins(guidance.target_q, state.expand(-1, 3, -1), next_actions[:, 3 * i : 3 * i + 3])[0]
+            next_q = min(max(twin.tolist()) for twin in twins)
+            better += next_q > max(twins.amin(0).tolist()) + 1e-6  # the best of the lower would be another
             target = float(batch.rewards[0, i]) + 0.9 * next_q
             expected += sum((float(online[k, i]) - target) ** 2 / 2 for k in range(2))
             expected += 0.5 * float(data_q[i] - v[i]) ** 2 / 2
     near(loss.detach(), [expected], 1e-5)
+    assert better
     companion = guidance.actor
     assert companion is not None  # it learns by the policy loss of "dql", on top of what the critics learn from it
     apart = guidance.loss(batch, random, companion.act_alone)[0] + companion.loss(batch, guidance, random)[0]
@@ -934,9 +945,9 @@ def gaussian_denoiser(diffusion: Diffusion, mean: float, deviation: float) -> mo
     return denoise
 
 
-def solver_grid(diffusion_steps: int, steps: int) -> list[int]:
+def solver_grid(diffusion_steps: int, steps: int, schedule: str = "vp") -> list[int]:
     seen: list[int] = []
-    diffusion = Diffusion(make_schedule("vp", diffusion_steps), "cpu")
+    diffusion = Diffusion(make_schedule(schedule, diffusion_steps), "cpu")
     diffusion.solve(lambda x, t: seen.append(t) or x, torch.randn(1, 1, 2, 1), steps)
     return seen
 
@@ -947,6 +958,13 @@ def test_solver_calls_the_network_at_falling_steps(diffusion_steps: int) -> None
         grid = solver_grid(diffusion_steps, steps)
         assert len(grid) == steps and grid[0] == diffusion_steps - 1 and grid[-1] >= 0, (diffusion_steps, steps)
         assert all(a > b for a, b in pairwise(grid)), (diffusion_steps, steps, grid)
+
+
+def test_solver_goes_evenly_through_the_log_signal_to_noise_ratio_of_many_steps() -> None:
+    diffusion, grid = Diffusion(make_schedule("linear", 1000), "cpu"), solver_grid(1000, 10, "linear")
+    ratios = [math.log(diffusion.signal[t] / diffusion.noise[t]) for t in grid]
+    steps = np.diff(ratios)
+    assert (grid[0], grid[-1]) == (999, 0) and np.abs(steps / steps.mean() - 1).max() < 0.1
 
 
 def test_solver_against_diffusers() -> None:
@@ -1130,17 +1148,46 @@ def test_cfg_without_weight_is_the_unconditional_prediction() -> None:
 
 
 def test_gradient_guidance_by_hand() -> None:
-    """One diffusion step without noise: the action is moved by weight (1 - alpha_bar) / sqrt(alpha_bar) dQ/da."""
+    """One diffusion step without noise: the action is moved by weight sqrt(1 - alpha_bar) dQ/da."""
     policy = make_policy(SEEDS, diffusion_steps=1)
     rising = KnownQ(lambda observations, actions: 2.0 * actions[..., 0])
-    plain = actions_of(policy, rising, 3, temperature=0.0)
-    alpha_bar = 1 - float(make_schedule("vp", 1)[0])
-    shift = 0.01 * (1 - alpha_bar) / math.sqrt(alpha_bar) * 2.0
-    assert plain.abs().max() + shift < 1 or plain.abs().max() == 1
+    shift = 0.1 * math.sqrt(float(make_schedule("vp", 1)[0])) * 2.0
     policy.average.vector.mul_(0.01)  # predictions small enough for no clipping
     plain = actions_of(policy, rising, 3, temperature=0.0)
     assert plain.abs().max() + shift < 1
-    near(actions_of(policy, rising, 3, temperature=0.0, guidance_weight=0.01), plain + shift, 1e-5)
+    near(actions_of(policy, rising, 3, temperature=0.0, guidance_weight=0.1), plain + shift, 1e-5)
+
+
+class GaussianDenoiser(nn.Module):
+    """The exact network for one state whose actions are Gaussian; the share of a diffusion step is its number."""
+
+    def __init__(self, diffusion: Diffusion, mean: float, deviation: float) -> None:
+        super().__init__()
+        self.exact, self.steps = gaussian_denoiser(diffusion, mean, deviation), diffusion.steps
+
+    def condition(self, observations: Tensor, labels: Tensor | None = None) -> Tensor:
+        return observations
+
+    def times(self) -> Tensor:
+        return torch.arange(self.steps).view(1, -1, 1)
+
+    def forward(self, actions: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        return self.exact(actions, int(time))
+
+
+@pytest.mark.parametrize("steps", [1, 5, 20])
+def test_gradient_with_jacobian_is_exact_for_gaussian_data_and_linear_q(steps: int) -> None:
+    """Density times exp(w k a): the mean moves by w k s^2, whatever the number of steps."""
+    policy, mean, deviation, slope, w = make_policy((0,), diffusion_steps=steps), 0.05, 0.1, 2.0, 5.0
+    rising = KnownQ(lambda observations, actions: slope * actions[..., 0])
+    observations, drawn = torch.zeros(1, 200, 1), []
+    for center, steered in ((mean, w), (mean + w * slope * deviation**2, 0.0)):
+        policy.average = GaussianDenoiser(policy.diffusion, center, deviation)  # type: ignore[assignment]
+        noises = policy.noises(Randomness((0,), "try"), "act", 200)
+        settings = {"guidance": rising, "guidance_weight": steered, "jacobian": True}
+        drawn.append(policy.sample(observations, noises, **settings))
+    near(drawn[0], drawn[1], 1e-4)
+    assert drawn[0].abs().max() < 1
 
 
 @pytest.mark.slow
@@ -1231,6 +1278,40 @@ def test_temperature_scales_the_sampling_noise() -> None:
     still = actions_of(policy, n=5, temperature=0.0)
     near(still, still[:, :1].expand(1, 5))
     assert actions_of(policy, n=5).std() > 0.1
+    starts = choose(make_policy((0,)), None, torch.zeros(1, 9, 1), temperature=0.0, temperature_on="start")
+    assert starts.std() > 0.1  # later noise is as it was
+    first = choose(policy, None, torch.zeros(1, 9, 1), temperature=1.0, temperature_on="start")
+    near(first, choose(policy, None, torch.zeros(1, 9, 1)))
+
+
+def test_variance_of_sampling_is_the_posteriors_or_beta() -> None:
+    betas = make_schedule("vp", 5)
+    alpha_bar = torch.cumprod(1 - betas, 0)
+    for t in range(1, 5):
+        beta = float(betas[t])
+        posterior = beta * float((1 - alpha_bar[t - 1]) / (1 - alpha_bar[t]))
+        for variance, expected in (("beta", beta), ("posterior", posterior)):
+            near(torch.tensor(Diffusion(betas, "cpu", variance).deviation[t] ** 2), expected, 1e-6)
+    assert make_policy((0,), variance="beta").diffusion.deviation[1] > make_policy((0,)).diffusion.deviation[1]
+
+
+def test_a_policy_beside_its_guidance_learns_from_the_online_critics_and_teaches_them_nothing() -> None:
+    guidance = models.build_guidance(guidance_bundle(make_guidance(SEEDS, 3, 2), SEEDS), "cpu", new=True)
+    policy, batch = make_policy(SEEDS, 3, 2, algorithm="dql"), noisy_data().sample(Randomness(SEEDS, "x"), 16)
+    with torch.no_grad():
+        guidance.online_q.vector.mul_(2.0)  # as after some steps
+    twin = torch.zeros(2, dtype=torch.int64)
+    online = guidance.twins(guidance.online_q, batch.observations, batch.actions)[:, 0]
+    assert torch.equal(guidance.one_q(batch.observations, batch.actions, twin), online)
+    loss, _ = policy.loss(batch, guidance, Randomness(SEEDS, "train"))
+    parameters = [*guidance.online_q.parameters(), *guidance.target_q.parameters()]
+    assert all(
+        g is None
+        for g in torch.autograd.grad(loss.sum(), parameters[:1] + [*policy.denoiser.parameters()], allow_unused=True)[
+            :1
+        ]
+    )
+    assert not any(name.startswith("learning") for name in guidance.state_dict())
 
 
 def test_dql_finds_the_known_optimum() -> None:
@@ -1258,7 +1339,7 @@ def test_an_update_is_adam_with_cosine_decay_and_a_limit_for_each_network_and_me
     learner = models.Learner([(guidance, guidance.section)], lambda batch, random, done: guidance.loss(batch, random))
     alone = {
         (network, s): [nn.Parameter(rows.detach().clone()) for rows in rows_of(network.parameters(), s)]
-        for network in guidance.networks()
+        for network, _ in guidance.networks()
         for s in range(2)
     }
     adams = {place: torch.optim.Adam(own) for place, own in alone.items()}
@@ -1498,7 +1579,7 @@ def test_what_is_built_to_learn_takes_every_weight(algorithm: str) -> None:
         assert not same(weights_of(module), bundle["weights"])
         module.load_state_dict(bundle["weights"])
         assert same(weights_of(module), bundle["weights"])
-        assert all(p.requires_grad for network in module.networks() for p in network.parameters())
+        assert all(p.requires_grad for network, _ in module.networks() for p in network.parameters())
     bare = build_guidance(teacher, "cpu", new=True, companion=False)
     assert weights_of(bare).keys() == {name for name in teacher["weights"] if not name.startswith("actor.")}
 
@@ -1751,6 +1832,56 @@ def test_an_episode_depends_on_seeds_its_number_and_the_step_alone(how: Inferenc
     assert (first - second).abs().amax(1).min() > 1e-3
 
 
+def test_other_value_losses_by_hand() -> None:
+    target, v = torch.tensor([[1.0, 0.0, 9.0]]), torch.tensor([[0.5, 0.5, 1.0]], requires_grad=True)
+    loss, _ = models.quantile_loss(target, v, 0.7)
+    near(loss.detach(), [(0.7 * 0.5 + 0.3 * 0.5 + 0.7 * 8) / 3])
+    near(torch.autograd.grad(loss.sum(), v)[0], [[-0.7 / 3, 0.3 / 3, -0.7 / 3]])
+    loss, _ = models.gumbel_loss(target, v, 0.5)
+    by_hand = [math.exp(1) - 1 - 1, math.exp(-1) + 1 - 1, math.exp(7) - 7 - 1]  # the last is cut off at 7
+    near(loss.detach(), [sum(by_hand) / 3], 1e-5)
+    near(torch.autograd.grad(loss.sum(), v)[0], [[-(math.exp(1) - 1) / 1.5, -(math.exp(-1) - 1) / 1.5, 0]], 1e-5)
+    batch = noisy_data().sample(Randomness((0,), "x"), 16)
+    found = {
+        name: float(make_guidance((0,), 3, 2, value_loss=name).loss(batch, Randomness((0,), "t"))[0])
+        for name in models.VALUE_LOSSES
+    }
+    assert len(set(found.values())) == 3
+    advantage = torch.tensor([[-0.5, 0.0, 0.3]])
+    near(models.advantage_weights(advantage, "hard", 0.7, 1.0), [[0.0, 1.0, 1.0]])
+
+
+def test_targets_and_averages_follow_at_their_intervals() -> None:
+    guidance = make_guidance((0,), tau=0.5, target_every=3)
+    guidance.online_q.vector.data.fill_(1.0)
+    guidance.target_q.vector.zero_()
+    seen = []
+    for step in range(6):
+        guidance.follow(step)
+        seen.append(float(guidance.target_q.vector[0, 0]))
+    assert seen == [0, 0, 0.5, 0.5, 0.5, 0.75]
+    policy = make_policy((0,), ema_decay=0.5, ema_every=2, ema_from=40)
+    for step, online, expected in ((39, 1.0, 1.0), (40, 0.0, 1.0), (41, 0.0, 0.5), (42, 0.0, 0.5), (43, 0.0, 0.25)):
+        policy.denoiser.vector.data.fill_(online)
+        policy.follow(step)
+        assert float(policy.average.vector[0, 0]) == expected, step
+
+
+def test_rates_decay_and_limits_are_the_sections() -> None:
+    rates = {"learning_rate": 0.1, "value_learning_rate": 0.2, "actor_learning_rate": 0.4}
+    for decay, left in (("cosine", 0.5), ("none", 1.0)):
+        guidance = make_guidance((0,), algorithm="dql", decay=decay, gradient_norm=0.0, weight_decay=0.1, **rates)
+        learner = models.Learner([(guidance, guidance.section)], lambda batch, random, done: None)  # type: ignore[arg-type, return-value]
+        before = [each.network.vector.clone() for each in learner.networks]
+        learner.update(sum(p.sum() for p in learner.parameters).expand(1), 5, 10)  # every gradient is 1
+        for each, was, rate in zip(learner.networks, before, (0.1, 0.2, 0.4), strict=True):
+            expected = (
+                was * (1 - rate * left * 0.1) - rate * left
+            )  # Adam's first step is the rate, whatever the gradient
+            near(each.network.vector[:, : each.network.size], expected[:, : each.network.size], 1e-4)
+            assert each.gradient[0, 0] == 1
+
+
 @pytest.mark.parametrize("how", HOW.values(), ids=HOW)
 def test_episodes_under_several_judges_are_what_each_is_under_one(how: Inference) -> None:
     teacher = guidance_bundle(frozen_guidance(SEEDS), SEEDS)
@@ -1765,6 +1896,55 @@ def test_episodes_under_several_judges_are_what_each_is_under_one(how: Inference
         chosen = together(states[running], np.array(running))
         for row, place in zip(chosen, running, strict=True):
             near(torch.from_numpy(row), apart[place](states[[place]], np.arange(1))[0])
+
+
+class KnownValues:
+    """A guidance of two members with V = s and s / 2, and Q - V = a and -a, of the first observation and action."""
+
+    members, value = 2, SimpleNamespace(vector=torch.zeros(2, 1))
+
+    def v(self, observations: Tensor) -> Tensor:
+        return observations[..., 0] * torch.tensor([[1.0], [0.5]])
+
+    def q(self, observations: Tensor, actions: Tensor) -> Tensor:
+        return self.v(observations) + actions[..., 0] * torch.tensor([[1.0], [-1.0]])
+
+
+def held_out_rows(terminal: bool) -> HeldOut:
+    """Two episodes of three rows, which end so; the actions are what is missing from V to the return."""
+    ends = np.array([False, False, True] * 2)
+    states, rewards = np.array([1, 2, 3, 2, 0, 1], np.float32), np.array([1, 1, 4, 0, 2, 2], np.float32)
+    returns = np.array([1 + (1 + 4 / 2) / 2, 1 + 4 / 2, 4, 0 + (2 + 2 / 2) / 2, 2 + 2 / 2, 2])  # discount 0.5
+    actions = (returns - states)[:, None].astype(np.float32)
+    return HeldOut(states[:, None], actions, rewards, ends & terminal, ends & (not terminal))
+
+
+def test_the_judgement_of_a_guidance_by_hand() -> None:
+    held_out = held_out_rows(terminal=True)
+    found = models.guidance_quality(KnownValues(), held_out, 0.5)  # type: ignore[arg-type]
+    returns, states = np.array([2.5, 3, 4, 1.5, 3, 2]), held_out.observations[:, 0]
+    assert (found["rows"], found["bootstrapped"]) == (6, False)
+    assert found["correlation"] == pytest.approx([np.corrcoef(states, returns)[0, 1]] * 2)
+    against_half = np.corrcoef(-held_out.actions[:, 0], returns - states / 2)[0, 1]
+    assert found["advantage_correlation"] == pytest.approx([1.0, against_half])
+    assert found["mean_v"] == pytest.approx([1.5, 0.75]) and found["mean_return"] == pytest.approx([16 / 6] * 2)
+
+    found = models.guidance_quality(KnownValues(), held_out_rows(terminal=False), 0.9)  # type: ignore[arg-type]
+    assert (found["rows"], found["bootstrapped"]) == (4, True)  # all but the last rows, whose V stands for the rest
+    by_hand = [
+        [1 + 0.9 * (1 + 0.9 * end), 1 + 0.9 * end, 0 + 0.9 * (2 + 0.9 * last), 2 + 0.9 * last]
+        for end, last in ((3, 1), (1.5, 0.5))
+    ]
+    assert found["mean_return"] == pytest.approx([np.mean(each) for each in by_hand], rel=1e-6)
+    expected = [np.corrcoef([1, 2, 2, 0], each)[0, 1] for each in by_hand]
+    assert found["correlation"] == pytest.approx(expected)
+
+
+def test_a_guidance_is_judged_at_each_snapshot() -> None:
+    bundle = learn("guidance idql", steps=40, snapshots=4)
+    assert [entry["step"] for entry in bundle["quality"]] == [10, 20, 30, 40]
+    last = models.guidance_quality(build_guidance(bundle, "cpu"), noisy_dataset().held_out, 0.99)
+    assert bundle["quality"][-1] == {"step": 40, **last} and bundle["quality"][0]["mean_v"] != last["mean_v"]
 
 
 def test_judging_offline_by_hand() -> None:
