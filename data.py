@@ -30,7 +30,7 @@ import urllib.request
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 
@@ -388,7 +388,9 @@ def environment_spec(
     kwargs = kwargs or {}
     options = {} if max_episode_steps is None else {"max_episode_steps": max_episode_steps}
     with _quiet(1):  # PyBullet writes there at each connection
-        spec = _describe(_make(environment_id, **kwargs, **options), environment_id, kwargs)
+        environment = _make(environment_id, **kwargs, **options)
+        environment.close()
+        spec = _describe(environment, environment_id, kwargs)
         return replace(spec, repeatable=_try(spec))
 
 
@@ -2059,46 +2061,56 @@ def normalized_score(returns: Array, reference: tuple[float, float]) -> Array:
     return np.asarray(100 * (np.asarray(returns, dtype=np.float64) - low) / (high - low))
 
 
-def summarize(scores: Array) -> dict[str, Any]:
-    """Statistics of scores, 0 to 100: median, IQR, IQM with a bootstrap 95 % interval, mean, standard deviation.
+FEWEST = 5  # members: an interval from fewer says no more than their range
 
-    scores: (S,) of the members of a policy, or (S, K) with K members of a guidance, nan where there is no such pair.
-    IQR and standard deviation as in `spread`; of a single policy member, over those of the guidance.
-    Source: interquartile mean and interval as in rliable (arXiv 2108.13264); the interval resamples members.
+
+def summarize(table: Array) -> dict[str, Any]:
+    """Statistics of scores, 0 to 100: median, IQR, IQM with its 95 % interval, range, mean, standard deviation.
+
+    table: (S, K, E), each episode's score of policy members under guidance members, nan where there is no such pair;
+    a pair's score is the mean over its episodes. IQR and standard deviation as in `spread`; of a single policy member,
+    over those of the guidance. Range: the lowest and the highest pair. Interval as in `bootstrap`.
+    Source: interquartile mean as in rliable (arXiv 2108.13264).
     """
     from scipy import stats
 
-    def interquartile_mean(values: Array) -> Any:
-        return stats.trim_mean(values, 0.25, axis=-1, nan_policy="omit")
+    def interquartile_mean(scores: Array) -> Any:
+        return stats.trim_mean(flat(scores), 0.25, axis=-1, nan_policy="omit")
 
-    table = scores.reshape(len(scores), -1)
-    table = table[~np.isnan(table).all(1)]
-    values = table[~np.isnan(table)]
-    interval = None
-    if len(table) > 1:
-        interval = bootstrap(table, lambda rows, columns: interquartile_mean(flat(pick(table, rows, columns)))).tolist()
-    iqr, std = spread(table if len(table) > 1 else table.T)
+    table = table[~np.isnan(table).all((1, 2))]
+    scores = table.mean(-1)  # (S, K)
+    values = scores[~np.isnan(scores)]
+    interval = bootstrap(interquartile_mean, table)
+    iqr, std = spread(scores if len(scores) > 1 else scores.T)
     return {
         "members": len(table),
         "median": float(np.median(values)),
         "iqr": float(iqr),
-        "iqm": float(interquartile_mean(values)),
-        "iqm_interval": interval,
+        "iqm": float(interquartile_mean(scores)),
+        "iqm_interval": None if interval is None else interval.tolist(),
+        "range": [float(values.min()), float(values.max())],
         "mean": float(values.mean()),
         "std": float(std) if len(values) > 1 else None,
     }
 
 
+def shift(table: Array) -> Array:
+    """Tables of pairs (..., S, K) with guidance member (i + k) modulo K in column k of policy member i."""
+    count, width = table.shape[-2:]
+    rows = np.arange(count)[:, None]
+    shifted: Array = table[..., rows, (rows + np.arange(width)) % width]
+    return shifted
+
+
 def spread(table: Array) -> tuple[Any, Any]:
-    """IQR and standard deviation of pairs of members that share none, in tables of scores (..., S, K): each (...).
+    """IQR and standard deviation of S pairs that share no member, in tables of scores (..., S, K): each (...).
 
     Policy member i is paired with guidance member (i + k) modulo K, and what these S scores show is averaged over
     k = 0 .. K - 1: so crossed members are judged on as many scores at a time, and as independent ones, as members
-    paired once. nan is left out. Quartiles are interpolated linearly, as numpy does.
+    paired once; where K < S some of the S share a guidance member. nan is left out. Quartiles are interpolated
+    linearly, as numpy does.
     """
-    count, width = table.shape[-2:]
-    rows = np.arange(count)[:, None]
-    ordered = np.sort(table[..., rows, (rows + np.arange(width)) % width], axis=-2)  # (..., S, K), nan last
+    ordered = np.sort(shift(table), axis=-2)  # (..., S, K), nan last
     # numpy's nanpercentile goes through a bootstrap's tables one by one, twenty times slower than this
     last = (~np.isnan(ordered)).sum(axis=-2, keepdims=True) - 1  # (..., 1, K); -1: all nan
 
@@ -2114,36 +2126,39 @@ def spread(table: Array) -> tuple[Any, Any]:
         return np.nanmean(quantile(0.75) - quantile(0.25), axis=-1), np.nanmean(deviation, axis=-1)
 
 
-def bootstrap(table: Array, statistic: Callable[..., Any]) -> Array:
-    """95 % percentile bootstrap interval (2, ...) of statistic(rows, columns), for a table of scores (S, K).
+def bootstrap(statistic: Callable[..., Any], *tables: Array) -> Array | None:
+    """95 % interval (2, ...) of statistic(*scores), (..., D) for D draws; None below 5 members.
 
-    rows (..., S) are members of the policy, drawn with replacement; columns (..., K) likewise of the guidance.
+    tables: scores per episode, (S or 1, K or 1, E). Each draw takes policy members (rows), guidance members (columns)
+    and episode numbers, that is start states, with replacement, the same in all tables; scores (D, S or 1, K or 1) are
+    means over the episodes drawn. The expanded percentile interval begins at Phi(sqrt(S / (S - 1)) t) instead of 2.5 %,
+    t that quantile of Student's t with S - 1 degrees of freedom, since draws from few vary too little by that root; of
+    members drawn apart the fewer count as S: they vary least for their number. Source: Hesterberg, arXiv 1411.5279.
     """
     from scipy import stats
 
-    count, width = table.shape
-
-    def of_draws(rows: Array, *columns: Array, axis: int) -> Any:
-        return statistic(rows, *columns or [np.zeros(1, dtype=np.int64)])
-
-    with warnings.catch_warnings():  # a draw may hold no pair at all, or one value alone
-        warnings.simplefilter("ignore", RuntimeWarning)
-        found = stats.bootstrap(
-            [np.arange(size) for size in ((count, width) if width > 1 else (count,))],
-            of_draws,
-            vectorized=True,
-            method="percentile",
-            n_resamples=9_999 if width == 1 else 2_000,
-            batch=max(1, 10_000_000 // (count * count * width)),
-            rng=np.random.default_rng(0),
-        )
-    ends: Array = np.nanquantile(found.bootstrap_distribution, [0.025, 0.975], axis=-1)
+    count, width, episodes = (max(sizes) for sizes in zip(*(table.shape for table in tables), strict=True))
+    members = count if width == 1 else min(count, width)
+    if members < FEWEST:
+        return None
+    random, left, found = np.random.default_rng(0), 9_999 if count * width < 100 else 2_000, []
+    batch = max(1, 5_000_000 // max(count * count * width, episodes))  # bounds the memory of what is compared
+    while left > 0:
+        size = min(batch, left)
+        rows, columns = random.integers(count, size=(size, count, 1)), random.integers(width, size=(size, 1, width))
+        shares = random.multinomial(episodes, np.full(episodes, 1 / episodes), size) / episodes  # (D, E)
+        scores = [
+            np.tensordot(shares, table, (1, 2))[np.arange(size)[:, None, None], rows[:, :s] % s, columns[..., :k] % k]
+            for table in tables
+            for s, k in [table.shape[:2]]
+        ]
+        with warnings.catch_warnings():  # a draw may hold no pair at all, or one value alone
+            warnings.simplefilter("ignore", RuntimeWarning)
+            found.append(statistic(*scores))
+        left -= size
+    level = stats.norm.cdf(np.sqrt(members / (members - 1)) * stats.t.ppf(0.025, members - 1))
+    ends: Array = np.nanquantile(np.concatenate(found, axis=-1), [level, 1 - level], axis=-1)
     return ends
-
-
-def pick(table: Array, rows: Array, columns: Array) -> Array:
-    """The scores of drawn members, (..., S, K)."""
-    return table[rows[..., :, None], columns[..., None, :]]
 
 
 def flat(table: Array) -> Array:
@@ -2153,52 +2168,106 @@ def flat(table: Array) -> Array:
 def compare(own: Array, swapped: Array) -> dict[str, Any]:
     """How scores change against those under the guidance of training.
 
-    own: (S,), the baseline of each policy member. swapped: (S, K), that member's scores under other guidance members,
-    nan where there is none. Changes of median, IQR and standard deviation (as in `spread`) are swapped minus own, in
-    points of score; iqr_percent is 100 (IQR swapped - IQR own) / IQR own; improvement is the probability that a swapped
-    score beats an own one, ties counting half (arXiv 2108.13264). Intervals as in `bootstrap`; a policy member's own
-    and swapped scores are drawn together.
+    own: (S, E), the baseline of each policy member. swapped: (S, K, E), that member's scores under other guidance
+    members, nan where there is none. Changes of median, IQR and standard deviation (as in `spread`) are swapped minus
+    own, in points of score; iqr_percent is 100 (IQR swapped - IQR own) / IQR own, and iqr_percent_by_chance what it
+    would be where nothing changed; improvement is the probability that a swapped score beats an own one, ties counting
+    half (arXiv 2108.13264); spread_p as in `pitman_morgan`; range of a pair's change. Intervals as in `bootstrap`; a
+    policy member's own and swapped scores are drawn together.
     """
+    mine, others = own.mean(-1)[:, None], swapped.mean(-1)  # (S, 1), (S, K)
 
-    def changes(rows: Array, columns: Array) -> Array:
-        mine, drawn = own[rows], pick(swapped, rows, columns)  # (..., S), (..., S, K)
-        other, (iqr, std), (own_iqr, own_std) = flat(drawn), spread(drawn), spread(mine[..., None])
-        wins = (np.sign(other[..., :, None] - mine[..., None, :]) + 1) / 2
-        medians = np.nanmedian(other, axis=-1) - np.median(mine, axis=-1)
+    def changes(mine: Array, others: Array) -> Array:
+        other, (iqr, std), (own_iqr, own_std) = flat(others), spread(others), spread(mine)
+        wins = (np.sign(other[..., :, None] - flat(mine)[..., None, :]) + 1) / 2
+        medians = np.nanmedian(other, axis=-1) - np.median(flat(mine), axis=-1)
         return np.stack([medians, iqr - own_iqr, std - own_std, np.nanmean(wins, axis=(-2, -1))])
 
+    gaps = others - mine
+    shown = {"range": [float(np.nanmin(gaps)), float(np.nanmax(gaps))]}
     if len(own) < 2:
-        return {"median": float(np.nanmedian(swapped) - own[0])}
+        return {"median": float(np.nanmedian(gaps)), **shown}
     names = ("median", "iqr", "std", "improvement")
-    found = dict(zip(names, changes(*map(np.arange, swapped.shape)).tolist(), strict=True))
-    base = float(spread(own[:, None])[0])
+    found = dict(zip(names, changes(mine, others).tolist(), strict=True))
+    base, ends = float(spread(mine)[0]), bootstrap(changes, own[:, None], swapped)
     return {
         **found,
+        **shown,
         "iqr_percent": 100 * found["iqr"] / base if base > 0 else None,
-        "intervals": dict(zip(names, bootstrap(swapped, changes).T.tolist(), strict=True)),
+        "iqr_percent_by_chance": list(by_chance(len(own), correlate(mine[:, 0], others))) if base > 0 else None,
+        "spread_p": pitman_morgan(mine[:, 0], others),
+        "intervals": None if ends is None else dict(zip(names, ends.T.tolist(), strict=True)),
     }
 
 
-def tabulate(pairs: Sequence[dict[str, Any]], members: int) -> Array:
-    """Scores by policy member and guidance seed, (S, K), nan where there is no such pair.
+def matches(own: Array, swapped: Array) -> Iterator[tuple[Array, Array]]:
+    """Scores (n,) before and after, of own (S,) and swapped (S, K), for each shift where they vary and n > 2."""
+    for other in shift(swapped).T:
+        before, after = own[~np.isnan(other)], other[~np.isnan(other)]
+        if len(after) > 2 and min(np.ptp(before), np.ptp(after)) > 0:
+            yield before, after
+
+
+def correlate(own: Array, swapped: Array) -> float:
+    """Correlation of scores before (S,) and after (S, K), the mean over shifts; 0 where it is unknown."""
+    found = [np.corrcoef(before, after)[0, 1] for before, after in matches(own, swapped)]
+    return round(float(np.mean(found or 0)), 2)
+
+
+def pitman_morgan(own: Array, swapped: Array) -> float | None:
+    """p that own (S,) and swapped (S, K) scores spread alike over members: of their sums and differences correlating.
+
+    Two-sided, from Student's t with S - 2 degrees of freedom, so for normal scores. Crossed members: twice the mean p
+    over the shifts of `spread` with a change, at most 1, which holds however these depend on one another. None below 3
+    pairs, without variance, or where 1 < K < S, since pairs that share a guidance member are no independent ones.
+    Source: Pitman 1939, Morgan 1939 (Biometrika 31); mean of p: Vovk and Wang, arXiv 1212.4966.
+    """
+    from scipy import stats
+
+    if 1 < swapped.shape[1] < len(own):
+        return None
+    moves = [(before + after, after - before) for before, after in matches(own, swapped)]
+    found = [stats.pearsonr(*move).pvalue for move in moves if min(map(np.ptp, move)) > 0]
+    return min(1.0, float(np.mean(found)) * (1 if swapped.shape[1] == 1 else 2)) if found else None
+
+
+@cache
+def by_chance(members: int, correlation: float) -> tuple[float, float]:
+    """95 % range of 100 (IQR after / IQR before - 1) of paired members where nothing changed: drawn from one normal.
+
+    correlation: of before and after, in [-1, 1], taken as at most 0.99. Of crossed members, whose IQR is a mean over
+    shifts, the range is wider than it need be.
+    """
+    correlation = min(max(correlation, -0.99), 0.99)
+    before, noise = np.random.default_rng(0).normal(size=(2, 40_000, members, 1))
+    after = correlation * before + np.sqrt(1 - correlation**2) * noise
+    low, high = np.quantile(100 * (spread(after)[0] / spread(before)[0] - 1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def tabulate(pairs: Sequence[dict[str, Any]], members: int, reference: tuple[float, float]) -> Array:
+    """Scores of each episode by policy member and guidance seed, (S, K, E), nan where there is no such pair.
 
     Where members are paired one to one, K = 1: they are drawn as pairs, not apart.
     """
-    columns = list(dict.fromkeys(pair["guidance_seed"] for pair in pairs))
-    table = np.full((members, len(columns)), np.nan)
+    crossed = len(pairs) > len({pair["policy_member"] for pair in pairs})
+    columns = list(dict.fromkeys(pair["guidance_seed"] if crossed else None for pair in pairs))
+    table = np.full((members, len(columns), len(pairs[0]["returns"])), np.nan)
     for pair in pairs:
-        table[pair["policy_member"], columns.index(pair["guidance_seed"])] = pair["score"]
-    known = ~np.isnan(table)
-    return table if known.sum(1).max() > 1 else np.where(known.any(1), np.nansum(table, 1), np.nan)[:, None]
+        column = columns.index(pair["guidance_seed"]) if crossed else 0
+        table[pair["policy_member"], column] = normalized_score(pair["returns"], reference)
+    return table
 
 
 def probability_of_improvement(first: Array, second: Array) -> tuple[float, tuple[float, float] | None]:
-    """How often a score of `first` (S,) beats one of `second` (K,), ties counting half, and its 95 % interval.
+    """How often a score of `first` (S, E) beats one of `second` (K, E), ties counting half, and its 95 % interval.
 
-    The members of each are drawn apart, as in `bootstrap`. Source: arXiv 2108.13264.
+    The members of each are drawn apart, the episodes together, as in `bootstrap`. Source: arXiv 2108.13264.
     """
-    wins = (np.sign(first[:, None] - second[None, :]) + 1) / 2  # (S, K)
-    if min(wins.shape) < 2:
-        return float(wins.mean()), None
-    low, high = bootstrap(wins, lambda rows, columns: pick(wins, rows, columns).mean(axis=(-2, -1)))
-    return float(wins.mean()), (float(low), float(high))
+
+    def wins(ours: Array, theirs: Array) -> Any:
+        return ((np.sign(ours - theirs) + 1) / 2).mean(axis=(-2, -1))
+
+    found = float(wins(first.mean(-1)[:, None], second.mean(-1)[None]))
+    ends = bootstrap(wins, first[:, None], second[None]) if len(second) >= FEWEST else None
+    return found, None if ends is None else (float(ends[0]), float(ends[1]))

@@ -30,6 +30,7 @@ import typer
 from typer.core import TyperGroup
 
 from mdpt.data import (
+    FEWEST,
     Array,
     DataSection,
     Dataset,
@@ -582,10 +583,10 @@ def judge(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for cell in results:
         baseline = baselines.get(cell["policy"], cell)
-        own = np.array([pair["score"] for pair in baseline["pairs"]])
+        own = episode_scores(baseline)
         for group, pairs in seed_groups(cell["pairs"]).items():
-            table = tabulate(pairs, len(own))
-            complete = cell is not baseline and not np.isnan(table).all(1).any()  # every policy member has a pair
+            table = tabulate(pairs, len(own), cell["protocol"]["reference"])
+            complete = cell is not baseline and not np.isnan(table).all((1, 2)).any()  # every policy member has a pair
             found.append(
                 {
                     **{key: cell[key] for key in ("policy", "guidance", "step", "warnings")},
@@ -596,6 +597,11 @@ def judge(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 }
             )
     return found
+
+
+def episode_scores(cell: dict[str, Any]) -> Array:
+    """Of each pair of members, (S, E)."""
+    return normalized_score(np.array([pair["returns"] for pair in cell["pairs"]]), cell["protocol"]["reference"])
 
 
 def overall(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -682,6 +688,10 @@ def make_table(title: str, *columns: str) -> Table:
 
 def number(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def between(ends: Sequence[float] | None, form: str = ".1f") -> str:
+    return "-" if ends is None else f"{ends[0]:{form}} .. {ends[1]:{form}}"
 
 
 def quality_table(bundle: Bundle) -> Table:
@@ -818,10 +828,8 @@ def rivalry_table(results: Sequence[dict[str, Any]]) -> Table:
     table = make_table("probability that a member of the first beats one of the second", "first", "second", "P", "95 %")
     table.columns[1].justify = "left"
     for first, second in combinations(results, 2):
-        ours, theirs = (np.array([pair["score"] for pair in cell["pairs"]]) for cell in (first, second))
-        value, interval = probability_of_improvement(ours, theirs)
-        ends = "-" if interval is None else f"{interval[0]:.2f} .. {interval[1]:.2f}"
-        table.add_row(first["policy"], second["policy"], f"{value:.2f}", ends)
+        value, interval = probability_of_improvement(episode_scores(first), episode_scores(second))
+        table.add_row(first["policy"], second["policy"], f"{value:.2f}", between(interval, ".2f"))
     return table
 
 
@@ -843,7 +851,7 @@ def swap_tables(report: dict[str, Any]) -> Iterator[Table]:
     scores = make_table("scores (0 to 100), statistics over pairs of members", "policy", "guidance", "seeds", "pairs")
     for column in summary_cells(report["summary"][0]["summary"]):
         scores.add_column(column, justify="right")
-    columns = ("median, 95 %", "IQR, 95 %", "IQR in %", "std, 95 %", "P(better), 95 %")
+    columns = ("median, 95 %", "range", "IQR, 95 %", "IQR in %", "std, 95 %", "p of spread", "P(better), 95 %")
     changes = make_table("change against the policy's own guidance (or none)", "policy", "guidance", "seeds", *columns)
     for entry in report["summary"]:
         name = [entry["policy"], entry["guidance"] + (" *" if entry["warnings"] else ""), entry["seeds"]]
@@ -857,16 +865,18 @@ def swap_tables(report: dict[str, Any]) -> Iterator[Table]:
 
 
 def change_cells(change: dict[str, Any]) -> list[str]:
-    """A row of the table of changes; a single member has neither spread nor interval."""
-    if "intervals" not in change:
-        return [f"{change['median']:+.1f}", "-", "-", "-", "-"]
-    cells = {
-        key: f"{change[key]:{form}} ({low:{form}} .. {high:{form}})"
-        for key, (low, high) in change["intervals"].items()
-        for form in [".2f" if key == "improvement" else "+.1f"]
-    }
-    percent = "-" if change["iqr_percent"] is None else f"{change['iqr_percent']:+.0f} %"
-    return [cells["median"], cells["iqr"], percent, cells["std"], cells["improvement"]]
+    """A row of the table of changes; a single member has no spread, few have no interval."""
+    first, second = f"{change['median']:+.1f}", between(change["range"], "+.1f")
+    if "iqr" not in change:
+        return [first, second, "-", "-", "-", "-", "-"]
+    cells = {}
+    for key in ("median", "iqr", "std", "improvement"):
+        form, ends = ".2f" if key == "improvement" else "+.1f", (change["intervals"] or {}).get(key)
+        cells[key] = f"{change[key]:{form}}" + ("" if ends is None else f" ({between(ends, form)})")
+    chance = between(change["iqr_percent_by_chance"], "+.0f")
+    percent = "-" if change["iqr_percent"] is None else f"{change['iqr_percent']:+.0f} % (by chance {chance})"
+    p = number(change["spread_p"], 3)
+    return [cells["median"], second, cells["iqr"], percent, cells["std"], p, cells["improvement"]]
 
 
 def member_table(cell: dict[str, Any]) -> Table:
@@ -882,20 +892,21 @@ def member_table(cell: dict[str, Any]) -> Table:
 
 
 def summary_cells(summary: dict[str, Any]) -> dict[str, str]:
-    interval = summary["iqm_interval"]
     return {
         "median": number(summary["median"]),
         "IQR": number(summary["iqr"]),
         "IQM": number(summary["iqm"]),
-        "IQM 95 %": "-" if interval is None else f"{interval[0]:.1f} .. {interval[1]:.1f}",
+        "IQM 95 %": between(summary["iqm_interval"]),
+        "range": between(summary["range"]),
         "mean": number(summary["mean"]),
         "std": number(summary["std"]),
     }
 
 
-def protocol_line(how: dict[str, Any], members: int | str) -> str:
-    """The protocol of an evaluation in one line."""
-    parts = [f"{how['environment']}, {members} members x {how['episodes']} episodes, seed {how['seed']}"]
+def protocol_line(how: dict[str, Any], *members: int) -> str:
+    """The protocol of an evaluation in one line. members: how many a policy has, or each of several."""
+    counts = " or ".join(map(str, sorted(set(members))))
+    parts = [f"{how['environment']}, {counts} members x {how['episodes']} episodes, seed {how['seed']}"]
     if how["guidance"] is None:
         parts.append("ranked by none, 1 candidate")
     elif how["guide"] != "gradient":
@@ -909,6 +920,8 @@ def protocol_line(how: dict[str, Any], members: int | str) -> str:
     if how["step"] is not None:
         early = f"weights of step {how['step']} of {how['steps']} (online selection, if chosen by score)"
         parts.append("last weights" if how["step"] == how["steps"] else early)
+    drawn = "members and start states" if how["episodes"] > 1 else "members"
+    parts.append(f"intervals resample {drawn}" if max(members) >= FEWEST else f"no intervals below {FEWEST} members")
     parts += [f"{how['products']} products"] if how["products"] != "default" else []
     parts += [f"without effect here: {', '.join(how['no_effect'])}"] if how["no_effect"] else []
     return ", ".join(parts)
@@ -921,7 +934,7 @@ def swap_line(report: dict[str, Any]) -> str:
     weights = {cell["protocol"]["w"] for cell in report["cells"]} - {0}
     how = cells[0]["protocol"] | {"guidance": "each guidance", "step": None, "w": 0, "no_effect": sorted(idle)}
     members = {len({pair["policy_member"] for pair in cell["pairs"]}) for cell in cells}
-    line = protocol_line(how, " or ".join(map(str, sorted(members)))) + "; under none 1 candidate"
+    line = protocol_line(how, *members) + "; under none 1 candidate"
     return line + (f"; w of policies with labels {' or '.join(f'{w:g}' for w in sorted(weights))}" if weights else "")
 
 

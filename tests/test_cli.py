@@ -283,7 +283,7 @@ def test_every_policy_is_evaluated(folder: Path) -> None:
         middle, spread = (low + high) / 2, high - low
         expected = {"median": middle, "iqr": spread / 2, "iqm": middle, "mean": middle, "std": spread / np.sqrt(2)}
         assert {key: entry["summary"][key] for key in expected} == pytest.approx(expected)
-        assert entry["summary"]["iqm_interval"] == pytest.approx([low, high])
+        assert entry["summary"]["range"] == pytest.approx([low, high]) and entry["summary"]["iqm_interval"] is None
         unguided = "unguided" in cell["policy"]
         assert cell["protocol"]["candidates"] == (1 if unguided else 4)
         assert (cell["protocol"]["guidance"] is None) == unguided
@@ -299,6 +299,8 @@ def test_the_table_holds_the_figures_of_the_report(folder: Path) -> None:
         assert re.search(rf"│ {pair['policy_seed']} +│ +{figures} │", stdout)
     for name in ("median", "IQR", "IQM", "mean", "std"):
         assert re.search(rf"│ {name} +│ +│ +{report['summary'][0]['summary'][name.lower()]:.1f} │", stdout), name
+    low, high = report["summary"][0]["summary"]["range"]
+    assert re.search(rf"│ IQM 95 % +│ +│ +- │.*\n│ range +│ +│ +{low:.1f} \.\. {high:.1f} │", stdout)
     with h5py.File("toy.hdf5") as file:
         ends = np.flatnonzero(file["terminals"][()] | file["timeouts"][()]) + 1
         episodes = np.add.reduceat(file["rewards"][()].astype(float), np.concatenate([[0], ends[:-1]]))
@@ -488,6 +490,37 @@ def test_swap_compares_with_the_guidance_of_training(folder: Path) -> None:
             assert change["median"] == pytest.approx(np.median(values) - np.median(baseline))
             wins = stats.mannwhitneyu(values, baseline).statistic / (len(values) * len(baseline))
             assert change["improvement"] == pytest.approx(wins)
+
+
+def test_what_is_told_depends_on_how_many_members_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of few a range, from five on intervals; always what chance alone would do to the spread."""
+    how = {"guide": "rank", "guidance_weight": 0, "w": 0, "selection": "max", "candidates": 4, "temperature": 1}
+    how |= {"environment": "E", "seed": 0, "step": None, "products": "default", "no_effect": [], "reference": [0, 100]}
+
+    def cell(guidance: str, returns: data.Array) -> dict[str, Any]:
+        pairs = [
+            {"policy_member": i, "policy_seed": i, "guidance_seed": i, "score": row.mean(), "returns": row.tolist()}
+            for i, row in enumerate(returns)
+        ]
+        protocol = how | {"guidance": guidance, "episodes": returns.shape[1]}
+        return {"policy": "p.pt", "guidance": guidance, "step": 9, "warnings": [], "protocol": protocol, "pairs": pairs}
+
+    scores = np.random.default_rng(0).normal(50, 20, (2, 5, 1)) + [-5.0, 5.0]
+    for members, said in ((3, "no intervals below 5 members"), (5, "intervals resample members and start states")):
+        report = {"cells": [cell("its own", scores[0, :members]), cell("g.pt", scores[1, :members])]}
+        report["summary"] = cli.judge(report["cells"])
+        entry = report["summary"][1]
+        assert (entry["summary"]["iqm_interval"] is None) == (entry["change"]["intervals"] is None) == (members < 5)
+        for table in cli.swap_tables(report):
+            cli.show_table(table)
+        (row,) = [line for line in capsys.readouterr().out.splitlines() if "by chance" in line]
+        change = {key: value for key, value in entry["change"].items() if key != "intervals"}
+        low, high = change["iqr_percent_by_chance"]
+        assert f"{change['iqr_percent']:+.0f} % (by chance {low:+.0f} .. {high:+.0f}) " in row
+        assert f" {change['spread_p']:.3f} " in row and "{:+.1f} .. {:+.1f}".format(*change["range"]) in row
+        assert len(re.findall(r"\(\S+ \.\. \S+\)", row)) == (0 if members < 5 else 4)
+        assert cli.swap_line(report).endswith(f", {said}; under none 1 candidate")
+    assert cli.protocol_line(how | {"guidance": None, "episodes": 1}, 3, 5).endswith(", intervals resample members")
 
 
 def test_swap_pairs_members_by_position(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1243,7 +1276,8 @@ def test_a_policy_far_below_its_data_is_told_of_eta(folder: Path) -> None:
         models.save_bundle(Path("p.pt"), bundle | {"dataset": bundle["dataset"] | {"mean_return": 1000.0}})
         said = run(f"evaluate p.pt {options}").stderr
         assert (far in said) == told == ("smaller [policy] eta, now 1" in said)
-    assert far not in run(f"evaluate toy-dql.policy.pt {options}").stderr
+    models.save_bundle(Path("p.pt"), bundle | {"dataset": bundle["dataset"] | {"mean_return": 0.0}})
+    assert far not in run(f"evaluate p.pt {options}").stderr
 
 
 def test_a_known_source_fills_in_what_the_file_leaves_out(folder: Path) -> None:

@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 from gymnasium.spaces import Box, Dict
 from gymnasium.wrappers import FlattenObservation, TransformObservation
+from test_cli import run
 
+from mdpt import models
 from mdpt.data import Array, MdptError, minari_facts, read_minari
 
 ID = "mdpt/test/play-v0"
@@ -484,3 +486,60 @@ def test_downloads(store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert capsys.readouterr().out == ""
     monkeypatch.setitem(sys.modules, "minari", package(download_dataset=fail))
     minari_facts(ID)
+
+
+class Scattered(gymnasium.ObservationWrapper):  # type: ignore[type-arg]
+    """Pendulum whose observation is a Dict: the keys are out of order."""
+
+    observation_space = Dict({"y": Box(-1, 1, (1,)), "a": Dict({"v": Box(-8, 8, (1,)), "x": Box(-1, 1, (1,))})})
+
+    def observation(self, observation: Any) -> Any:
+        x, y, v = observation[:, None]
+        return {"y": y, "a": {"x": x, "v": v}}
+
+
+gymnasium.register(
+    "Scattered-v0", lambda g: Scattered(gymnasium.make("Pendulum-v1", g=g, max_episode_steps=-1)), max_episode_steps=50
+)
+TRAINING = """
+seeds = [0]
+device = "cpu"
+[data]
+source = "minari"
+dataset = "mdpt/test/play-v0"
+held_out = 0.2
+[guidance]
+steps = 20
+batch_size = 16
+snapshots = 2
+[policy]
+steps = 20
+batch_size = 16
+snapshots = 2
+[evaluation]
+episodes = 2
+"""
+
+
+@pytest.mark.parametrize("name", ["Pendulum-v1", "Scattered-v0"])
+def test_a_dataset_by_name_trains_and_is_evaluated(store: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = gymnasium.make(name, g=9.0, max_episode_steps=50, disable_env_checker=True)
+    episodes = []
+    for steps in play(environment, 10):
+        observations, actions, rewards, ends, cuts = zip(*steps, strict=True)
+        found = {"observations": stack([*observations]), "actions": np.stack(actions[:-1])}
+        flags = {"terminations": np.array(ends[:-1]), "truncations": np.array(cuts[:-1])}
+        episodes.append(found | {"rewards": np.array(rewards[:-1])} | flags)
+    spaces = serialize(environment.observation_space), serialize(environment.action_space)
+    write(store, episodes, *spaces, env_spec=env_spec(name), ref_min_score=-400.0, ref_max_score=0.0)
+    monkeypatch.chdir(store.parent)
+    Path("run.toml").write_text(TRAINING)
+    run("guidance run.toml --out g.pt")
+    run("policy run.toml --guidance g.pt --out p.pt")
+    report = Path("report.json")
+    run(f"evaluate p.pt --workers 1 --json {report}")
+    (pair,) = json.loads(report.read_text())["cells"][0]["pairs"]
+    assert pair["lengths"] == [50, 50] and pair["score"] == pytest.approx(100 * (np.mean(pair["returns"]) + 400) / 400)
+    kept = models.read_policy(Path("p.pt"))["environment"]
+    assert (kept["id"], kept["kwargs"], kept["max_episode_steps"]) == (name, {"g": 9.0}, 50)
+    assert kept["flattened"] == (name == "Scattered-v0") and kept["observation_dim"] == 3
