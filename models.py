@@ -1358,6 +1358,7 @@ def train(
     random = Randomness(seeds, f"{bundle['kind']} train", transitions.device)
     milestones = {round(steps * (i + 1) / section.snapshots) for i in range(section.snapshots)}
     history = History(bundle["history"], start, seeds)
+    history.pending = (bundle.get("training") or {"pending": []})["pending"]
     for step in range(start, steps):
         random.step = step
         batch = transitions.sample(random, section.batch_size)
@@ -1365,7 +1366,7 @@ def train(
         learner.update(loss, step, steps)
         history.record(loss.detach(), metrics)
         done, stopped = step + 1, run.interrupted()
-        if done % max(1, steps // 200) == 0 or done in milestones or done == steps or stopped:
+        if done % max(1, steps // 200) == 0 or done in milestones or done == steps:
             run.show(history.average())
         if done in milestones or stopped:
             if (member := learner.broken_member()) is not None:
@@ -1373,7 +1374,7 @@ def train(
             for target, module in parts:
                 keep_weights(target, module, done, done == steps, done in milestones)
                 target["accounting"] = cost.read(learner, done)
-            bundle["training"] = None if done == steps else learner.state()
+            bundle["training"] = None if done == steps else {"optimizers": learner.state(), "pending": history.pending}
             run.save(bundle)
             history.saved = done
         if stopped and done < steps:
@@ -1544,7 +1545,13 @@ def go_on(bundle: Bundle, run: Run, parts: Sequence[tuple[Bundle, Guidance | Pol
         stored = begun if target is bundle else begun["guidance"]
         target["snapshots"] = stored["snapshots"]
         module.load_state_dict(stored["weights"])
-    learner.restore(begun["training"])
+    learner.restore(begun["training"]["optimizers"])
+    bundle["training"] = {
+        "pending": [
+            (loss.to(run.device), {name: value.to(run.device) for name, value in metrics.items()})
+            for loss, metrics in begun["training"]["pending"]
+        ]
+    }
     steps, planned = (each["experiment"][each["kind"]]["steps"] for each in (bundle, begun))
     schedule = f"; the learning rate now falls over {steps} steps, not {planned}" if steps != planned else ""
     run.tell(f"going on from step {begun['step']}{schedule}")
