@@ -16,6 +16,7 @@ import os
 import platform
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise, zip_longest
@@ -1726,6 +1727,12 @@ def read_bundle(path: Path) -> Bundle:
     if not path.is_file():
         raise MdptError(f"{path}: no such bundle; `mdpt guidance` and `mdpt policy` write them")
     try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if any(entry.compress_type for entry in entries) or archive.testzip():
+                raise ValueError("an entry is packed, or not what was written")
+            if sum(entry.file_size for entry in entries) > path.stat().st_size:
+                raise ValueError("it claims to hold more than it does")
         bundle = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise MdptError(f"{path}: cannot be read ({error.strerror})") from error

@@ -15,6 +15,7 @@ import copy
 import math
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import pairwise
@@ -1479,6 +1480,26 @@ def test_a_run_cut_short_between_two_entries_of_its_history_ends_with_the_same()
     assert kept[0]["history"][-1]["step"] == 291 and len(kept[0]["training"]["pending"]) == 1
     resumed = learn("guidance idql", run=Run(begun=kept[0]), **settings)
     assert resumed["history"] == learn("guidance idql", **settings)["history"]
+
+
+def test_a_bundle_with_a_flipped_bit_or_packed_entries_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "g.pt"
+    save_bundle(path, guidance_bundle(make_guidance(SEEDS, 3, 2), SEEDS))
+    sound = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    middle = largest.header_offset + 500
+    path.write_bytes(sound[:middle] + bytes([sound[middle] ^ 4]) + sound[middle + 1 :])
+    with pytest.raises(MdptError, match="damaged"):
+        read_bundle(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    with pytest.raises(MdptError, match="damaged"):
+        read_bundle(path)
+    path.write_bytes(sound)
+    assert read_bundle(path)["seeds"] == list(SEEDS)
 
 
 def test_averaged_weights_and_target_critics_act() -> None:
