@@ -431,6 +431,7 @@ def make_result(cell: Cell, parts: Sequence[tuple[Array, Array]], products: str)
             "episodes": cell.section.episodes,
             "seed": cell.section.seed,
             "environment": bundle["environment"]["id"],
+            "repeatable": bundle["environment"]["repeatable"],
             "reference": list(reference),
             "products": products,
         },
@@ -922,6 +923,7 @@ def protocol_line(how: dict[str, Any], *members: int) -> str:
         parts.append("last weights" if how["step"] == how["steps"] else early)
     drawn = "members and start states" if how["episodes"] > 1 else "members"
     parts.append(f"intervals resample {drawn}" if max(members) >= FEWEST else f"no intervals below {FEWEST} members")
+    parts += [] if how["repeatable"] else ["not repeatable: the environment differs from itself under one seed"]
     parts += [f"{how['products']} products"] if how["products"] != "default" else []
     parts += [f"without effect here: {', '.join(how['no_effect'])}"] if how["no_effect"] else []
     return ", ".join(parts)

@@ -1269,6 +1269,14 @@ def test_an_environment_that_changed_since_training_is_named_before_play(folder:
     fail("evaluate b.pt --workers 1", "conftest:Gentle-v0", *told)
 
 
+def test_a_result_says_that_it_is_not_repeatable(folder: Path) -> None:
+    bundle = read("toy-bc.policy.pt")
+    models.save_bundle(Path("p.pt"), bundle | {"environment": bundle["environment"] | {"repeatable": False}})
+    options = "--workers 1 --episodes 1"
+    assert "not repeatable" in run(f"evaluate p.pt {options}").stdout
+    assert "not repeatable" not in run(f"evaluate toy-bc.policy.pt {options}").stdout
+
+
 def test_a_policy_far_below_its_data_is_told_of_eta(folder: Path) -> None:
     far, options = "far below the data's mean", "--workers 1 --episodes 1 --set evaluation.candidates=1"
     for name, told in (("toy-dql", True), ("toy-bc", False)):  # the second its guidance never taught
