@@ -496,6 +496,7 @@ def test_what_is_told_depends_on_how_many_members_there_are(capsys: pytest.Captu
     """Of few a range, from five on intervals; always what chance alone would do to the spread."""
     how = {"guide": "rank", "guidance_weight": 0, "w": 0, "selection": "max", "candidates": 4, "temperature": 1}
     how |= {"environment": "E", "seed": 0, "step": None, "products": "default", "no_effect": [], "reference": [0, 100]}
+    how |= {"repeatable": True}
 
     def cell(guidance: str, returns: data.Array) -> dict[str, Any]:
         pairs = [
