@@ -9,16 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import h5py  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 import typer
-from test_cli import TOY, run, write_toy_data
+from test_cli import ROOT, TOY, run, write_toy_data
 
-from mdpt.data import Experiment, Section
+from mdpt.data import Experiment, Section, d4rl_facts, load_experiment
 from mdpt.mdpt import app
-from mdpt.models import GUIDANCES, POLICIES
+from mdpt.models import GUIDANCES, POLICIES, check_algorithms, read_policy
 
-FILE = Path(__file__).parent.parent / "README.md"
+FILE = ROOT / "README.md"
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
@@ -113,13 +114,26 @@ def test_the_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     write_toy_data(Path("toy.hdf5"))
     run("guidance toy.toml")
     run("policy toy.toml --guidance toy-idql.guidance.pt --out hopper-dql.policy.pt")
-    (code,) = re.findall(r"```python\n(.*?)```", FILE.read_text(encoding="utf-8"), re.DOTALL)
+    arrays_code, code = re.findall(r"```python\n(.*?)```", FILE.read_text(encoding="utf-8"), re.DOTALL)
     for observation, shape in ((np.zeros(2), (2,)), (np.zeros((3, 2)), (3, 2))):
         names = {"observation": observation}
         exec(code, names)  # noqa: S102
         action = np.asarray(names["action"])
         assert action.shape == shape and (action >= [-1, 0]).all() and (action <= [1, 4]).all() and action.any()
-    assert code.count("\n") <= 6
+    Path("my.toml").write_text(TOY.replace('"hdf5"\npath = "toy.hdf5"', '"arrays"'))
+    with h5py.File("toy.hdf5") as file:
+        exec(arrays_code, {"arrays": {key: column[()] for key, column in file.items()}})  # noqa: S102
+    by_arrays, by_file = read_policy(Path("my.policy.pt")), read_policy(Path("hopper-dql.policy.pt"))
+    assert by_arrays["complete"] and by_arrays["dataset"]["hash"] == by_file["dataset"]["hash"]
+    assert "Gentle-v0, 2 members x 1 episodes" in run("evaluate my.policy.pt --episodes 1").output
+    assert max(code.count("\n"), arrays_code.count("\n")) <= 6
+
+
+@pytest.mark.parametrize("path", [ROOT / "hopper.toml", *ROOT.glob("experiments/*.toml")], ids=lambda path: path.stem)
+def test_the_experiments_are_sound(path: Path) -> None:
+    experiment = check_algorithms(load_experiment(path, []))
+    if experiment.data.source == "d4rl":
+        assert "reference" in d4rl_facts(experiment.data.dataset or "")[0]
 
 
 if __name__ == "__main__":
