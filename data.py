@@ -819,6 +819,7 @@ class Columns:
     name: str
     where: str
     arrays: Mapping[str, Any]
+    found: tuple[str, ...] = ()  # all that is there, also what is not read
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Array:
         """Rows of a column: float32, or bool for flags. Raises: MdptError, also with the first row at fault."""
@@ -891,7 +892,7 @@ def open_hdf5(path: Path) -> Iterator[Columns]:
                 if found.external or found.is_virtual:
                     raise MdptError(f"{path}: {key!r} lies in other files; copy the data into this one.")
                 arrays[key] = found
-        yield Columns(path.name, str(path), arrays)
+        yield Columns(path.name, str(path), arrays, tuple(map(str, file)))
 
 
 MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main/"  # raw files under D4RL's names
@@ -1281,9 +1282,10 @@ def check_shapes(columns: Columns, spec: EnvironmentSpec | None, width: int | No
     width: so many observation columns are used, None: all.
     """
     arrays, where, problems = columns.arrays, columns.where, []
-    for key in KEYS[:4]:
-        if key not in arrays:
-            problems.append(f"{where}: the key {key!r} is missing. It has: {', '.join(sorted(arrays)) or 'none'}.")
+    if missing := [repr(key) for key in KEYS[:4] if key not in arrays]:
+        is_missing = "the key {} is missing" if len(missing) == 1 else "the keys {} are missing"
+        has = ", ".join(sorted(columns.found)) or "none"
+        problems.append(f"{where}: {is_missing.format(', '.join(missing))}. It has: {has}.")
     shapes: dict[str, tuple[int, ...]] = {key: array.shape or () for key, array in arrays.items()}
     for key, array in arrays.items():
         if array.dtype.kind not in "biuf":
@@ -1451,6 +1453,8 @@ def load_dataset(
 
     Raises: MdptError for a mistake in any of it.
     """
+    if arrays is not None and section.source != "arrays":
+        raise MdptError(f"[data] source = {section.source!r}: arrays are for source 'arrays'")
     source = SOURCES[section.source]
     known, missing, warnings = source.know(section)
     if section.environment not in (None, known.get("environment")):  # the user's own; what is known is of another
@@ -1475,7 +1479,7 @@ def load_dataset(
     if not isinstance(found, Path):
         name = section.dataset or "arrays"
         try:
-            columns = Columns(name, name, {key: np.asarray(found[key]) for key in KEYS if key in found})
+            columns = Columns(name, name, {key: np.asarray(found[key]) for key in KEYS if key in found}, tuple(found))
         except ValueError as error:
             raise MdptError(f"{name}: expected arrays of numbers. {_one_line(error)}") from error
         return prepare(columns, section, spec, missing, warnings, show)
@@ -1578,6 +1582,10 @@ def read_episodes(columns: Columns, limit: int | None) -> tuple[Episodes, tuple[
     elif limit is not None:
         timeouts = count_timeouts(terminals, limit)
         warnings = (f"{where}: no 'timeouts'; episodes end at terminals and every {limit} rows.",)
+        if (both := int((terminals & timeouts).sum())) > 0.5 * terminals.sum():
+            warnings += (
+                f"{where}: {both} of its {terminals.sum()} terminals fall on such rows; 'timeouts' would tell.",
+            )
     else:
         timeouts = np.zeros(len(terminals), dtype=np.bool_)
         warnings = (f"{where}: no 'timeouts'; episodes end at terminals alone. [data] max_episode_steps cuts them.",)
@@ -1758,6 +1766,11 @@ def _reward_scale(
     if rule == "minus-one":
         return {"rule": rule, "multiplier": 1.0, "offset": -1.0}
     if rule == "return-range":
+        if len(returns) == 1:
+            raise MdptError(
+                "reward_scale 'return-range': there is a single episode. 'terminals', 'timeouts' or [data] "
+                "max_episode_steps tell where episodes end; or choose 'none' or a number."
+            )
         spread = float(returns.max() - returns.min())
         if spread <= 1e-6 * np.abs(returns).max():
             raise MdptError(

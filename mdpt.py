@@ -77,10 +77,10 @@ def progress(title: str, total: int, start: int = 0) -> Iterator[Callable[[int, 
     console = make_console(stderr=True)
     if console.is_terminal:
         columns = (
-            rich_progress.TextColumn("{task.description}"),
+            rich_progress.TextColumn("{task.description}", markup=False),
             rich_progress.BarColumn(),
             rich_progress.MofNCompleteColumn(),
-            rich_progress.TextColumn("{task.fields[text]}"),
+            rich_progress.TextColumn("{task.fields[text]}", markup=False),
             rich_progress.TimeRemainingColumn(),
         )
         with rich_progress.Progress(*columns, console=console) as bar:
@@ -389,7 +389,10 @@ def judge_cells(cells: Sequence[Cell], data_file: Path | None) -> dict[str, Any]
             section = section.model_copy(update={"source": "hdf5", "path": str(data_file), "dataset": None})
         elif section.source == "arrays":
             raise MdptError(f"{cell.policy}: was trained on arrays; name a file of the same data with --data")
-        dataset = load_data(section, Workers(), EnvironmentSpec(**cell.bundle["environment"]))
+        try:
+            dataset = load_data(section, Workers(), EnvironmentSpec(**cell.bundle["environment"]))
+        except MdptError as error:
+            raise error if data_file else MdptError(f"{cell.policy}: {error} --data FILE names its data.") from error
         if dataset.identity["hash"] != stored["hash"]:
             if data_file is None:
                 raise MdptError(
@@ -656,7 +659,7 @@ def judge_algorithms(cells: Sequence[dict[str, Any]]) -> list[str]:
 def make_console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr)
+    return Console(stderr=stderr, markup=False, emoji=False)  # what is printed holds the names of files
 
 
 def say(text: str, *, stderr: bool = False) -> None:
@@ -745,7 +748,7 @@ def score_table(cell: dict[str, Any], summary: dict[str, Any]) -> Table:
 def offline_table(result: dict[str, Any]) -> Table:
     """What was found of a policy without playing: each member's distance to the data's actions, and values."""
     title = f"{result['policy']}, step {result['step']}: offline, on {result['states']} held-out states"
-    heads = [f"{what} by {name}" for name in result["values"] for what in ("Q", "Q of data", "higher in")]
+    heads = [f"{what} ({name})" for name in result["values"] for what in ("Q", "Q of data", "higher")]
     table = make_table(title, "seed", "distance", *heads)
     for i, seed in enumerate(result["seeds"]):
         cells = [number(result["distance"][i], 3)]
@@ -754,8 +757,8 @@ def offline_table(result: dict[str, Any]) -> Table:
         table.add_row(str(seed), *cells)
     table.caption = (
         f"distance: root mean square to the data's actions, in [-1, 1]; {result['chance']:.3f} between two of the data's. "
-        f"Ranked by {result['guidance']}, best of {result['candidates']}. No guidance is a judge of itself: what it ranks "
-        "by, it values."
+        f"Q: of its actions, by the guidance in brackets; higher: in how many states than that of the data's. Ranked by "
+        f"{result['guidance']}, best of {result['candidates']}; a guidance values what it ranks first."
     )
     return table
 
@@ -815,7 +818,7 @@ def far_below_the_data(cell: Cell, result: dict[str, Any], median: float) -> str
         return ""
     return (
         f"{cell.policy}: median {median:.1f}, far below the data's mean, {mean:.1f}: what it does may have left the data; "
-        f"train it with a smaller [policy] eta, now {section.eta:g}"
+        f"train it longer, or with a smaller [policy] eta, now {section.eta:g}"
     )
 
 
@@ -917,7 +920,7 @@ def protocol_line(how: dict[str, Any], *members: int) -> str:
         parts.append(f"{how['guidance_weight']:g} x gradient of {how['guidance']}")
     if how["w"] > 0:
         parts.append(f"w {how['w']:g}")
-    parts.append(f"temperature {how['temperature']:g}")
+    parts.append(f"temperature {how['temperature']:g}" + " of the first noise" * (how.get("temperature_on") == "start"))
     if how["step"] is not None:
         early = f"weights of step {how['step']} of {how['steps']} (online selection, if chosen by score)"
         parts.append("last weights" if how["step"] == how["steps"] else early)
@@ -1370,7 +1373,9 @@ def guidance(
     title = f"guidance {run.guidance.algorithm}"
     with training_run(title, run, run.guidance.steps, path, begun, extend, board) as training:
         bundle = train_guidance(run, dataset, training)
-    if bundle["quality"]:
+    if not bundle["quality"]:
+        warn(f"{path}: no episode is held out, so nothing judges it; [data] held_out above 0 does")
+    else:
         show_table(quality_table(bundle))
         if low := low_values(bundle):
             warn(
@@ -1467,7 +1472,7 @@ def evaluate(
     given, where = evaluation_settings(settings, episodes, candidates, seed), Workers(workers, timeout, cluster)
     check_ending("--plot", plot_file, PICTURES)
     check_ending("--video", video, [".gif"])
-    if describe_only and (curve or json_file or infer_guidance or given or video):
+    if describe_only and (curve or json_file or infer_guidance or given or video or data_file):
         raise MdptError("--describe runs nothing and writes no scores; it goes with --plot alone")
     if video is not None and (curve or json_file or plot_file or episodes):
         raise MdptError(
@@ -1489,7 +1494,7 @@ def evaluate(
     tell(cells)
     missing = [cell for cell in cells if cell.bundle["environment"]["id"] is None]
     if missing or data_file is not None:
-        judge_apart(cells, missing, data_file, json_file, overwrite, bool(video or plot_file))
+        judge_apart(cells, missing, data_file, json_file, overwrite, bool(video or plot_file or episodes or cluster))
         return
     if video is not None:
         film(cells[0], member, video, where)
@@ -1510,13 +1515,13 @@ def judge_apart(
     data_file: Path | None,
     json_file: Path | None,
     overwrite: bool,
-    drawn: bool,
+    played: bool,
 ) -> None:
     """An evaluation without playing: tables, and a file of the same figures."""
     for cell in missing:
         warn(f"{cell.policy}: cannot be scored: {cell.bundle['dataset']['no_environment']}")
-    if drawn:
-        raise MdptError("--video and --plot show what was played, and nothing is; leave them out")
+    if played:
+        raise MdptError("nothing is played offline; leave out --video, --plot, --episodes, --cluster")
     if json_file is not None:
         refuse_to_overwrite(json_file, overwrite)
     report = judge_cells(cells, data_file)

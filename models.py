@@ -18,7 +18,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, Self
@@ -1485,6 +1485,7 @@ def pick_device(name: str) -> str:
 
 def train_guidance(experiment: Experiment, dataset: Dataset, run: Run) -> Bundle:
     """Train a guidance from the data alone and judge it on held-out episodes."""
+    experiment, run = check_algorithms(experiment), replace(run, device=pick_device(run.device))
     bundle = new_bundle("guidance", experiment, dataset)
     transitions = Transitions(dataset.rows, dataset.sizes, run.device, dataset.section.storage == "disk")
     cost = Cost(transitions.device, run.choose_products(), run.begun)
@@ -1499,6 +1500,7 @@ def train_guidance(experiment: Experiment, dataset: Dataset, run: Run) -> Bundle
 
 def train_policy(experiment: Experiment, dataset: Dataset, teacher: Bundle | None, run: Run) -> Bundle:
     """Train a policy under a frozen guidance, together with one ("joint"), or unguided."""
+    experiment, run = check_algorithms(experiment), replace(run, device=pick_device(run.device))
     section = experiment.policy
     bundle = new_bundle("policy", experiment, dataset)
     transitions = Transitions(dataset.rows, dataset.sizes, run.device, dataset.section.storage == "disk")

@@ -1230,7 +1230,7 @@ def test_without_an_environment_a_policy_is_judged_offline(folder: Path) -> None
 
 def test_a_policy_with_an_environment_is_judged_offline_on_request(folder: Path) -> None:
     out = run("evaluate toy-bc.policy.pt --data toy.hdf5 --infer-guidance none").stdout
-    assert "offline" in out and "by its own" in out and "Ranked by none, best of 1" in out
+    assert "offline" in out and "Q of data (its own)" in out and "Ranked by none, best of 1" in out
 
 
 def test_the_data_are_described_before_anything_is_trained(folder: Path) -> None:
