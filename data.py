@@ -1433,7 +1433,7 @@ class Dataset:
         place = ("observations", "actions", "rewards", "next_observations", "terminals").index(name)
         start = sum(self.sizes[:place])
         part = self.rows[:, start : start + self.sizes[place]]
-        return part if name.endswith("s") and name not in ("rewards", "terminals") else part[:, 0]
+        return part[:, 0] if name in ("rewards", "terminals") else part
 
 
 CHUNK = 65_536  # rows read, checked and converted at a time
