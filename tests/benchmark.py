@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -142,20 +143,43 @@ def table(works: dict[tuple[str, str], Work], ways: list[tuple[str, int]], round
     print(f"\nCalls per second, median of {rounds} rounds of {calls}. GFLOP/s of a large product: {rates}.\n")
 
 
-def loading(folder: Path, rows: int) -> float:
-    """Seconds to make a file of `rows` transitions ready for training."""
-    arrays = random_transitions(rows)
-    del arrays["next_observations"]
-    with h5py.File(folder / "rows.hdf5", "w") as file:
-        for key, array in arrays.items():
-            file[key] = array
-        file["timeouts"] = np.arange(rows) % 1000 == 999
-    spec = data.EnvironmentSpec("Shape-v0", O, A, (-1.0,) * A, (1.0,) * A, 1000)
-    known, data.environment_spec = data.environment_spec, lambda name: spec
+def write_rows(path: Path, rows: int, part: int = 1_000_000) -> None:
+    """A file of random transitions, some rows at a time, so that it may be larger than memory."""
+    with h5py.File(path, "w") as file:
+        for start in range(0, rows, part):
+            arrays = random_transitions(min(part, rows - start)) | {
+                "timeouts": np.arange(start, min(start + part, rows)) % 1000 == 999
+            }
+            del arrays["next_observations"]
+            for key, array in arrays.items():
+                if not start:
+                    file.create_dataset(key, (rows, *array.shape[1:]), array.dtype)
+                file[key][start : start + len(array)] = array
+
+
+def loading(path: Path, storage: str) -> str:
+    """Seconds to make a file ready for training, batches per second from there, peak of anonymous memory (Linux)."""
+    peak, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.1):
+            status = Path("/proc/self/status").read_text()
+            peak[0] = max(peak[0], int(status.split("RssAnon:")[1].split()[0]))
+
+    threading.Thread(target=watch, daemon=True).start()
     began = time.perf_counter()
-    data.load_dataset(DataSection(source="hdf5", path=str(folder / "rows.hdf5")))
-    data.environment_spec = known
-    return time.perf_counter() - began
+    dataset = data.load_dataset(DataSection(source="hdf5", path=str(path), storage=storage))
+    took = time.perf_counter() - began
+    transitions = models.Transitions(dataset.rows, dataset.sizes, "cpu", storage == "disk")
+    random = Randomness([0], "benchmark")
+    began = time.perf_counter()
+    for random.step in range(2_000):
+        transitions.sample(random, 256)
+    rate = 2_000 / (time.perf_counter() - began)
+    done.set()
+    return (
+        f"{storage}: {took:.1f} s, {rate:,.0f} batches of 256 per second, {peak[0] / 2**20:.1f} GiB anonymous at most"
+    )
 
 
 EXPERIMENT = """
@@ -204,12 +228,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--calls", type=int, default=40, help="of each kind of work in a round")
     parser.add_argument("--rows", type=int, default=1_000_000, help="transitions to load")
+    parser.add_argument("--only-load", action="store_true")
     parser.add_argument("--episodes", type=int, default=10, help="to evaluate; 0: none")
     parser.add_argument("--members", type=int, nargs="*", default=[1, 5])
     given = parser.parse_args()
     threads = sorted({1, len(os.sched_getaffinity(0))})
     products = dict.fromkeys(["default", models.choose_products("oneDNN")])
     print(f"torch {torch.__version__}, {len(os.sched_getaffinity(0))} cores\n")
+    with tempfile.TemporaryDirectory() as name:
+        write_rows(Path(name, "many.hdf5"), given.rows)
+        for storage in ("disk", "memory"):
+            print(f"Loading {given.rows:,} transitions, {loading(Path(name, 'many.hdf5'), storage)}.")
+    if given.only_load:
+        return
     columns = [np.atleast_2d(column.T).T for column in random_transitions(100_000).values()]
     rows = np.concatenate(columns, axis=1).astype(np.float32)
     transitions = models.Transitions(rows, [column.shape[1] for column in columns], "cpu")
@@ -225,7 +256,6 @@ def main() -> None:
     }
     table(works, [(way, count) for count in threads for way in products], given.rounds, given.calls)
     with tempfile.TemporaryDirectory() as name:
-        print(f"Loading {given.rows:,} transitions: {loading(Path(name), given.rows):.1f} s.")
         if given.episodes:
             print(
                 f"`mdpt evaluate`, 3 members x {given.episodes} episodes: {evaluation(Path(name), given.episodes):.1f} s."
