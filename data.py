@@ -52,7 +52,17 @@ SHARD = 5_000  # transitions that one worker collects at a time
 
 
 class MdptError(Exception):
-    """A user's mistake: what, where, got and expected, what to do. Printed to stderr, exit code 1."""
+    """A user's mistake: what, where, got and expected, what to do. Printed to stderr, exit code `code`."""
+
+    code = 1
+
+
+class Interrupted(MdptError):
+    """A run was ended by a signal: what is kept, and the signal's number."""
+
+    def __init__(self, text: str, number: int) -> None:
+        super().__init__(text)
+        self.code = 128 + number
 
 
 def version() -> str:
@@ -149,6 +159,7 @@ class TrainingSection(Section):
     decay: Literal["cosine", "none"] = Field("cosine", description="of the learning rate, to 0 at the last step")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="as of AdamW (1711.05101)")
     gradient_norm: Annotated[float, Field(ge=0)] = Field(10.0, description="limit per network and member; 0: none")
+    save_every: Annotated[float, Field(ge=0)] = Field(60.0, description="seconds between saves of an unfinished bundle")
     snapshots: Positive = Field(10, description="evenly spaced copies of the acting weights kept in the bundle")
 
 
@@ -536,7 +547,7 @@ def _make(environment_id: str, **options: Any) -> gymnasium.Env[Any, Any]:
         return environment
     except Exception as error:
         module, _, name = environment_id.rpartition(":")
-        if module and module not in sys.modules and isinstance(error, ImportError):
+        if module and module not in sys.modules:
             hint = f"{_one_line(error)}. Install it, or put its folder on PYTHONPATH."
             raise MdptError(f"{environment_id}: the module {module} cannot be imported. {hint}") from error
         if name in gymnasium.registry:

@@ -100,14 +100,18 @@ def progress(title: str, total: int, start: int = 0) -> Iterator[Callable[[int, 
 
 
 @contextmanager
-def catching_interrupt() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed: a training run ends after a whole step."""
-    pressed: list[bool] = []
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+def catching_signals() -> Iterator[Callable[[], int]]:
+    """Which signal asked for an end, 0: none; a training run ends after a whole step. One that was ignored stays so."""
+    caught: list[int] = []
+    ends = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in ends if signal.getsignal(number) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, lambda number, _: caught.append(number))
     try:
-        yield lambda: bool(pressed)
+        yield lambda: caught[0] if caught else 0
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -116,9 +120,9 @@ def about(path: Path | str) -> Iterator[None]:
     try:
         yield
     except MdptError as error:
-        if str(path) in str(error):
-            raise
-        raise MdptError(f"{path}: {error}") from error
+        if str(path) not in str(error):
+            error.args = (f"{path}: {error}",)
+        raise
 
 
 @contextmanager
@@ -133,7 +137,7 @@ def training_run(
     seeds, history = list(experiment.seeds), [] if begun is None else begun["history"]
     write = (lambda entry: None) if board is None else scalar_writer(board / path.stem, seeds, history)
     began = time.perf_counter()
-    with about(path), progress(title, steps, start) as bar, catching_interrupt() as interrupted:
+    with about(path), progress(title, steps, start) as bar, catching_signals() as interrupted:
 
         def show(entry: dict[str, Any]) -> None:
             write(entry)
@@ -1268,7 +1272,7 @@ def out_of_memory(error: Exception) -> bool:
 def _fail(error: Exception) -> int:
     text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
     print(f"mdpt: {text}", file=sys.stderr)
-    return 1
+    return getattr(error, "code", 1)
 
 
 app = typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)

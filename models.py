@@ -35,6 +35,7 @@ from mdpt.data import (
     Experiment,
     GuidanceSection,
     HeldOut,
+    Interrupted,
     MdptError,
     PolicySection,
     TrainingSection,
@@ -1326,7 +1327,7 @@ class Run:
     """How a training run meets the world: what it goes on from, and what hears of it.
 
     begun: an unfinished bundle of the same run. extend: it may have more steps now. save: keeps the bundle. show: hears
-    each new entry of the history. interrupted: whether to end after this step. tell: hears what is noteworthy.
+    each new entry of the history. interrupted: the number of the signal to end after this step for, or 0. tell: hears what is noteworthy.
     """
 
     device: str = "cpu"
@@ -1334,7 +1335,7 @@ class Run:
     extend: bool = False
     save: Callable[[Bundle], None] = lambda bundle: None
     show: Callable[[dict[str, Any]], None] = lambda entry: None
-    interrupted: Callable[[], bool] = lambda: False
+    interrupted: Callable[[], int] = lambda: 0
     tell: Callable[[str], None] = lambda text: None
 
     def choose_products(self) -> str:
@@ -1360,6 +1361,7 @@ def train(
     milestones = {round(steps * (i + 1) / section.snapshots) for i in range(section.snapshots)}
     history = History(bundle["history"], start, seeds)
     history.pending = (bundle.get("training") or {"pending": []})["pending"]
+    due = time.monotonic() + section.save_every
     for step in range(start, steps):
         random.step = step
         batch = transitions.sample(random, section.batch_size)
@@ -1369,7 +1371,8 @@ def train(
         done, stopped = step + 1, run.interrupted()
         if done % max(1, steps // 200) == 0 or done in milestones or done == steps:
             run.show(history.average())
-        if done in milestones or stopped:
+        began = time.monotonic()
+        if done in milestones or stopped or began >= due:
             if (member := learner.broken_member()) is not None:
                 history.give_up("weights", member, "not finite", done)
             for target, module in parts:
@@ -1378,8 +1381,9 @@ def train(
             bundle["training"] = None if done == steps else {"optimizers": learner.state(), "pending": history.pending}
             run.save(bundle)
             history.saved = done
+            due = time.monotonic() + max(section.save_every, 20 * (time.monotonic() - began))  # a twentieth at most
         if stopped and done < steps:
-            raise MdptError(f"interrupted after step {done} of {steps}; the same command goes on")
+            raise Interrupted(f"interrupted after step {done} of {steps}; the same command goes on", stopped)
 
 
 ACTING = ("average.", "target_q.", "value.")  # the weights that act or are asked for values
@@ -1581,7 +1585,7 @@ def check_same_run(ours: Bundle, theirs: Bundle, extend: bool) -> None:
         f"[{table}] {key}": [bundle["experiment"][table].get(key) for bundle in (ours, theirs)]
         for table in ("guidance", "policy")
         if joint or table == ours["kind"]
-        for key in ours["experiment"][table].keys() - unused.get(table, set()) - {"snapshots"}
+        for key in ours["experiment"][table].keys() - unused.get(table, set()) - {"snapshots", "save_every"}
     }
     fields |= {
         f"[data] {key}": [bundle["experiment"]["data"].get(key) for bundle in (ours, theirs)]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
 from toy_environment import Toy
+
+
+def pytest_configure() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which `nohup` ignores, and commands would then, too
 
 
 class Gentle(Toy):

@@ -849,7 +849,7 @@ TRAININGS = [
 def test_the_same_command_goes_on_to_the_same_bits(folder: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run(f"{command} --out whole.pt")
     with interrupted_at(12, monkeypatch):
-        last = run(f"{command} --out cut.pt", code=1).stderr.splitlines()[-1]
+        last = run(f"{command} --out cut.pt", code=130).stderr.splitlines()[-1]
     assert last.startswith("mdpt: cut.pt: interrupted after step 13 of 20; the same command goes on")
     cut = read("cut.pt")
     assert cut["step"] == 13 and not cut["complete"] and list(cut["snapshots"]) == [10]
@@ -868,7 +868,7 @@ def test_what_shapes_no_weight_may_change(folder: Path, monkeypatch: pytest.Monk
         mine = command.split()[0]
         run(f"{command} --out whole-{mine}.pt")
         with interrupted_at(12, monkeypatch):
-            run(f"{command} --out cut-{mine}.pt", code=1)
+            run(f"{command} --out cut-{mine}.pt", code=130)
         changed = (f"{mine}.snapshots=5", f"{other}.steps=9", f"{other}.hidden=[8]", "evaluation.episodes=7")
         options = "".join(f" --set {setting}" for setting in (*changed, f"data.path={folder / 'toy.hdf5'}"))
         assert "going on from step 13\n" in run(f"{command} --out cut-{mine}.pt{options}").stderr
@@ -880,7 +880,7 @@ def test_what_shapes_no_weight_may_change(folder: Path, monkeypatch: pytest.Monk
 def test_another_run_is_told_by_what_differs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = f"{UNDER_IDQL} --out cut.pt"
     with interrupted_at(12, monkeypatch):
-        run(command, code=1)
+        run(command, code=130)
     before = Path("cut.pt").read_bytes()
     guidance = read("toy-idql.guidance.pt")
     torch.save(guidance | {"weights": guidance["weights"] | {"actor.more": torch.zeros(3)}}, "other.pt")
@@ -905,7 +905,7 @@ def test_another_run_is_told_by_what_differs(folder: Path, monkeypatch: pytest.M
 def test_extend_gives_an_unfinished_run_more_steps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = f"{UNDER_IDQL} --out cut.pt"
     with interrupted_at(12, monkeypatch):
-        run(command, code=1)
+        run(command, code=130)
     said = run(f"{command} --set policy.steps=40 --extend").stderr
     assert re.search(r"cut\.pt: going on from step 13; .*learning rate.* 40 steps, not 20\n", said)
     bundle = read("cut.pt")
@@ -917,14 +917,15 @@ def test_extend_gives_an_unfinished_run_more_steps(folder: Path, monkeypatch: py
 
 
 @pytest.mark.slow
-def test_ctrl_c_keeps_an_unfinished_bundle(folder: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_keeps_an_unfinished_bundle(folder: Path, how: int) -> None:
     command = f"{UNDER_IDQL} --set policy.steps=1000 --set policy.snapshots=1 --out cut.pt"
     with started(command) as process:
         assert process.stderr is not None
         assert process.stderr.readline().startswith("policy dql: 100/1000")
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, how)
         said = process.stderr.read()
-        assert process.wait(60) == 1
+        assert process.wait(60) == 128 + how
     step = read("cut.pt")["step"]
     assert f"cut.pt: interrupted after step {step} of 1000" in said.splitlines()[-1] and 100 <= step < 1000
     assert [file.name for file in folder.glob(".*")] == []  # nothing temporary is left
@@ -933,9 +934,27 @@ def test_ctrl_c_keeps_an_unfinished_bundle(folder: Path) -> None:
     assert f"going on from step {step}\n" in run(command).stderr
 
 
+def test_a_run_saves_by_time_and_a_kill_loses_no_more(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(learner: models.Learner, loss: torch.Tensor, now: int, steps: int) -> None:
+        if now == 17:
+            raise KeyboardInterrupt
+        update(learner, loss, now, steps)
+
+    run(f"{UNDER_IDQL} --out whole.pt")
+    update, command = models.Learner.update, f"{UNDER_IDQL} --set policy.save_every=0 --out cut.pt"
+    with monkeypatch.context() as patch:
+        patch.setattr(models.Learner, "update", killed)
+        patch.setattr(models.time, "monotonic", lambda: 0.0)  # saving takes no time
+        run(command, code=130)
+    kept = read("cut.pt")
+    assert kept["step"] == 17 and list(kept["snapshots"]) == [10]
+    run(f"{UNDER_IDQL} --out cut.pt")  # how often it is saved shapes no weight
+    assert equal(read("cut.pt")["weights"], read("whole.pt")["weights"])
+
+
 def test_going_on_tells_another_device_or_other_products(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with interrupted_at(12, monkeypatch):
-        run("guidance toy.toml --out cut.pt", code=1)
+        run("guidance toy.toml --out cut.pt", code=130)
     bundle = read("cut.pt")
     assert bundle["accounting"]["products"] == models.choose_products()
     monkeypatch.setattr(models, "_onednn_is_exact", lambda: False)
@@ -949,8 +968,8 @@ def test_going_on_tells_another_device_or_other_products(folder: Path, monkeypat
 
 def test_unfinished_bundles_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with interrupted_at(12, monkeypatch):
-        run(f"{UNDER_IDQL} --out cut.pt", code=1)
-        run("guidance toy.toml --out short.pt", code=1)
+        run(f"{UNDER_IDQL} --out cut.pt", code=130)
+        run("guidance toy.toml --out short.pt", code=130)
     for command, unfinished in (
         ("swap cut.pt --episodes 1 --workers 1", "cut.pt: this policy"),
         ("evaluate toy-dql.policy.pt --infer-guidance short.pt --workers 1", "short.pt: this guidance"),

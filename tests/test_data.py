@@ -145,6 +145,13 @@ def test_environment_errors(environment_id: str, message: str) -> None:
     assert str(caught.value).startswith(f"{environment_id}: {message}")
 
 
+def test_a_module_that_fails_to_import_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "halfway.py").write_text("raise ValueError('no licence')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(MdptError, match="halfway cannot be imported. ValueError: no licence"):
+        data.environment_spec("halfway:Any-v0")
+
+
 def test_actions_scale_to_the_bounds_and_back() -> None:
     assert data.scale_actions(np.array([[-1, 0], [1, 4], [0.5, 1]]), SPEC).tolist() == [[-1, -1], [1, 1], [0.5, -0.5]]
     scaled = np.random.default_rng(0).uniform(-1, 1, (100, 2)).astype(np.float32)
