@@ -1496,9 +1496,13 @@ def train_guidance(experiment: Experiment, dataset: Dataset, run: Run) -> Bundle
     guidance = build_guidance(bundle, run.device, new=True)
     learner = Learner([(guidance, experiment.guidance)], lambda batch, random, _: guidance.loss(batch, random))
     go_on(bundle, run, [(bundle, guidance)], learner)
-    train(learner, transitions, experiment.guidance, bundle, [(bundle, guidance)], cost, run)
-    bundle["quality"] = judge_guidance(bundle, dataset.held_out, run.device)
-    run.save(bundle)
+
+    def save(bundle: Bundle) -> None:
+        if bundle["complete"]:  # never without its judgement
+            bundle["quality"] = judge_guidance(bundle, dataset.held_out, run.device)
+        run.save(bundle)
+
+    train(learner, transitions, experiment.guidance, bundle, [(bundle, guidance)], cost, replace(run, save=save))
     return bundle
 
 

@@ -712,7 +712,7 @@ def test_tensorboard_shows_the_history(folder: Path, monkeypatch: pytest.MonkeyP
     Path("watched.pt").unlink()
     fail(command, "boards/watched: exists already", "--overwrite")
     with interrupted_at(12, monkeypatch):
-        run(f"{command} --overwrite", code=1)  # what came before is gone
+        run(f"{command} --overwrite", code=130)  # what came before is gone
     run(command)  # and this goes on
     history = read("watched.pt")["history"]
     events = EventAccumulator("boards/watched")

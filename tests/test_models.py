@@ -1974,7 +1974,10 @@ def test_the_judgement_of_a_guidance_by_hand() -> None:
 
 
 def test_a_guidance_is_judged_at_each_snapshot() -> None:
-    bundle = learn("guidance idql", steps=40, snapshots=4)
+    saved: list[bool] = []
+    keep = Run(save=lambda bundle: saved.append("quality" in bundle))
+    bundle = learn("guidance idql", run=keep, steps=40, snapshots=4)
+    assert saved == [False, False, False, True]  # a complete one is never without
     assert [entry["step"] for entry in bundle["quality"]] == [10, 20, 30, 40]
     last = models.guidance_quality(build_guidance(bundle, "cpu"), noisy_dataset().held_out, 0.99)
     assert bundle["quality"][-1] == {"step": 40, **last} and bundle["quality"][0]["mean_v"] != last["mean_v"]
