@@ -1422,6 +1422,7 @@ class Dataset:
     rows: Array  # (n, 2 O + A + 2) float32: raw observations, actions in [-1, 1], scaled rewards, next ones, terminals
     mean: Array  # (O,) float32, of the training observations
     deviation: Array  # (O,) float32
+    constant: Array  # (O,) bool, those that never vary
     held_out: HeldOut
     episode_returns: Array  # (E,) float64, raw, undiscounted, of all whole episodes used, held-out ones included
     episode_lengths: Array  # (E,) int64
@@ -1525,17 +1526,17 @@ def prepare(
     returns = np.add.reduceat(episodes.rewards.astype(np.float64), episodes.starts)[whole]
     scale = _reward_scale(section.reward_scale or "none", returns, spec.max_episode_steps)
     scaled = (episodes.rewards * float(scale["multiplier"]) + float(scale["offset"])).astype(np.float32)
-    terminals, timeouts, aside = episodes.terminals, episodes.timeouts, np.repeat(held, episodes.lengths)  # (n,)
-    kept = transition_rows(timeouts, "next_observations" in columns.arrays) & np.repeat(train, episodes.lengths)
+    aside = np.repeat(held, episodes.lengths)  # (n,)
+    kept = transition_rows(episodes.timeouts, "next_observations" in columns.arrays) & np.repeat(
+        train, episodes.lengths
+    )
     if not kept.any():
         raise MdptError(
             f"{where}: no transition is left to train on; lower held_out (now {section.held_out}) or add episodes."
         )
     rows = _allocate(section.storage, int(kept.sum()), 2 * widths[0] + widths[1] + 2)
-    observations, actions, digest, clipped = _fill(rows, columns, spec, scaled, terminals, kept, aside, show)
-    for key, array in {"rewards": episodes.rewards, "terminals": terminals, "timeouts": timeouts}.items():
-        digest[key] = hashlib.sha256(array.data).hexdigest()
-    mean, deviation = moments(rows, widths[0])
+    observations, actions, digest, clipped = _fill(rows, columns, spec, episodes, scaled, kept, aside, show)
+    mean, deviation, constant = moments(rows, widths[0])
     if section.normalization == "none":
         mean, deviation = np.zeros_like(mean), np.ones_like(deviation)
     return Dataset(
@@ -1544,7 +1545,8 @@ def prepare(
         rows=rows,
         mean=mean,
         deviation=deviation,
-        held_out=HeldOut(observations, actions, scaled[aside], terminals[aside], timeouts[aside]),
+        constant=constant,
+        held_out=HeldOut(observations, actions, scaled[aside], episodes.terminals[aside], episodes.timeouts[aside]),
         episode_returns=returns,
         episode_lengths=episodes.lengths[whole],
         reward_scale=scale,
@@ -1553,11 +1555,11 @@ def prepare(
             "name": columns.name,
             "transitions": len(scaled),
             "no_environment": missing,
-            "hash": hashlib.sha256(json.dumps(sorted(digest.items())).encode()).hexdigest(),
+            "hash": digest,
         },
         facts={
-            "terminals": int(terminals.sum()),
-            "timeouts": int(timeouts.sum()),
+            "terminals": int(episodes.terminals.sum()),
+            "timeouts": int(episodes.timeouts.sum()),
             "timeouts_counted": "timeouts" not in columns.arrays,
         },
         warnings=warnings + told + clipped,
@@ -1643,15 +1645,15 @@ def _fill(
     rows: Array,
     columns: Columns,
     spec: EnvironmentSpec,
+    episodes: Episodes,
     rewards: Array,
-    terminals: Array,
     train: Array,
     aside: Array,
     show: Show,
-) -> tuple[Array, Array, dict[str, str], tuple[str, ...]]:
-    """Read the wide columns and put the transitions `train` (n,) into rows.
+) -> tuple[Array, Array, str, tuple[str, ...]]:
+    """Read the wide columns and put the transitions `train` (n,) into rows, with scaled rewards (n,).
 
-    Returns observations and actions of the rows `aside` (n,), a hash of each column's content, and warnings.
+    Returns observations and actions of the rows `aside` (n,), a hash of all columns' content, and warnings.
     """
     wide, total = spec.observation_dim, len(train)
     low, high = _bounds(spec)
@@ -1660,6 +1662,7 @@ def _fill(
     )
     own = "next_observations" in columns.arrays
     digests = {key: hashlib.sha256() for key in ("observations", "actions", *(["next_observations"] if own else []))}
+    digests |= {key: hashlib.sha256(getattr(episodes, key).data) for key in ("rewards", "terminals", "timeouts")}
     kept: list[tuple[Array, Array]] = []
     filled, outside, most = 0, 0, 0.0
     for start in range(0, total, CHUNK):
@@ -1682,14 +1685,14 @@ def _fill(
         following = part["next_observations"][places] if own else block[places + 1]
         target = rows[filled : filled + len(places)]
         parts = part["observations"][places], scaled[places], rewards[start:stop][places, None], following
-        np.concatenate([*parts, terminals[start:stop][places, None]], axis=1, out=target, dtype=None)
+        np.concatenate([*parts, episodes.terminals[start:stop][places, None]], axis=1, out=target, dtype=None)
         filled += len(places)
         if total > 10 * CHUNK:
             show("read", stop, total)
     observations, actions = (np.concatenate(arrays) for arrays in zip(*kept, strict=True))
     clipped = f"{columns.where}: clipped the actions of {outside} rows, out of bounds by {most:.1e} at most."
-    found = {key: digest.hexdigest() for key, digest in digests.items()}
-    return observations, actions, found, (clipped,) * (outside > 0)
+    found = json.dumps(sorted((key, digest.hexdigest()) for key, digest in digests.items()))
+    return observations, actions, hashlib.sha256(found.encode()).hexdigest(), (clipped,) * (outside > 0)
 
 
 def _allocate(storage: str, count: int, width: int) -> Array:
@@ -1710,8 +1713,8 @@ def _allocate(storage: str, count: int, width: int) -> Array:
         ) from error
 
 
-def moments(rows: Array, wide: int) -> tuple[Array, Array]:
-    """Mean and deviation (wide,) float32 of the first columns; 1 for one that never varies, which would be noise.
+def moments(rows: Array, wide: int) -> tuple[Array, Array, Array]:
+    """Mean, deviation (wide,) float32 of the first columns, and which never vary: theirs is 1, all else would be noise.
 
     A thousandth is added as TD3+BC does, for columns that hardly do. In float64, some rows at a time, so that memory
     and disk give the same.
@@ -1727,7 +1730,7 @@ def moments(rows: Array, wide: int) -> tuple[Array, Array]:
         count += more
     constant = high - low <= 1e-6 * np.maximum(1, np.abs(mean))
     deviation = np.where(constant, 1.0, np.sqrt(squares / count) + 1e-3)
-    return mean.astype(np.float32), deviation.astype(np.float32)
+    return mean.astype(np.float32), deviation.astype(np.float32), constant
 
 
 def describe_data(dataset: Dataset) -> dict[str, Any]:
@@ -1735,19 +1738,17 @@ def describe_data(dataset: Dataset) -> dict[str, Any]:
     wide, many = dataset.environment.observation_dim, len(dataset)
     order = np.random.default_rng(0).standard_normal(wide + dataset.environment.action_dim)
     keys, bound = np.empty(many), np.zeros(dataset.environment.action_dim)
-    low, high = np.full(wide, np.inf), np.full(wide, -np.inf)
     for start in range(0, many, CHUNK):
         part = dataset.rows[start : start + CHUNK, : len(order)]
         keys[start : start + CHUNK] = part.astype(np.float64) @ order
         bound += (np.abs(part[:, wide:]) >= 1 - 1e-6).sum(0)
-        low, high = np.minimum(low, part[:, :wide].min(0)), np.maximum(high, part[:, :wide].max(0))
     return {
         "transitions": many,
         "held_out": len(dataset.held_out.rewards),
         "lengths": np.quantile(dataset.episode_lengths, [0, 0.5, 1]).tolist(),
         "returns": np.quantile(dataset.episode_returns, [0, 0.25, 0.5, 0.75, 1]).tolist(),
         "histogram": histogram(dataset.episode_returns).tolist(),
-        "constant": np.flatnonzero(high == low).tolist(),
+        "constant": np.flatnonzero(dataset.constant).tolist(),
         "at_bounds": (bound / many).tolist(),
         "duplicates": 1 - len(np.unique(keys)) / many,
         **dataset.facts,

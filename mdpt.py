@@ -37,6 +37,7 @@ from mdpt.data import (
     EnvironmentSpec,
     EvaluationSection,
     Experiment,
+    HeldOut,
     MdptError,
     PolicySection,
     Watch,
@@ -385,33 +386,38 @@ def judge_cells(cells: Sequence[Cell], data_file: Path | None) -> dict[str, Any]
     """
     from mdpt import models
 
-    results = []
+    results, known = [], {}
     for cell in cells:
-        stored = cell.bundle["dataset"]
-        section = Experiment.model_validate(cell.bundle["experiment"]).data
-        if data_file is not None:
-            section = section.model_copy(update={"source": "hdf5", "path": str(data_file), "dataset": None})
-        elif section.source == "arrays":
-            raise MdptError(f"{cell.policy}: was trained on arrays; name a file of the same data with --data")
-        try:
-            dataset = load_data(section, Workers(), EnvironmentSpec(**cell.bundle["environment"]))
-        except MdptError as error:
-            raise error if data_file else MdptError(f"{cell.policy}: {error} --data FILE names its data.") from error
-        if dataset.identity["hash"] != stored["hash"]:
-            if data_file is None:
-                raise MdptError(
-                    f"{cell.policy}: {dataset.identity['name']} has changed since; name the data with --data"
-                )
-            warn(f"{data_file}: other data than {cell.policy} was trained on")
-        if not len(dataset.held_out.rewards):
-            raise MdptError(f"{cell.policy}: its data have no held-out episodes; train with [data] held_out above 0")
-        judges = {OWN: cell.bundle["guidance"], cell.guidance: cell.teacher}
-        known = {name: bundle for name, bundle in judges.items() if bundle is not None}
-        how, seed = cell.how, cell.section.seed
-        found = models.judge_offline(cell.bundle, cell.teacher, how, dataset.held_out, seed, known)
-        names = {"policy": cell.policy, "guidance": cell.guidance, "step": cell.bundle["step"]}
-        results.append(names | {"seeds": cell.bundle["seeds"], **asdict(how), **found})
+        bundle = cell.bundle
+        data = repr((bundle["experiment"]["data"], bundle["environment"], bundle["dataset"]["hash"]))
+        if data not in known:  # the steps of a curve share theirs
+            known[data] = find_held_out(cell, data_file)
+        judges = {OWN: bundle["guidance"], cell.guidance: cell.teacher}
+        there = {name: judge for name, judge in judges.items() if judge is not None}
+        found = models.judge_offline(bundle, cell.teacher, cell.how, known[data], cell.section.seed, there)
+        names = {"policy": cell.policy, "guidance": cell.guidance, "step": bundle["step"]}
+        results.append(names | {"seeds": bundle["seeds"], **asdict(cell.how), **found})
     return {"cells": results, "offline": True}
+
+
+def find_held_out(cell: Cell, data_file: Path | None) -> HeldOut:
+    """The held-out part of a policy's data, or of another file. Raises: MdptError as `judge_cells`."""
+    section = Experiment.model_validate(cell.bundle["experiment"]).data
+    if data_file is not None:
+        section = section.model_copy(update={"source": "hdf5", "path": str(data_file), "dataset": None})
+    elif section.source == "arrays":
+        raise MdptError(f"{cell.policy}: was trained on arrays; name a file of the same data with --data")
+    try:
+        dataset = load_data(section, Workers(), EnvironmentSpec(**cell.bundle["environment"]))
+    except MdptError as error:
+        raise error if data_file else MdptError(f"{cell.policy}: {error} --data FILE names its data.") from error
+    if dataset.identity["hash"] != cell.bundle["dataset"]["hash"]:
+        if data_file is None:
+            raise MdptError(f"{cell.policy}: {dataset.identity['name']} has changed since; name the data with --data")
+        warn(f"{data_file}: other data than {cell.policy} was trained on")
+    if not len(dataset.held_out.rewards):
+        raise MdptError(f"{cell.policy}: its data have no held-out episodes; train with [data] held_out above 0")
+    return dataset.held_out
 
 
 def make_result(cell: Cell, parts: Sequence[tuple[Array, Array]], products: str) -> dict[str, Any]:

@@ -481,7 +481,8 @@ def make_schedule(name: str, steps: int, beta_min: float = 0.1, beta_max: float 
     """beta_1 .. beta_T, (T,), float64.
 
     "vp": the variance-preserving schedule of Diffusion-QL (arXiv 2208.06193, eq. after 3; arXiv 2112.07804);
-    "cosine": improved DDPM (arXiv 2102.09672, eq. 17); "linear": DDPM's betas (arXiv 2006.11239), spaced for T steps, "linear-unscaled" as they are.
+    "cosine": improved DDPM (arXiv 2102.09672, eq. 17); "linear": DDPM's betas (arXiv 2006.11239), spaced for T steps,
+    "linear-unscaled" as they are.
     """
     t = torch.arange(1, steps + 1, dtype=torch.float64)
     if name == "vp":
@@ -1643,14 +1644,14 @@ def guidance_quality(guidance: Guidance, held_out: HeldOut, discount: float) -> 
         found.append(torch.stack([guidance.v(observations), guidance.q(observations, actions)]).cpu())
     v, q = torch.cat(found, dim=-1).double().numpy()  # (S, rows)
     rewards, terminals, timeouts = held_out.rewards, held_out.terminals, held_out.timeouts
-    _, known = discounted_returns(rewards, terminals, timeouts, discount)
-    _, stops = episode_bounds(terminals, timeouts)
-    cut = np.zeros(len(rewards), dtype=np.bool_)
-    cut[stops - 1] = ~terminals[stops - 1]
+    shared, known = discounted_returns(rewards, terminals, timeouts, discount)
+    returns = np.broadcast_to(shared, v.shape)
     if bootstrapped := not known.any():
-        known = ~cut
-    columns = np.stack([np.where(cut & bootstrapped, member, rewards) for member in v])  # a last V is a last reward
-    returns = np.stack([discounted_returns(column, terminals, timeouts, discount)[0] for column in columns])
+        _, stops = episode_bounds(terminals, timeouts)
+        cut = np.zeros(len(rewards), dtype=np.bool_)
+        cut[stops - 1] = ~terminals[stops - 1]
+        known, columns = ~cut, np.where(cut, v, rewards)  # (S, rows): a last V is a last reward
+        returns = np.stack([discounted_returns(column, terminals, timeouts, discount)[0] for column in columns])
     v, q_known, returns = v[:, known], q[:, known], returns[:, known]
 
     def correlate(first: Array, second: Array) -> list[float | None]:

@@ -988,7 +988,7 @@ def test_the_normalizer_against_numpy_in_float64(monkeypatch: pytest.MonkeyPatch
     random = np.random.default_rng(0)
     columns = random.normal([0, 1e4, -3, 0.1, 0, 7], [1, 0.05, 1e3, 0, 1e-4, 0], size=(1000, 6)).astype(np.float32)
     columns[:, 5] = 7 + 1e-6 * random.random(1000)  # noise of the last bit
-    mean, deviation = data.moments(np.hstack([columns, columns]), 6)
+    mean, deviation, _ = data.moments(np.hstack([columns, columns]), 6)
     wide = columns.astype(np.float64)
     assert np.allclose(mean, wide.mean(0), rtol=1e-7, atol=1e-10) and mean.dtype == np.float32
     assert np.allclose(deviation[[0, 1, 2, 4]], wide.std(0)[[0, 1, 2, 4]] + 1e-3, rtol=1e-7)

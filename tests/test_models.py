@@ -160,13 +160,14 @@ def noisy_dataset(n: int = 200) -> Dataset:
     columns = noisy_columns(n)
     kept = {name: columns[name][:20].numpy() for name in ("observations", "actions", "rewards", "terminals")}
     rows = together(columns).rows.numpy()
-    mean, deviation = moments(rows, 3)
+    mean, deviation, constant = moments(rows, 3)
     return Dataset(
         environment=TOY,
         section=DataSection(source="arrays", environment=TOY.id, reference=(0.0, 100.0)),
         rows=rows,
         mean=mean,
         deviation=deviation,
+        constant=constant,
         held_out=HeldOut(**kept, timeouts=~kept["terminals"]),
         episode_returns=np.array([1.0, 2.0]),
         episode_lengths=np.array([6, 6]),
@@ -446,12 +447,13 @@ def test_dac_loss_by_hand() -> None:
     near(policy.loss(batch, None, random)[0].detach(), noise_error(step))
 
 
-class Lines(nn.Module):
-    """Stands in for a denoiser: slope * x + offset, a pair for each diffusion step."""
+class Lines(models.Stack):
+    """Stands in for a denoiser: slope * x + offset, a pair for each member and diffusion step, (S, T, 2)."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, pairs: Tensor) -> None:
         super().__init__()
-        self.pairs = nn.Parameter(torch.zeros(1, steps, 2))
+        self.pairs = nn.Parameter(pairs)
+        self.pack()
 
     def condition(self, observations: Tensor, labels: Tensor | None = None) -> Tensor:
         return observations
@@ -472,7 +474,7 @@ def test_dac_shifts_the_noise_of_gaussian_data_by_the_slope_of_a_linear_q() -> N
 
     def best_lines(algorithm: str, eta: float) -> Tensor:
         policy: Any = make_policy((0,), algorithm=algorithm, eta=eta)
-        lines = policy.denoiser = Lines(5)
+        lines = policy.denoiser = Lines(torch.zeros(1, 5, 2))
         optimizer = torch.optim.LBFGS(lines.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
         def loss() -> Any:

@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_models import KnownQ, make_guidance, make_policy, one_state, together, train
+from test_models import KnownQ, Lines, make_guidance, make_policy, one_state, together, train
 from torch import Tensor, nn
 
 from mdpt import models
@@ -47,28 +47,11 @@ SCHEDULES: dict[str, Schedule] = {
 # ---------------------------------------------------------------------------------------------- guidance first
 
 
-class Lines(models.Stack):
-    """A denoiser of two parameters for each diffusion step: slope * x + offset. It begins as the data's."""
-
-    def __init__(self, members: int, diffusion: models.Diffusion) -> None:
-        super().__init__()
-        levels = zip(diffusion.signal, diffusion.noise, strict=True)
-        slopes = torch.tensor([noise / (signal**2 * SPREAD**2 + noise**2) for signal, noise in levels])
-        self.pairs = nn.Parameter(torch.stack([slopes, 0 * slopes], dim=1).repeat(members, 1, 1))  # (S, T, 2)
-        self.pack()
-
-    def condition(self, observations: Tensor, labels: Tensor | None = None) -> Tensor:
-        return observations
-
-    def times(self) -> Tensor:
-        return self.pairs
-
-    def forward(self, actions: Tensor, time: Tensor, condition: Tensor, random: Randomness | None = None) -> Tensor:
-        return time[..., :1] * actions + time[..., 1:]
-
-
 def with_lines(policy: Any) -> Any:
-    policy.denoiser = Lines(policy.members, policy.diffusion)
+    """A policy whose denoiser is two parameters for each diffusion step, and begins as the data's."""
+    levels = zip(policy.diffusion.signal, policy.diffusion.noise, strict=True)
+    slopes = torch.tensor([noise / (signal**2 * SPREAD**2 + noise**2) for signal, noise in levels])
+    policy.denoiser = Lines(torch.stack([slopes, 0 * slopes], dim=1).repeat(policy.members, 1, 1))
     policy.average = policy.denoiser.frozen_copy()
     return policy
 
