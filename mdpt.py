@@ -15,7 +15,7 @@ import signal
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, groupby, pairwise, product
@@ -54,6 +54,7 @@ from mdpt.data import (
     reference_returns,
     summarize,
     tabulate,
+    variance_components,
     version,
 )
 
@@ -236,13 +237,30 @@ MANY_ROLLOUTS = 2_000  # beyond this, swap pairs members by position unless aske
 
 
 @dataclass(frozen=True)
+class Guide:
+    """What guides in a cell: the guidances of some files, OWN or none, and how their members judge."""
+
+    name: str
+    bundles: Sequence[Bundle] = ()
+    files: tuple[str, ...] = ()  # with @STEP and #SEED
+    ensemble: str | None = None  # rule by which all members judge as one, "none": one each; None: as [evaluation] says
+    crossed: bool = False  # each member of the policy under each of the guidance, else by position
+
+    @property
+    def members(self) -> int:
+        return sum(len(bundle["seeds"]) for bundle in self.bundles)
+
+
+NONE = Guide("none")
+
+
+@dataclass(frozen=True)
 class Cell:
     """A policy at a step, the guidance it acts under or none, how it acts, and which members are paired."""
 
     policy: str  # its file, perhaps with @STEP
-    guidance: str  # its file, OWN or "none"
+    guide: Guide
     bundle: Bundle
-    teacher: Bundle | None
     section: EvaluationSection
     how: Inference
     idle: list[str]  # settings that were asked for and do not act here
@@ -269,50 +287,53 @@ class Cell:
         return found
 
 
-def make_cell(
-    policy: str, bundle: Bundle, guidance: str, teacher: Bundle | None, settings: Sequence[str], crossed: bool = False
-) -> Cell:
-    """The cell of two bundles under settings such as "evaluation.episodes=5".
-
-    crossed: each member of the policy with each of the guidance, else by position.
+def make_cell(policy: str, bundle: Bundle, guide: Guide, settings: Sequence[str]) -> Cell:
+    """The cell of a policy and what guides it, under settings such as "evaluation.episodes=5".
 
     Raises: MdptError where the two do not fit, or a setting is wrong.
     """
-    from mdpt.models import check_fit, pair_members, pick_inference
+    from mdpt.models import check_teachers, pair_members, pick_inference
 
     experiment = bundle["experiment"] | {"evaluation": dict(bundle["experiment"]["evaluation"])}
     if wrong := [setting for setting in settings if not setting.startswith("evaluation.")]:
         raise MdptError(f"--set {wrong[0]}: only evaluation.KEY=VALUE can be set here")
     run = check_experiment(policy, experiment, settings)
-    how, acts = pick_inference(run, teacher is not None)
+    if guide.ensemble is not None:
+        run = run.model_copy(update={"evaluation": run.evaluation.model_copy(update={"ensemble": guide.ensemble})})
+    guide = guide if guide.bundles else NONE
+    how, acts = pick_inference(run, bool(guide.bundles))
     given = {text.partition("=")[0].removeprefix("evaluation.").strip() for text in settings}
     idle = [key for key, does in acts.items() if key in given and not does]
     members = range(len(bundle["seeds"]))
     pairs: Pairs = [(i, None) for i in members]
-    warnings: list[str] = []
-    if teacher is not None:
-        count = len(teacher["seeds"])
-        try:
-            warnings = check_fit(bundle, teacher)
-            pairs = (
-                list(product(members, range(count))) if crossed else list(enumerate(pair_members(len(members), count)))
-            )
-        except MdptError as error:
-            raise MdptError(f"{policy}, {guidance}: {error}") from error
-    return Cell(
-        policy, "none" if teacher is None else guidance, bundle, teacher, run.evaluation, how, idle, warnings, pairs
-    )
+    try:
+        warnings = check_teachers(bundle, guide.bundles, how.ensemble)
+        if guide.bundles and how.ensemble == "none":
+            crosses, by_place = product(members, range(guide.members)), pair_members
+            pairs = list(crosses if guide.crossed else enumerate(by_place(len(members), guide.members)))
+    except MdptError as error:
+        raise MdptError(f"{policy}, {guide.name}: {error}") from error
+    return Cell(policy, guide, bundle, run.evaluation, how, idle, warnings, pairs)
 
 
-def read_cell(path: Path, infer_guidance: str | None, settings: Sequence[str]) -> Cell:
-    """The cell of a policy bundle and the guidance asked for: the one inside it, that of another bundle, or "none"."""
-    from mdpt.models import read_guidance, read_policy
+def read_guide(names: Sequence[str]) -> Guide | None:
+    """What guides by the names of files, or "none"; None: what is inside each policy."""
+    from mdpt.models import read_guidances
+
+    if "none" in names:
+        if len(names) > 1:
+            raise MdptError(f"--infer-guidance {', '.join(names)}: none is no guidance beside others; leave it out")
+        return NONE
+    bundles = [bundle for name in names for bundle in read_guidances(Path(name))]
+    return Guide(", ".join(names), bundles, tuple(names)) if bundles else None
+
+
+def read_cell(path: Path, guide: Guide | None, settings: Sequence[str]) -> Cell:
+    """The cell of a policy bundle and what guides it; None: what is inside it."""
+    from mdpt.models import read_policy
 
     bundle = read_policy(path)
-    if infer_guidance is None:
-        return make_cell(str(path), bundle, OWN, bundle["guidance"], settings)
-    teacher = None if infer_guidance == "none" else read_guidance(Path(infer_guidance))
-    return make_cell(str(path), bundle, infer_guidance, teacher, settings)
+    return make_cell(str(path), bundle, guide or Guide(OWN, bundle["guidances"]), settings)
 
 
 def snapshots(path: Path) -> list[Path]:
@@ -328,8 +349,8 @@ def tell(cells: Sequence[Cell]) -> None:
     """Warn of unfinished bundles and of guidance that saw other data, each once."""
     unfinished = {}
     for cell in cells:
-        for name, bundle in ((cell.policy, cell.bundle), (cell.guidance, cell.teacher)):
-            if bundle is not None and name != OWN and not bundle["complete"]:
+        for name, bundle in ((cell.policy, cell.bundle), *((cell.guide.name, bundle) for bundle in cell.guide.bundles)):
+            if name != OWN and not bundle["complete"]:
                 unfinished[name] = f"{name}: this {bundle['kind']} is unfinished, at step {bundle['step']}"
     for text in dict.fromkeys([*unfinished.values(), *(text for cell in cells for text in cell.warnings)]):
         warn(text)
@@ -370,7 +391,7 @@ def cut_into_tasks(cell: Cell, products: str) -> Iterator[Play]:
         judges = sorted({j for j, _ in rollouts if j is not None})
         yield Play(
             policy=select_members(cell.bundle, [i]),
-            guidance=None if cell.teacher is None else select_members(cell.teacher, judges),
+            guidances=tuple(select_members(each, judges or range(len(each["seeds"]))) for each in cell.guide.bundles),
             judges=tuple(judges.index(j) for j, _ in rollouts if j is not None),
             episodes=tuple(episode for _, episode in rollouts),
             how=cell.how,
@@ -392,10 +413,11 @@ def judge_cells(cells: Sequence[Cell], data_file: Path | None) -> dict[str, Any]
         data = repr((bundle["experiment"]["data"], bundle["environment"], bundle["dataset"]["hash"]))
         if data not in known:  # the steps of a curve share theirs
             known[data] = find_held_out(cell, data_file)
-        judges = {OWN: bundle["guidance"], cell.guidance: cell.teacher}
-        there = {name: judge for name, judge in judges.items() if judge is not None}
-        found = models.judge_offline(bundle, cell.teacher, cell.how, known[data], cell.section.seed, there)
-        names = {"policy": cell.policy, "guidance": cell.guidance, "step": bundle["step"]}
+        own = bundle["guidances"], bundle["experiment"]["policy"]["ensemble"]
+        judges = {OWN: own, cell.guide.name: (cell.guide.bundles, cell.how.ensemble)}
+        there = {name: judge for name, judge in judges.items() if judge[0] and judge[1] != "rank"}  # ranks: no values
+        found = models.judge_offline(bundle, cell.guide.bundles, cell.how, known[data], cell.section.seed, there)
+        names = {"policy": cell.policy, "guidance": cell.guide.name, "step": bundle["step"]}
         results.append(names | {"seeds": bundle["seeds"], **asdict(cell.how), **found})
     return {"cells": results, "offline": True}
 
@@ -425,19 +447,19 @@ def make_result(cell: Cell, parts: Sequence[tuple[Array, Array]], products: str)
     bundle, reference, data = cell.bundle, cell.bundle["reference"], cell.bundle["dataset"]
     returns, lengths = (np.concatenate(arrays).reshape(len(cell.pairs), -1) for arrays in zip(*parts, strict=True))
     scores = normalized_score(returns.mean(1), reference)
-    seeds = None if cell.teacher is None else cell.teacher["seeds"]
+    seeds = [seed for each in cell.guide.bundles for seed in each["seeds"]]
     return {
         "policy": cell.policy,
-        "guidance": cell.guidance,
+        "guidance": cell.guide.name,
         "step": bundle["step"],
         "algorithm": bundle["experiment"]["policy"]["algorithm"],
-        "guidance_algorithm": guidance_algorithm(cell.teacher),
+        "guidance_algorithm": guidance_algorithm(cell.guide),
         "warnings": cell.warnings,
         "protocol": {
             "policy": cell.policy,
             "step": bundle["step"],
             "steps": bundle["experiment"]["policy"]["steps"],
-            "guidance": None if cell.teacher is None else guidance_name(cell),
+            "guidance": guidance_name(cell) if cell.guide.bundles else None,
             "guide": cell.section.guide,
             **asdict(cell.how),
             "no_effect": cell.idle,
@@ -452,7 +474,7 @@ def make_result(cell: Cell, parts: Sequence[tuple[Array, Array]], products: str)
             {
                 "policy_member": i,
                 "policy_seed": bundle["seeds"][i],
-                "guidance_seed": None if seeds is None or j is None else seeds[j],
+                "guidance_seed": None if j is None else seeds[j],
                 "return": float(returns[row].mean()),
                 "score": float(scores[row]),
                 "length": float(lengths[row].mean()),
@@ -471,13 +493,15 @@ def make_result(cell: Cell, parts: Sequence[tuple[Array, Array]], products: str)
 KINDS = ("mean", "best")
 
 
-def guidance_algorithm(teacher: Bundle | None) -> str | None:
-    return None if teacher is None else teacher["experiment"]["guidance"]["algorithm"]
+def guidance_algorithm(guide: Guide) -> str | None:
+    return " + ".join(sorted({bundle["experiment"]["guidance"]["algorithm"] for bundle in guide.bundles})) or None
 
 
 def guidance_name(cell: Cell) -> str:
     """The guidance of a cell in the words of a protocol."""
-    return cell.guidance if cell.guidance != OWN else f"{OWN} {guidance_algorithm(cell.teacher)} guidance"
+    guide, rule = cell.guide, cell.how.ensemble
+    name = guide.name if guide.name != OWN else f"{OWN} {guidance_algorithm(guide)} guidance"
+    return name if rule == "none" else f"the {rule} of all {guide.members} members of {', '.join(guide.files) or name}"
 
 
 def begin_report(cells: Sequence[Cell], products: str, file: Path | None, overwrite: bool) -> dict[str, Any]:
@@ -490,7 +514,7 @@ def begin_report(cells: Sequence[Cell], products: str, file: Path | None, overwr
     report: dict[str, Any] = {
         "settings": {
             "bundles": {name: digest(Path(name)) for name in sorted(bundle_files(cells))},
-            "cells": [[cell.policy, cell.guidance, len(cell.pairs)] for cell in cells],
+            "cells": [[cell.policy, cell.guide.name, len(cell.pairs)] for cell in cells],
             "evaluation": [cell.section.model_dump() for cell in cells],
             "products": products,
             "version": version(),
@@ -518,9 +542,11 @@ def begin_report(cells: Sequence[Cell], products: str, file: Path | None, overwr
 
 
 def bundle_files(cells: Sequence[Cell]) -> set[str]:
-    """The files, without @STEP, that cells come from."""
-    names = {cell.policy for cell in cells} | {cell.guidance for cell in cells} - {OWN, "none"}
-    return {name if Path(name).exists() else name.rpartition("@")[0] for name in names}
+    """The files, without @STEP and #SEED, that cells come from."""
+    names = {name for cell in cells for name in (cell.policy, *cell.guide.files)}
+    while gone := {name for name in names if not Path(name).exists()}:
+        names = names - gone | {name[: max(name.rfind("@"), name.rfind("#"))] for name in gone}
+    return names
 
 
 def digest(path: Path) -> str:
@@ -531,40 +557,58 @@ def digest(path: Path) -> str:
 def plan_swap(
     policies: Sequence[Path], guidances: Sequence[Path], pairs: str | None, settings: Sequence[str]
 ) -> list[Cell]:
-    """Every policy under its own guidance, under none, and under each one named; a name twice counts once.
+    """Every policy under its own guidance, under none, under each one named, and under ensembles of these.
 
-    guidances: none named means those inside the policies. pairs: "all" crosses the members under a named guidance,
-    "matched" pairs them by position; None crosses them as long as that is at most MANY_ROLLOUTS.
+    A name twice counts once. guidances: none named means those inside the policies. pairs: "all" crosses the members
+    under a named guidance, "matched" pairs them by position; None crosses them as long as that is at most MANY_ROLLOUTS.
 
     Raises: MdptError before anything runs, naming the files, if they cannot be put together or compared.
     """
-    from mdpt.models import read_guidance, read_policy, same_weights
+    from mdpt.models import read_guidances, read_policy, same_weights
 
     bundles = {str(path): read_policy(path) for path in policies}
-    named: dict[str, Bundle] = {str(path): read_guidance(path) for path in guidances}
+    named = {str(path): read_guidances(path) for path in guidances}
     for name, bundle in bundles.items() if not guidances else ():
-        inner = bundle["guidance"]
-        if inner is not None and not any(same_weights(inner, other) for other in named.values()):
-            named[name] = inner
+        known = [each for others in named.values() for each in others]
+        if new := [inner for inner in bundle["guidances"] if not any(same_weights(inner, other) for other in known)]:
+            named[name] = new
     if not named:
         raise MdptError(f"{', '.join(bundles)}: no guidance inside; name one with --guidance FILE")
 
     def plan(crossed: bool) -> list[Cell]:
         cells = []
         for name, bundle in bundles.items():
-            teachers = {OWN: bundle["guidance"], "none": None, **named}
-            for guidance, teacher in teachers.items():
-                if guidance != OWN or teacher is not None:
-                    cells.append(make_cell(name, bundle, guidance, teacher, settings, crossed and guidance in named))
+            alone = make_cell(name, bundle, NONE, settings)
+            if bundle["guidances"]:
+                own = Guide(OWN, bundle["guidances"], ensemble=bundle["experiment"]["policy"]["ensemble"])
+                cells.append(make_cell(name, bundle, own, settings))
+            guides = [
+                Guide(file, each, (file,), "none", crossed) for file, each in named.items() if len(each) == 1
+            ] + ensembles(named, alone.section.ensemble)
+            cells += [alone, *(make_cell(name, bundle, guide, settings) for guide in guides)]
         return cells
 
     cells = plan(pairs != "matched")
     check_comparable(cells)
     if pairs is None and sum(cell.rollouts for cell in cells) > MANY_ROLLOUTS:
-        sizes = [(len(cell.teacher["seeds"]), len(cell.bundle["seeds"])) for cell in cells if cell.teacher is not None]
+        sizes = [(cell.guide.members, len(cell.bundle["seeds"])) for cell in cells if cell.guide.crossed]
         if all(ours in (1, theirs) for ours, theirs in sizes):
             return plan(False)
     return cells
+
+
+def ensembles(named: Mapping[str, Sequence[Bundle]], rule: str | None) -> list[Guide]:
+    """All members of each guidance as one, and of all of them; by default by their mean, or where scales differ by rank."""
+    from mdpt.models import values_scale
+
+    groups = [(file,) for file in named] + [tuple(named)] * (len(named) > 1)
+    found = []
+    for files in groups if rule != "none" else ():
+        guide = Guide("", [bundle for file in files for bundle in named[file]], files)
+        way = rule or ("mean" if len(set(map(values_scale, guide.bundles))) == 1 else "rank")
+        name = files[0] if len(files) == 1 else "all"
+        found += [replace(guide, name=f"{name} ({way} of {guide.members})", ensemble=way)] * (guide.members > 1)
+    return found
 
 
 def check_comparable(cells: Sequence[Cell]) -> None:
@@ -572,7 +616,7 @@ def check_comparable(cells: Sequence[Cell]) -> None:
     first, *others = [
         (
             cell.policy,
-            cell.section.model_dump(exclude={"w"})
+            cell.section.model_dump(exclude={"w", "ensemble"})
             | {"reference": [*(cell.bundle["reference"] or ())], "environment": cell.bundle["environment"]["id"]},
         )
         for cell in cells
@@ -625,6 +669,23 @@ def overall(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def is_crossed(cell: dict[str, Any]) -> bool:
     return len(cell["pairs"]) > len({pair["policy_member"] for pair in cell["pairs"]})
+
+
+def split_spread(cell: dict[str, Any]) -> dict[str, Any]:
+    """Of crossed members: what of the spread comes from guidance and policy, and which guidance member served best."""
+    columns = guidance_seeds(cell)
+    scores = np.array([pair["score"] for pair in cell["pairs"]]).reshape(-1, len(columns))
+    best = int(scores.mean(0).argmax())
+    return {
+        **{key: cell[key] for key in ("policy", "guidance", "step")},
+        "std": variance_components(scores) if len(scores) > 1 else None,
+        "best_guidance": {"seed": columns[best], "mean": float(scores[:, best].mean())},
+    }
+
+
+def guidance_seeds(cell: dict[str, Any]) -> list[int]:
+    """Of the guidance members of a crossed cell, in order."""
+    return list(dict.fromkeys(pair["guidance_seed"] for pair in cell["pairs"]))
 
 
 def seed_groups(pairs: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -893,15 +954,24 @@ def change_cells(change: dict[str, Any]) -> list[str]:
     return [cells["median"], second, cells["iqr"], percent, cells["std"], p, cells["improvement"]]
 
 
-def member_table(cell: dict[str, Any]) -> Table:
-    """Scores of each policy member under each guidance member."""
-    columns = list(dict.fromkeys(pair["guidance_seed"] for pair in cell["pairs"]))
+def member_table(cell: dict[str, Any], parts: dict[str, Any]) -> Table:
+    """Scores of each policy member under each guidance member, and what of their spread comes from which."""
+    columns = guidance_seeds(cell)
     table = make_table(
         f"{cell['policy']} under {cell['guidance']}", "policy", *(f"guidance {seed}" for seed in columns)
     )
     for member in dict.fromkeys((pair["policy_member"], pair["policy_seed"]) for pair in cell["pairs"]):
         found = {pair["guidance_seed"]: pair["score"] for pair in cell["pairs"] if pair["policy_member"] == member[0]}
         table.add_row(str(member[1]), *(number(found.get(seed)) for seed in columns))
+    best = parts["best_guidance"]
+    lines = [f"guidance {best['seed']} served best over all policies: mean {best['mean']:.1f} (online selection)"]
+    if parts["std"] is not None:
+        shares = [
+            f"{share['std']:.1f} from the {name}" + (f" ({between(share['interval'])})" if share["interval"] else "")
+            for name, share in parts["std"].items()
+        ]
+        lines.insert(0, f"spread of scores, as std (95 %): {', '.join(shares)}")
+    table.caption = "; ".join(lines)
     return table
 
 
@@ -949,7 +1019,10 @@ def swap_line(report: dict[str, Any]) -> str:
     weights = {cell["protocol"]["w"] for cell in report["cells"]} - {0}
     how = cells[0]["protocol"] | {"guidance": "each guidance", "step": None, "w": 0, "no_effect": sorted(idle)}
     members = {len({pair["policy_member"] for pair in cell["pairs"]}) for cell in cells}
-    line = protocol_line(how, *members) + "; under none 1 candidate"
+    line = protocol_line(how, *members)
+    if any(cell["protocol"]["ensemble"] != "none" for cell in cells):
+        line += "; an ensemble is one for all members and not resampled: its intervals hold for it alone"
+    line += "; under none 1 candidate"
     return line + (f"; w of policies with labels {' or '.join(f'{w:g}' for w in sorted(weights))}" if weights else "")
 
 
@@ -1142,47 +1215,46 @@ def film(cell: Cell, seed: int | None, path: Path, workers: Workers) -> None:
 NAMED_APART = ("algorithm", "scheme", "steps", "snapshots")  # settings with a line of their own
 
 
-def describe(bundle: Bundle, path: Path) -> Iterator[Table]:
-    """What a bundle is: experiment, lineage, data, cost, training history."""
-    while bundle is not None:
-        section = bundle["experiment"][bundle["kind"]]
-        history = bundle["history"]  # none: the guidance of a joint run, which took the policy's steps
-        pace = section if history else bundle["experiment"]["policy"]
-        settings = section | {"batch_size": pace["batch_size"]}
-        data, account = bundle["dataset"], bundle["accounting"]
-        table = make_table(f"{path}: {bundle['kind']}", "what", "value")
-        facts = {
-            "algorithm": section["algorithm"] + (f", {section['scheme']}" if "scheme" in section else ""),
-            "experiment": bundle["experiment"]["name"],
-            "seeds": ", ".join(map(str, bundle["seeds"])),
-            "settings": textwrap.fill(
-                ", ".join(f"{key}={settings[key]}" for key in settings if key not in NAMED_APART), 80
-            ),
-            "steps": f"{bundle['step']} of {pace['steps']}" + ("" if bundle["complete"] else " (unfinished)"),
-            "snapshots": "".join(f"@{step}, " for step in bundle["snapshots"]) + "@last",
-            "environment": f"{bundle['environment']['id'] or 'none'}, O {bundle['environment']['observation_dim']}, "
-            f"A {bundle['environment']['action_dim']}",
-            "data": f"{data['source']} {data['name']}, {data['transitions']} transitions, {data['episodes']} episodes",
-            "data hash": data["hash"][:16],
-            "reward scale": f"{bundle['reward_scale']['rule']}, x {bundle['reward_scale']['multiplier']:.4g}",
-            "training cost": account_line(account),
-            "versions": ", ".join(f"{name} {text}" for name, text in bundle["versions"].items()),
-            "trained under": describe_guidance(bundle["guidance"]) if bundle["kind"] == "policy" else "data alone",
-        }
-        if bundle["kind"] == "policy":
-            facts["best snapshot"] = "for evaluate --curve to tell (online selection)"
-        for name, text in facts.items():
-            table.add_row(name, text)
-        table.columns[1].justify, table.columns[1].no_wrap = "left", False
-        yield table
-        if not history:
-            return
+def describe(bundle: Bundle, path: Path, joint: bool = False) -> Iterator[Table]:
+    """What a bundle is: experiment, lineage, data, cost, training history. joint: it grew along with a policy."""
+    section = bundle["experiment"][bundle["kind"]]
+    history = bundle["history"]  # none: the guidance of a joint run, which took the policy's steps
+    pace = bundle["experiment"]["policy" if joint else bundle["kind"]]
+    settings = section | {"batch_size": pace["batch_size"]}
+    data, account = bundle["dataset"], bundle["accounting"]
+    table = make_table(f"{path}: {bundle['kind']}", "what", "value")
+    facts = {
+        "algorithm": section["algorithm"] + (f", {section['scheme']}" if "scheme" in section else ""),
+        "experiment": bundle["experiment"]["name"],
+        "seeds": ", ".join(map(str, bundle["seeds"])),
+        "settings": textwrap.fill(
+            ", ".join(f"{key}={settings[key]}" for key in settings if key not in NAMED_APART), 80
+        ),
+        "steps": f"{bundle['step']} of {pace['steps']}" + ("" if bundle["complete"] else " (unfinished)"),
+        "snapshots": "".join(f"@{step}, " for step in bundle["snapshots"]) + "@last",
+        "environment": f"{bundle['environment']['id'] or 'none'}, O {bundle['environment']['observation_dim']}, "
+        f"A {bundle['environment']['action_dim']}",
+        "data": f"{data['source']} {data['name']}, {data['transitions']} transitions, {data['episodes']} episodes",
+        "data hash": data["hash"][:16],
+        "reward scale": f"{bundle['reward_scale']['rule']}, x {bundle['reward_scale']['multiplier']:.4g}",
+        "training cost": account_line(account),
+        "versions": ", ".join(f"{name} {text}" for name, text in bundle["versions"].items()),
+        "trained under": describe_guidances(bundle["guidances"]) if bundle["kind"] == "policy" else "data alone",
+    }
+    if bundle["kind"] == "policy":
+        facts["best snapshot"] = "for evaluate --curve to tell (online selection)"
+    for name, text in facts.items():
+        table.add_row(name, text)
+    table.columns[1].justify, table.columns[1].no_wrap = "left", False
+    yield table
+    if history:
         names = metric_names(history)
         log = make_table("training history, mean over members", "step", *names)
         for entry in [*history[: -1 : max(1, len(history) // 10)], history[-1]]:
             log.add_row(str(entry["step"]), *(f"{sum(v) / len(v):.4g}" if (v := entry.get(n)) else "-" for n in names))
         yield log
-        bundle = bundle["guidance"]
+    for inner in bundle["guidances"]:
+        yield from describe(inner, path, bundle["experiment"]["policy"]["scheme"] == "joint")
 
 
 def show_bundle(path: Path, plot_file: Path | None) -> None:
@@ -1212,11 +1284,14 @@ def account_line(account: dict[str, Any]) -> str:
     )
 
 
-def describe_guidance(bundle: Bundle | None) -> str:
-    if bundle is None:
-        return "no guidance"
-    seeds = ", ".join(map(str, bundle["seeds"]))
-    return f"{bundle['experiment']['guidance']['algorithm']} guidance, step {bundle['step']}, seeds {seeds}"
+def describe_guidances(bundles: Sequence[Bundle]) -> str:
+    """The lineage of a policy, a guidance a line."""
+    lines = [
+        f"{bundle['experiment']['guidance']['algorithm']} guidance, step {bundle['step']}, seeds "
+        f"{', '.join(map(str, bundle['seeds']))}"
+        for bundle in bundles
+    ]
+    return "\n".join(lines) or "no guidance"
 
 
 def write_json(path: Path | None, report: dict[str, Any]) -> None:
@@ -1401,8 +1476,11 @@ def guidance(
 @app.command()
 def policy(
     experiment: ExperimentFile,
-    guidance_file: Annotated[
-        Path | None, typer.Option("--guidance", metavar="FILE", help="frozen guidance, or a policy that holds one")
+    guidance_files: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--guidance", metavar="FILE", help="frozen guidance, or a policy that holds one; repeatable for an ensemble"
+        ),
     ] = None,
     overrides: Overrides = None,
     seeds: Seeds = None,
@@ -1415,22 +1493,25 @@ def policy(
     timeout: Timeout = LONG,
 ) -> None:
     """Train a diffusion policy under a frozen guidance."""
-    from mdpt.models import check_fit, learns_under_guidance, read_guidance, schedule_problem, train_policy
+    from mdpt.models import check_teachers, learns_under_guidance, read_guidances, schedule_problem, train_policy
 
     run = load_run(experiment, overrides, seeds, device)
     scheme = run.policy.scheme
-    if scheme == "guidance-first" and guidance_file is None:
+    if scheme == "guidance-first" and not guidance_files:
         raise MdptError(
             "scheme guidance-first needs --guidance FILE, written by `mdpt guidance`; "
             "without one, --set policy.scheme=joint or =unguided"
         )
-    if scheme != "guidance-first" and guidance_file is not None:
+    if scheme != "guidance-first" and guidance_files:
         raise MdptError(f"scheme {scheme} takes no --guidance; leave it out, or --set policy.scheme=guidance-first")
     suffix = "" if scheme == "guidance-first" else f"-{scheme}"
     path = out or Path(f"{run.name}-{run.policy.algorithm}{suffix}.policy.pt")
-    teacher = read_guidance(guidance_file) if guidance_file else None
-    if teacher is not None and not teacher["complete"]:
-        warn(f"{guidance_file}: this guidance is unfinished, at step {teacher['step']}")
+    teachers = []
+    for file in guidance_files or ():
+        teachers += (found := read_guidances(file))
+        for teacher in found:
+            if not teacher["complete"]:
+                warn(f"{file}: this guidance is unfinished, at step {teacher['step']}")
     if scheme != "unguided" and not learns_under_guidance(run.policy):
         section = run.policy
         warn(
@@ -1442,12 +1523,11 @@ def policy(
         warn(f"noise_schedule {run.policy.noise_schedule} with {run.policy.diffusion_steps} diffusion_steps: {problem}")
     begun = unfinished(path, board, overwrite, extend)
     dataset = load_data(run.data, Workers(workers, timeout))
-    if teacher is not None:
-        ours = {"kind": "policy", "environment": asdict(dataset.environment), "dataset": dataset.identity}
-        for warning in check_fit(ours, teacher):
-            warn(warning)
+    ours = {"kind": "policy", "environment": asdict(dataset.environment), "dataset": dataset.identity}
+    for warning in check_teachers(ours, teachers, run.policy.ensemble):
+        warn(warning)
     with training_run(f"policy {run.policy.algorithm}", run, run.policy.steps, path, begun, extend, board) as training:
-        train_policy(run, dataset, teacher, training)
+        train_policy(run, dataset, teachers, training)
     say(f"wrote {path}\nnext: {shlex.join(['mdpt', 'evaluate', str(path)])}")
 
 
@@ -1455,9 +1535,10 @@ def policy(
 def evaluate(
     policies: Annotated[list[Path], typer.Argument(help="policy bundles; with --describe also a guidance bundle")],
     infer_guidance: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            metavar="FILE", help="bundle whose guidance acts, or none; by default the one inside the policy's"
+            metavar="FILE",
+            help="bundle whose guidance acts, or none; by default what is inside the policy's; repeatable for an ensemble",
         ),
     ] = None,
     settings: Settings = None,
@@ -1499,7 +1580,8 @@ def evaluate(
         return
     check_report(json_file, overwrite)
     paths = [name for path in dict.fromkeys(policies) for name in (snapshots(path) if curve else [path])]
-    cells = [read_cell(path, infer_guidance, given) for path in paths]
+    guide = read_guide(infer_guidance or [])
+    cells = [read_cell(path, guide, given) for path in paths]
     check_comparable(cells)
     tell(cells)
     missing = [cell for cell in cells if cell.bundle["environment"]["id"] is None]
@@ -1583,8 +1665,10 @@ def swap(
     tell(cells)
     report = play_cells(cells, json_file, overwrite, Workers(workers, timeout, cluster))
     report["verdicts"] = judge_algorithms(report["cells"])
-    for cell in filter(is_crossed, report["cells"]):
-        show_table(member_table(cell))
+    crossed = [cell for cell in report["cells"] if is_crossed(cell)]
+    report["components"] = [split_spread(cell) for cell in crossed]
+    for cell, parts in zip(crossed, report["components"], strict=True):
+        show_table(member_table(cell, parts))
     for table in swap_tables(report):
         show_table(table)
     for line in report["verdicts"]:

@@ -17,9 +17,9 @@ import platform
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise, zip_longest
+from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, Self
 
@@ -700,13 +700,13 @@ class Guidance(nn.Module):
         """Minimum of the twin target critics: raw (S, B, O), scaled (S, B, A) -> (S, B), scaled-reward units."""
         return self.twins(self.target_q, observations, actions).amin(1)
 
-    def one_q(self, observations: Tensor, actions: Tensor, twin: Tensor) -> Tensor:
-        """What teaches a policy: critic `twin` (S,) in {0, 1} of each member, (S, B).
+    def one_q(self, observations: Tensor, actions: Tensor, twin: Tensor, members: Tensor | None = None) -> Tensor:
+        """What teaches a policy: critic `twin` (S,) in {0, 1} of each member, or of `members` (S,): (S, B).
 
         The target, or where the guidance learns along the online one, which no gradient of a policy's loss reaches.
         """
         inputs = torch.cat([self.normalizer(observations), actions], dim=-1)
-        rows = 2 * torch.arange(self.members, device=twin.device) + twin
+        rows = 2 * (torch.arange(self.members, device=twin.device) if members is None else members) + twin
         (network,) = self.learning or [self.target_q]
         return network(inputs, rows)  # type: ignore[no-any-return]
 
@@ -735,6 +735,74 @@ class Guidance(nn.Module):
         if self.actor is not None:
             self.actor.follow(step)
 
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Guidances that judge as one, asked as one is: all their members judge each row, and a rule makes one of K figures.
+
+    rule: of `ENSEMBLES`. candidates: how many rows side by side are of one state, for "rank".
+    """
+
+    guidances: Sequence[Guidance]
+    rule: str
+    candidates: int = 1
+
+    @property
+    def members(self) -> int:
+        """K, over all guidances."""
+        return sum(guidance.members for guidance in self.guidances)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return chain.from_iterable(guidance.parameters() for guidance in self.guidances)
+
+    def q(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """As `Guidance.q`: (S, B, O), (S, B, A) -> (S, B), of any number of policy members."""
+        return self._judge(Guidance.q, observations, actions)
+
+    def v(self, observations: Tensor) -> Tensor:
+        """As `Guidance.v`."""
+        return self._judge(Guidance.v, observations)
+
+    def advantage(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """The figure of all advantages, each against its own V."""
+        return self._judge(Guidance.advantage, observations, actions)
+
+    def one_q(self, observations: Tensor, actions: Tensor, twin: Tensor) -> Tensor:
+        """As `Guidance.one_q`: all members judge by the twin that a policy member drew, (S,)."""
+        found = []
+        for guidance in self.guidances:
+            members = torch.arange(guidance.members, device=twin.device).repeat_interleave(len(twin))  # (K S,)
+            states, chosen = (tensor.repeat(guidance.members, 1, 1) for tensor in (observations, actions))
+            values = guidance.one_q(states, chosen, twin.repeat(guidance.members), members)
+            found.append(values.view(guidance.members, len(twin), -1))
+        return ENSEMBLES[self.rule](torch.cat(found), self.candidates)
+
+    def _judge(self, ask: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        found = []
+        for guidance in self.guidances:
+            shared = (tensor.flatten(0, 1).expand(guidance.members, -1, -1) for tensor in inputs)  # (K, S B, .)
+            found.append(ask(guidance, *shared).view(-1, *inputs[0].shape[:2]))
+        return ENSEMBLES[self.rule](torch.cat(found), self.candidates)
+
+
+def median(values: Tensor) -> Tensor:
+    """Over the first axis; of an even number the mean of the two in the middle."""
+    ordered, count = values.sort(0).values, len(values)
+    return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
+
+
+def mean_rank(values: Tensor, candidates: int) -> Tensor:
+    """(K, S, B) -> (S, B): the place of each row among its N of one state, 0 the lowest and 1 the highest, mean over K."""
+    ranks = values.view(*values.shape[:2], -1, candidates).argsort(-1).argsort(-1)  # (K, S, B / N, N)
+    return ranks.float().flatten(-2).mean(0) / max(1, candidates - 1)
+
+
+ENSEMBLES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "mean": lambda values, candidates: values.mean(0),
+    "median": lambda values, candidates: median(values),
+    "min": lambda values, candidates: values.amin(0),
+    "rank": mean_rank,
+}
 
 Sampler = Callable[[Tensor, Randomness], Tensor]  # raw observations (S, B, O) -> actions (S, B, A)
 
@@ -793,6 +861,9 @@ GUIDANCES = {
 # --- policies ---------------------------------------------------------------------------------------------------
 
 
+Judge = Guidance | Ensemble
+
+
 class Policy(nn.Module):
     """A diffusion model over actions, given the observation; the moving average of its weights acts."""
 
@@ -821,7 +892,7 @@ class Policy(nn.Module):
         """The networks that learn, and their learning rates at the start."""
         return [(self.denoiser, self.section.learning_rate)]
 
-    def loss(self, batch: Batch, guidance: Guidance | None, random: Randomness) -> Loss:
+    def loss(self, batch: Batch, guidance: Judge | None, random: Randomness) -> Loss:
         """The algorithm's loss under a guidance, or without its guidance term where there is none."""
         return self.algorithm.loss(self, batch, guidance, random)
 
@@ -927,7 +998,7 @@ class Prediction:
     times: Tensor
 
 
-def cloning_loss(policy: Policy, batch: Batch, guidance: Guidance | None, random: Randomness) -> Loss:
+def cloning_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Randomness) -> Loss:
     """The noise error alone (DDPM, arXiv 2006.11239), its transitions weighted by the advantage if so set."""
     step = policy.predict(batch, random)
     section = policy.section
@@ -941,7 +1012,7 @@ def cloning_loss(policy: Policy, batch: Batch, guidance: Guidance | None, random
     return noise_loss(step.predicted, step.noise, weights)
 
 
-def chain_loss(policy: Policy, batch: Batch, guidance: Guidance | None, random: Randomness) -> Loss:
+def chain_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Randomness) -> Loss:
     """Noise error minus eta times the scaled Q of actions from the whole chain (Diffusion-QL, arXiv 2208.06193, eq. 3)."""
     step = policy.predict(batch, random)
     cloning = noise_loss(step.predicted, step.noise)
@@ -956,7 +1027,7 @@ def chain_loss(policy: Policy, batch: Batch, guidance: Guidance | None, random: 
     return add(cloning, improvement_loss(q), policy.section.eta)
 
 
-def one_step_loss(policy: Policy, batch: Batch, guidance: Guidance | None, random: Randomness) -> Loss:
+def one_step_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Randomness) -> Loss:
     """Noise error minus eta times the scaled Q of the one-step estimate of the clean action (EDP, arXiv 2305.20081, eq. 9)."""
     step = policy.predict(batch, random)
     cloning = noise_loss(step.predicted, step.noise)
@@ -967,7 +1038,7 @@ def one_step_loss(policy: Policy, batch: Batch, guidance: Guidance | None, rando
     return add(cloning, improvement_loss(q), policy.section.eta)
 
 
-def noise_regression_loss(policy: Policy, batch: Batch, guidance: Guidance | None, random: Randomness) -> Loss:
+def noise_regression_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Randomness) -> Loss:
     """Squared error to noise - eta sqrt(1 - alpha_bar) dQ/da at the noisy action (DAC, arXiv 2405.20555)."""
     step = policy.predict(batch, random)
     if guidance is None or policy.section.eta == 0:
@@ -980,7 +1051,7 @@ def noise_regression_loss(policy: Policy, batch: Batch, guidance: Guidance | Non
     return loss, metrics | {"policy_q": q.detach().mean(-1)}
 
 
-def label_loss(policy: Policy, batch: Batch, guidance: Guidance | None, random: Randomness) -> Loss:
+def label_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Randomness) -> Loss:
     """Noise error given "this action is an improvement", label dropped at random (arXiv 2505.23458; 2207.12598)."""
     if guidance is None:
         return cloning_loss(policy, batch, None, random)
@@ -996,7 +1067,7 @@ def label_loss(policy: Policy, batch: Batch, guidance: Guidance | None, random: 
 class PolicyAlgorithm:
     """A line of the registry: how a policy learns, when a guidance enters its loss, its network, whether it has labels."""
 
-    loss: Callable[[Policy, Batch, Guidance | None, Randomness], Loss]
+    loss: Callable[[Policy, Batch, Judge | None, Randomness], Loss]
     guided: Callable[[PolicySection], bool] = lambda section: section.eta > 0
     network: str = "mlp"
     labels: bool = False
@@ -1054,7 +1125,10 @@ def learns_labels(section: PolicySection) -> bool:
 
 @dataclass(frozen=True)
 class Inference:
-    """How an action is chosen: N candidates, ranked by a guidance, sampled at a temperature, perhaps steered."""
+    """How an action is chosen: N candidates, ranked by a guidance, sampled at a temperature, perhaps steered.
+
+    ensemble: the rule that makes one of all members of all guidances, or "none": one member judges.
+    """
 
     candidates: int = 1
     selection: str = "max"
@@ -1064,12 +1138,13 @@ class Inference:
     guidance_weight: float = 0.0
     jacobian: bool = False
     temperature_on: str = "all"
+    ensemble: str = "none"
 
 
 def pick_inference(run: Experiment, guided: bool) -> tuple[Inference, dict[str, bool]]:
     """What [evaluation] asks of `act`, and which of its settings act. Without a guidance nothing can be ranked.
 
-    Raises: MdptError for a w that this policy cannot take.
+    Raises: MdptError for a w that this policy cannot take, or a gradient of ranks.
     """
     section, labels = run.evaluation, learns_labels(run.policy)  # a policy that saw none has nothing to weigh
     if labels and section.w != 1 and run.policy.label_dropout == 0:
@@ -1078,6 +1153,11 @@ def pick_inference(run: Experiment, guided: bool) -> tuple[Inference, dict[str, 
             "only 1 is possible"
         )
     ranked, steered = guided and section.guide != "gradient", guided and section.guide != "rank"
+    ensemble = (section.ensemble or run.policy.ensemble) if guided else "none"
+    if steered and ensemble == "rank":
+        raise MdptError(
+            f"evaluation.ensemble = 'rank' has no gradient for guide {section.guide!r}; use another, or rank"
+        )
     how = Inference(
         candidates=section.candidates if ranked else 1,
         selection=section.selection,
@@ -1087,6 +1167,7 @@ def pick_inference(run: Experiment, guided: bool) -> tuple[Inference, dict[str, 
         guidance_weight=section.guidance_weight if steered else 0.0,
         jacobian=section.jacobian,
         temperature_on=section.temperature_on,
+        ensemble=ensemble,
     )
     return how, {
         "candidates": ranked or section.candidates == 1,
@@ -1095,6 +1176,7 @@ def pick_inference(run: Experiment, guided: bool) -> tuple[Inference, dict[str, 
         "guide": guided,
         "guidance_weight": steered,
         "jacobian": steered,
+        "ensemble": guided,
         "w": labels,
     }
 
@@ -1108,9 +1190,9 @@ class Ranker(Protocol):
 
 @dataclass(frozen=True)
 class RowsApart:
-    """Guidances of one member that share the rows out: the first judges the first `sizes[0]`, and so on."""
+    """Judges that share the rows out: the first judges the first `sizes[0]`, and so on."""
 
-    guidances: Sequence[Guidance]
+    guidances: Sequence[Judge]
     sizes: Sequence[int]
 
     def q(self, observations: Tensor, actions: Tensor) -> Tensor:
@@ -1159,23 +1241,24 @@ def act(
 class Agent:
     """One policy member in numbered episodes that run side by side, perhaps under a guidance member each.
 
-    judges: the position of each episode's guidance member, ascending; by default the first serves all. What an episode
-    draws depends on the policy member's seed, the episode's number, the step and `seed` alone.
+    judges: the position of each episode's guidance member, ascending; by default the first serves all, or an ensemble
+    of all members of all guidances. What an episode draws depends on the policy member's seed, the episode's number, the step and `seed` alone.
     """
 
     def __init__(
         self,
         policy: Bundle,
-        guidance: Bundle | None,
+        guidances: Sequence[Bundle],
         how: Inference,
         *,
         seed: int,
         episodes: Sequence[int],
         judges: Sequence[int] | None = None,
     ) -> None:
-        self.policy, self.how = build_policy(policy, "cpu"), how
-        members = range(0 if guidance is None else len(guidance["seeds"]))
-        self.guidances = [build_guidance(select_members(guidance or {}, [member]), "cpu") for member in members]
+        self.policy, self.how, apart = build_policy(policy, "cpu"), how, [guidances] if guidances else []
+        if how.ensemble == "none":
+            apart = [[select_members(each, [member])] for each in guidances for member in range(len(each["seeds"]))]
+        self.guidances = [build_judge(each, how.ensemble, 1, "cpu", how.candidates) for each in apart]
         self.judges = np.array(judges or [0] * len(episodes))
         (member,) = policy["seeds"]
         self.random = Randomness([f"{member} episode {episode}" for episode in episodes], f"evaluate {seed}")
@@ -1199,7 +1282,7 @@ class Play:
     """A task for a worker: rollouts of a policy of one member, each a number of episode and a judge, as for `Agent`."""
 
     policy: Bundle
-    guidance: Bundle | None
+    guidances: tuple[Bundle, ...]
     judges: tuple[int, ...]
     episodes: tuple[int, ...]
     how: Inference
@@ -1215,7 +1298,7 @@ def play(task: Play, watch: Watch, **film: Any) -> tuple[Array, Array]:
     torch.set_num_threads(1)
     try:
         choose_products(task.products)
-        agent = Agent(task.policy, task.guidance, task.how, seed=task.seed, episodes=task.episodes, judges=task.judges)
+        agent = Agent(task.policy, task.guidances, task.how, seed=task.seed, episodes=task.episodes, judges=task.judges)
         spec = EnvironmentSpec(**task.policy["environment"])
         return rollout(agent, spec, task.episodes, seed=task.seed, watch=watch, **film)
     finally:
@@ -1224,28 +1307,31 @@ def play(task: Play, watch: Watch, **film: Any) -> tuple[Array, Array]:
 
 @torch.no_grad()
 def judge_offline(
-    policy: Bundle, teacher: Bundle | None, how: Inference, held_out: HeldOut, seed: int, judges: Mapping[str, Bundle]
+    policy: Bundle,
+    teachers: Sequence[Bundle],
+    how: Inference,
+    held_out: HeldOut,
+    seed: int,
+    judges: Mapping[str, tuple[Sequence[Bundle], str]],
 ) -> dict[str, Any]:
     """What can be said of a policy without playing, on up to 2,000 held-out states; lists hold a figure per member.
 
     distance: root mean square difference between its action and the data's, in [-1, 1]; chance: between the data's
-    actions of two states. For each of `judges`: mean Q of its actions and of the data's, and how often its own is higher.
+    actions of two states. For each of `judges`, guidances and how they judge as one: mean Q of its actions and of the
+    data's, and how often its own is higher.
     """
     count = len(policy["seeds"])
     some = np.linspace(0, len(held_out.rewards) - 1, min(len(held_out.rewards), 2_000)).astype(np.int64)
     observations, actions = (torch.from_numpy(array[some]) for array in (held_out.observations, held_out.actions))
     states, data = observations.expand(count, -1, -1), actions.expand(count, -1, -1)
-
-    def of_members(bundle: Bundle) -> Guidance:
-        return build_guidance(select_members(bundle, pair_members(count, len(bundle["seeds"]))), "cpu")
-
     actor, random = build_policy(policy, "cpu"), Randomness(policy["seeds"], f"evaluate {seed} offline")
     noises = actor.noises(random, "act", len(some) * how.candidates)
     uniform = random.uniform("selection", len(some), how.candidates)
-    chosen = act(actor, None if teacher is None else of_members(teacher), states, noises, uniform, how).clamp(-1, 1)
+    ranker = build_judge(teachers, how.ensemble, count, "cpu", how.candidates) if teachers else None
+    chosen = act(actor, ranker, states, noises, uniform, how).clamp(-1, 1)
     values = {}
-    for name, bundle in judges.items():
-        guidance = of_members(bundle)
+    for name, (bundles, rule) in judges.items():
+        guidance = build_judge(bundles, rule, count, "cpu")
         own, given = guidance.q(states, chosen), guidance.q(states, data)
         values[name] = {"policy": own.mean(1).tolist(), "data": given.mean(1).tolist()}
         values[name]["higher"] = (own > given).float().mean(1).tolist()
@@ -1284,7 +1370,7 @@ class Learner:
         self,
         modules: Sequence[tuple[Guidance | Policy, TrainingSection]],
         loss: Callable[[Batch, Randomness, float], Loss],
-        frozen: Sequence[Guidance] = (),
+        frozen: Sequence[Judge] = (),
     ) -> None:
         self.modules, self.loss, self.frozen = [module for module, _ in modules], loss, frozen
         self.networks = [
@@ -1507,8 +1593,11 @@ def train_guidance(experiment: Experiment, dataset: Dataset, run: Run) -> Bundle
     return bundle
 
 
-def train_policy(experiment: Experiment, dataset: Dataset, teacher: Bundle | None, run: Run) -> Bundle:
-    """Train a policy under a frozen guidance, together with one ("joint"), or unguided."""
+def train_policy(experiment: Experiment, dataset: Dataset, teachers: Sequence[Bundle], run: Run) -> Bundle:
+    """Train a policy under frozen guidance, together with its own ("joint"), or unguided.
+
+    teachers: one, or several that teach as one by `[policy] ensemble`. Raises: MdptError where they cannot.
+    """
     experiment, run = check_algorithms(experiment), replace(run, device=pick_device(run.device))
     section = experiment.policy
     bundle = new_bundle("policy", experiment, dataset)
@@ -1516,28 +1605,28 @@ def train_policy(experiment: Experiment, dataset: Dataset, teacher: Bundle | Non
     cost = Cost(transitions.device, run.choose_products(), run.begun)
     policy = build_policy(bundle, run.device, new=True)
     parts: list[tuple[Bundle, Guidance | Policy]] = [(bundle, policy)]
-    guidance: Guidance | None = None
-    joint = section.scheme == "joint"
-    if joint:
-        bundle["guidance"] = new_bundle("guidance", experiment, dataset)
-        guidance = build_guidance(bundle["guidance"], run.device, new=True, companion=False)
-        parts.insert(0, (bundle["guidance"], guidance))
-    elif teacher is not None:
-        bundle["guidance"] = teacher | {"snapshots": {}, "training": None}  # what acts, not how it got there
-        members = pair_members(policy.members, len(teacher["seeds"]))
-        guidance = build_guidance(select_members(teacher, members), run.device)
+    frozen: list[Judge] = []
+    joint: Guidance | None = None
+    if section.scheme == "joint":
+        bundle["guidances"] = [new_bundle("guidance", experiment, dataset)]
+        joint = build_guidance(bundle["guidances"][0], run.device, new=True, companion=False)
+        parts.insert(0, (bundle["guidances"][0], joint))
+    elif teachers:
+        check_teachers(bundle, teachers, section.ensemble)
+        bundle["guidances"] = [teacher | {"snapshots": {}, "training": None} for teacher in teachers]  # what acts
+        frozen = [build_judge(teachers, section.ensemble, policy.members, run.device)]
+    guidance = joint or next(iter(frozen), None)
 
     def loss(batch: Batch, random: Randomness, done: float) -> Loss:
         guided = section.guidance_from <= done < section.guidance_until
         own = policy.loss(batch, guidance if guided else None, random)
-        if guidance is None or not joint:
+        if joint is None:
             return own
         labelled = learns_labels(section) and done >= section.guidance_from  # until then it knows no labels
         act_alone = functools.partial(policy.act_alone, w=float(labelled))
-        return add(own, guidance.loss(batch, random, act_alone))
+        return add(own, joint.loss(batch, random, act_alone))
 
     tables: dict[str, TrainingSection] = {"guidance": experiment.guidance, "policy": section}
-    frozen = [guidance] if guidance is not None and not joint else []
     learner = Learner([(module, tables[target["kind"]]) for target, module in parts], loss, frozen)
     go_on(bundle, run, parts, learner)
     train(learner, transitions, section, bundle, parts, cost, run)
@@ -1554,7 +1643,7 @@ def go_on(bundle: Bundle, run: Run, parts: Sequence[tuple[Bundle, Guidance | Pol
     check_same_run(bundle, begun, run.extend)
     bundle |= {key: begun[key] for key in ("step", "history", "accounting")}
     for target, module in parts:
-        stored = begun if target is bundle else begun["guidance"]
+        stored = begun if target is bundle else begun["guidances"][0]
         target["snapshots"] = stored["snapshots"]
         module.load_state_dict(stored["weights"])
     learner.restore(begun["training"]["optimizers"])
@@ -1604,15 +1693,18 @@ def check_same_run(ours: Bundle, theirs: Bundle, extend: bool) -> None:
     if extend and longer:
         del fields[steps]
     changed = {name: f"{name} was {was}, is {now}" for name, (now, was) in sorted(fields.items()) if now != was}
-    if not joint and ours["guidance"] is not None and not same_weights(ours["guidance"], theirs["guidance"]):
+    if not joint and not (
+        len(ours["guidances"]) == len(theirs["guidances"])
+        and all(map(same_weights, ours["guidances"], theirs["guidances"]))
+    ):
         changed["guidance"] = "the guidance has other weights"
     if changed:
         hint = "; --extend lets it have more steps" if [*changed] == [steps] and longer else ""
         raise MdptError(f"was begun as another run: {'; '.join(changed.values())}{hint}; --overwrite begins anew")
 
 
-def same_weights(first: Bundle | None, second: Bundle | None) -> bool:
-    ours, theirs = (bundle["weights"] if bundle else {} for bundle in (first, second))
+def same_weights(first: Bundle, second: Bundle) -> bool:
+    ours, theirs = first["weights"], second["weights"]
     return ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
 
 
@@ -1674,7 +1766,7 @@ def guidance_quality(guidance: Guidance, held_out: HeldOut, discount: float) -> 
 
 # --- bundles ----------------------------------------------------------------------------------------------------
 
-BUNDLE_FORMAT, BUNDLE_VERSION = "mdpt bundle", 5
+BUNDLE_FORMAT, BUNDLE_VERSION = "mdpt bundle", 6
 
 
 def new_bundle(kind: str, experiment: Experiment, dataset: Dataset) -> Bundle:
@@ -1703,7 +1795,7 @@ def new_bundle(kind: str, experiment: Experiment, dataset: Dataset) -> Bundle:
         "history": [],
         "snapshots": {},
         "accounting": {},
-        "guidance": None,
+        "guidances": [],  # of a policy: those it learns under
     }
 
 
@@ -1758,7 +1850,7 @@ def read_bundle(path: Path) -> Bundle:
             f"{path}: bundle version {bundle.get('version')}, this mdpt reads version {BUNDLE_VERSION}; "
             "train it anew or use the mdpt that wrote it"
         )
-    for each in filter(None, (bundle, bundle.get("guidance"))):
+    for each in (bundle, *bundle.get("guidances", [])):
         try:
             check_algorithms(check_experiment("it", each.get("experiment", {})))
         except MdptError as error:
@@ -1774,24 +1866,34 @@ def _at_step(bundle: Bundle, path: Path, step: str) -> Bundle:
     if not step.isdecimal() or int(step) not in bundle["snapshots"]:
         known = ", ".join(f"@{known}" for known in bundle["snapshots"])
         raise MdptError(f"{path}: no snapshot @{step}; there are {known or 'none yet'} and @last")
-    inner = bundle["guidance"]
-    if inner is not None and inner["snapshots"] and bundle["experiment"]["policy"]["scheme"] == "joint":
-        bundle["guidance"] = _at_step(inner, path, step)
+    if bundle["experiment"]["policy"]["scheme"] == "joint":  # whose guidance grew along
+        bundle["guidances"] = [_at_step(inner, path, step) for inner in bundle["guidances"]]
     bundle["weights"] |= bundle["snapshots"][int(step)]
     return bundle | {"step": int(step)}
 
 
-def read_guidance(path: Path) -> Bundle:
-    """The guidance bundle in `path`, or the one inside the policy bundle there.
+def read_guidances(path: Path) -> list[Bundle]:
+    """The guidance bundle in `path`, or those inside the policy bundle there; FILE#SEED gives the member of that seed.
 
     Raises: MdptError, also for a policy bundle without guidance.
     """
+    name, mark, seed = path.name.rpartition("#")
+    if mark and name and not path.exists():
+        bundles = read_guidances(path.with_name(name))
+        seeds = [str(known) for bundle in bundles for known in bundle["seeds"]]
+        if seeds.count(seed) != 1:
+            raise MdptError(f"{path}: there is not one member of this seed; the seeds are {', '.join(seeds)}")
+        return [
+            select_members(bundle, [bundle["seeds"].index(int(seed))])
+            for bundle in bundles
+            if int(seed) in bundle["seeds"]
+        ]
     bundle = read_bundle(path)
-    if bundle["kind"] == "policy":
-        if bundle["guidance"] is None:
-            raise MdptError(f"{path}: this policy was trained unguided and holds no guidance; give a guidance bundle")
-        bundle = bundle["guidance"]
-    return bundle
+    if bundle["kind"] != "policy":
+        return [bundle]
+    if not bundle["guidances"]:
+        raise MdptError(f"{path}: this policy was trained unguided and holds no guidance; give a guidance bundle")
+    return list(bundle["guidances"])
 
 
 def read_policy(path: Path) -> Bundle:
@@ -1821,6 +1923,31 @@ def check_fit(first: Bundle, second: Bundle) -> list[str]:
     return []
 
 
+def check_teachers(bundle: Bundle, teachers: Sequence[Bundle], rule: str) -> list[str]:
+    """Warnings about a policy and all that guides it by a rule of `ENSEMBLES`, or "none".
+
+    Raises: MdptError where they do not fit, or cannot judge as one.
+    """
+    if rule == "none" and len(teachers) > 1:
+        raise MdptError(
+            f"{len(teachers)} guidances act together only as an ensemble; set ensemble to mean, median or min"
+        )
+    if rule != "rank":
+        scales = [values_scale(teacher) for teacher in teachers]
+        for other in scales[1:]:
+            if other != scales[0]:
+                raise MdptError(
+                    f"values of {scales[0]} and of {other} have no {rule} together; evaluation.ensemble=rank knows no scale"
+                )
+    return list(dict.fromkeys(warning for teacher in teachers for warning in check_fit(bundle, teacher)))
+
+
+def values_scale(guidance: Bundle) -> str:
+    """What its values count: guidances with another scale have no mean."""
+    scale, discount = guidance["reward_scale"], guidance["experiment"]["guidance"]["discount"]
+    return f"rewards x {scale['multiplier']:.6g} + {scale['offset']:.6g}, discounted by {discount:g}"
+
+
 def pair_members(policies: int, guidances: int) -> list[int]:
     """The guidance member that goes with each policy member: by position; one guidance member serves all.
 
@@ -1842,7 +1969,7 @@ def select_members(bundle: Bundle, members: Sequence[int]) -> Bundle:
         return tensor.view(count, -1, *tensor.shape[1:])[list(members)].flatten(0, 1)
 
     weights = {name: rows(tensor) for name, tensor in acting_weights(bundle).items()}
-    bare: Bundle = {"history": [], "snapshots": {}, "training": None, "guidance": None}
+    bare: Bundle = {"history": [], "snapshots": {}, "training": None, "guidances": []}
     return bundle | bare | {"weights": weights, "seeds": [bundle["seeds"][member] for member in members]}
 
 
@@ -1855,6 +1982,14 @@ def build_guidance(bundle: Bundle, device: str, *, new: bool = False, companion:
     del guidance.online_q  # its targets speak for it
     guidance.load_state_dict(acting_weights(bundle))
     return guidance.requires_grad_(False)
+
+
+def build_judge(bundles: Sequence[Bundle], rule: str, members: int, device: str, candidates: int = 1) -> Judge:
+    """What judges the actions of policy members: a guidance member each, by position, or all members as one."""
+    if rule == "none":
+        (bundle,) = bundles
+        return build_guidance(select_members(bundle, pair_members(members, len(bundle["seeds"]))), device)
+    return Ensemble([build_guidance(bundle, device) for bundle in bundles], rule, candidates)
 
 
 def build_policy(bundle: Bundle, device: str, *, new: bool = False) -> Policy:
@@ -1884,30 +2019,36 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_agent(
-    path: Path | str, guidance: Path | str | None = None, *, member: int = 0, seed: int = 0, **evaluation: Any
+    path: Path | str,
+    guidance: Path | str | Sequence[Path | str] = (),
+    *,
+    member: int = 0,
+    seed: int = 0,
+    **evaluation: Any,
 ) -> Callable[[Array], Array]:
     """A policy for other programs: observations (O,) or (E, O) -> actions (A,) or (E, A), in the environment's unit.
 
-    guidance: another bundle to act under than the one inside. member: by position. evaluation: fields of [evaluation],
-    such as candidates, over those of the policy's experiment.
+    guidance: another bundle to act under than what is inside, or several. member: by position. evaluation: fields of
+    [evaluation], such as candidates or ensemble, over those of the policy's experiment.
 
     Raises: MdptError, as for `mdpt evaluate`.
     """
     bundle = read_policy(Path(path))
-    teacher = bundle["guidance"] if guidance is None else read_guidance(Path(guidance))
+    paths = [guidance] if isinstance(guidance, str | Path) else guidance
+    teachers = [each for name in paths for each in read_guidances(Path(name))] or bundle["guidances"]
     if not 0 <= member < (count := len(bundle["seeds"])):
         raise MdptError(f"{path}: has no member {member}; there are 0 to {count - 1}")
-    if teacher is not None:
-        check_fit(bundle, teacher)
-        teacher = select_members(teacher, [pair_members(count, len(teacher["seeds"]))[member]])
     table = bundle["experiment"] | {"evaluation": bundle["experiment"]["evaluation"] | evaluation}
-    how, _ = pick_inference(check_experiment(str(path), table), teacher is not None)
+    how, _ = pick_inference(check_experiment(str(path), table), bool(teachers))
+    check_teachers(bundle, teachers, how.ensemble)
+    if how.ensemble == "none":
+        teachers = [select_members(each, [pair_members(count, len(each["seeds"]))[member]]) for each in teachers]
     one, spec, agents = select_members(bundle, [member]), EnvironmentSpec(**bundle["environment"]), {}
 
     def choose(observations: Array) -> Array:
         rows = np.atleast_2d(np.asarray(observations, dtype=np.float32))
         if len(rows) not in agents:
-            agents[len(rows)] = Agent(one, teacher, how, seed=seed, episodes=range(len(rows)))
+            agents[len(rows)] = Agent(one, teachers, how, seed=seed, episodes=range(len(rows)))
         actions = unscale_actions(agents[len(rows)](rows, np.arange(len(rows))).clip(-1, 1), spec)
         return actions if np.ndim(observations) == 2 else actions[0]
 

@@ -138,6 +138,8 @@ def equal(first: Any, second: Any) -> bool:
         return torch.equal(first, second)
     if isinstance(first, dict):
         return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
+    if isinstance(first, list):
+        return len(first) == len(second) and all(map(equal, first, second))
     return bool(first == second)
 
 
@@ -186,6 +188,7 @@ def one_thread() -> Iterator[None]:
 
 
 UNDER_IDQL = "policy toy.toml --guidance toy-idql.guidance.pt"
+APART = "--set evaluation.ensemble=none"  # a swap without the columns of ensembles
 UNDER = {name: "toy-dql.guidance.pt" if name == "edp" else "toy-idql.guidance.pt" for name in models.POLICIES}
 POLICIES = {  # file: how `mdpt policy toy.toml` makes it
     f"toy-{name}.policy.pt": f"--set policy.algorithm={name} --guidance {guidance}" for name, guidance in UNDER.items()
@@ -396,7 +399,10 @@ def test_snapshots_have_names(folder: Path) -> None:
     assert "weights of step 10 of 20 (online" in run("evaluate toy-dql.policy.pt@10 --workers 1").stdout
     assert returns(last) == returns(evaluate("toy-dql.policy.pt@20"))
     joint, middle = read("toy-dql-joint.policy.pt"), read("toy-dql-joint.policy.pt@10")
-    for whole, part in ((joint, middle), (joint["guidance"], middle["guidance"])):  # its guidance of that step, too
+    for whole, part in (
+        (joint, middle),
+        (joint["guidances"][0], middle["guidances"][0]),
+    ):  # its guidance of that step, too
         kept = whole["snapshots"][10]
         assert part["step"] == 10 and equal({name: part["weights"][name] for name in kept}, kept)
         assert not equal(part["weights"], whole["weights"])
@@ -449,9 +455,15 @@ def test_swap_crosses_all_members(folder: Path) -> None:
     run("guidance toy.toml --seeds 1,2,3 --out three.pt")
     command = "swap toy-dql.policy.pt --guidance toy-idql.guidance.pt --guidance three.pt"
     report, stdout = play(command)
-    own, none, same, three = report["cells"]
-    assert [cell["guidance"] for cell in report["cells"]] == ["its own", "none", "toy-idql.guidance.pt", "three.pt"]
-    assert [len(cell["pairs"]) for cell in report["cells"]] == [2, 2, 4, 6]
+    own, none, same, three, *ensembles = report["cells"]
+    assert [cell["guidance"] for cell in report["cells"]] == [
+        "its own",
+        "none",
+        "toy-idql.guidance.pt",
+        "three.pt",
+        *(f"{name} (mean of {count})" for name, count in (("toy-idql.guidance.pt", 2), ("three.pt", 3), ("all", 5))),
+    ]
+    assert [len(cell["pairs"]) for cell in report["cells"]] == [2, 2, 4, 6, 2, 2, 2]
     seeds = [(pair["policy_seed"], pair["guidance_seed"]) for pair in three["pairs"]]
     assert seeds == [(i, j) for i in (0, 1) for j in (1, 2, 3)]
     for pair in three["pairs"]:
@@ -465,18 +477,25 @@ def test_swap_crosses_all_members(folder: Path) -> None:
         ("none", "all", 2),
         *[("toy-idql.guidance.pt", name, count) for name, count in (("same seed", 2), ("other seeds", 2), ("all", 4))],
         *[("three.pt", name, count) for name, count in (("same seed", 1), ("other seeds", 5), ("all", 6))],
+        *[(cell["guidance"], "all", 2) for cell in ensembles],
     ]
     for entry in report["summary"]:
-        start = rf"{entry['guidance']} │ +{entry['seeds']} │ +{entry['pairs']} │"
+        start = rf"{re.escape(entry['guidance'])} │ +{entry['seeds']} │ +{entry['pairs']} │"
         (row,) = [line for line in stdout.splitlines() if re.search(start, line)]
         assert all(f" {entry['summary'][key]:.1f} " in row for key in ("median", "iqr", "iqm", "mean")), row
     assert "…" not in stdout
-    assert "4 of 4 cells to play, members paired each with each: 42 rollouts\n" in run(f"{command} --workers 1").stderr
+    scores = np.array(pair_scores(three)).reshape(2, 3)
+    parts, best = report["components"][1], int(scores.mean(0).argmax())
+    assert parts["best_guidance"] == {"seed": best + 1, "mean": pytest.approx(scores[:, best].mean())}
+    assert f"guidance {best + 1} served best over all policies: mean {scores[:, best].mean():.1f} (online" in stdout
+    assert f"{parts['std']['guidance']['std']:.1f} from the guidance" in stdout
+    assert "its intervals hold for it alone" in stdout
+    assert "7 of 7 cells to play, members paired each with each: 60 rollouts\n" in run(f"{command} --workers 1").stderr
 
 
 def test_swap_compares_with_the_guidance_of_training(folder: Path) -> None:
     dql, bc, guidance = "toy-dql.policy.pt", "toy-bc-unguided.policy.pt", "toy-dql.guidance.pt"
-    report, _ = play(f"swap {dql} {bc} --guidance {guidance}")
+    report, _ = play(f"swap {dql} {bc} --guidance {guidance} {APART}")
     cells = {(cell["policy"], cell["guidance"]): np.array(pair_scores(cell)) for cell in report["cells"]}
     assert list(cells) == [(dql, "its own"), (dql, "none"), (dql, guidance), (bc, "none"), (bc, guidance)]
     for entry in report["summary"]:
@@ -496,7 +515,7 @@ def test_what_is_told_depends_on_how_many_members_there_are(capsys: pytest.Captu
     """Of few a range, from five on intervals; always what chance alone would do to the spread."""
     how = {"guide": "rank", "guidance_weight": 0, "w": 0, "selection": "max", "candidates": 4, "temperature": 1}
     how |= {"environment": "E", "seed": 0, "step": None, "products": "default", "no_effect": [], "reference": [0, 100]}
-    how |= {"repeatable": True}
+    how |= {"repeatable": True, "ensemble": "none"}
 
     def cell(guidance: str, returns: data.Array) -> dict[str, Any]:
         pairs = [
@@ -525,11 +544,12 @@ def test_what_is_told_depends_on_how_many_members_there_are(capsys: pytest.Captu
 
 
 def test_swap_pairs_members_by_position(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report, _ = play("swap toy-dql.policy.pt toy-dql.policy.pt --guidance toy-idql.guidance.pt@10 --pairs matched")
+    twice = "toy-dql.policy.pt toy-dql.policy.pt"
+    report, _ = play(f"swap {twice} --guidance toy-idql.guidance.pt@10 --pairs matched {APART}")
     assert [cell["guidance"] for cell in report["cells"]] == ["its own", "none", "toy-idql.guidance.pt@10"]
     assert [(p["policy_seed"], p["guidance_seed"]) for p in report["cells"][2]["pairs"]] == [(0, 0), (1, 1)]
     monkeypatch.setattr(cli, "MANY_ROLLOUTS", 7)  # 2 + 2 + 4 pairs are more
-    command = "swap toy-dql.policy.pt --episodes 1 --workers 1 --guidance"
+    command = f"swap toy-dql.policy.pt --episodes 1 --workers 1 {APART} --guidance"
     assert "by position: 6 rollouts" in run(f"{command} toy-idql.guidance.pt").stderr
     assert "each with each: 8 rollouts" in run(f"{command} toy-idql.guidance.pt --pairs all").stderr
     run("guidance toy.toml --seeds 1,2,3 --out three.pt")  # these can only be crossed
@@ -537,10 +557,59 @@ def test_swap_pairs_members_by_position(folder: Path, monkeypatch: pytest.Monkey
     fail(f"{command} three.pt --pairs matched", "toy-dql.policy.pt", "three.pt", "2 policy", "3 guidance", "one member")
 
 
+def test_several_guidances_judge_as_one(folder: Path) -> None:
+    """At inference, as columns of a swap, and in training; one member of a file is named by its seed."""
+    both = "toy-idql.guidance.pt --infer-guidance toy-dql.guidance.pt"
+    fail(f"evaluate toy-dql.policy.pt --infer-guidance {both}", "2 guidances", "ensemble", "mean")
+    for rule in ("mean", "median", "min", "rank"):
+        cell = evaluate(f"toy-dql.policy.pt --infer-guidance {both} --set evaluation.ensemble={rule}")
+        named = f"the {rule} of all 4 members of toy-idql.guidance.pt, toy-dql.guidance.pt"
+        assert cell["protocol"]["guidance"] == named and cell["guidance_algorithm"] == "dql + idql"
+        assert [pair["guidance_seed"] for pair in cell["pairs"]] == [None, None]
+    gradient = "--set evaluation.ensemble=rank --set evaluation.guide=both"
+    fail(f"evaluate toy-dql.policy.pt {gradient}", "evaluation.ensemble = 'rank'", "gradient")
+    fail(f"evaluate toy-dql.policy.pt --infer-guidance none --infer-guidance {both}", "none")
+
+    swap = "swap toy-dql.policy.pt --guidance toy-idql.guidance.pt#1 --guidance toy-dql.guidance.pt"
+    report, _ = play(f"{swap} --set evaluation.ensemble=min")
+    *_, one, two, part, whole = report["cells"]
+    assert [pair["guidance_seed"] for pair in one["pairs"]] == [1, 1]  # one member serves all, and is no ensemble
+    assert [cell["guidance"] for cell in (part, whole)] == ["toy-dql.guidance.pt (min of 2)", "all (min of 3)"]
+    alone = evaluate("toy-dql.policy.pt --infer-guidance toy-dql.guidance.pt --set evaluation.ensemble=min")
+    assert returns(alone) == returns(part) != returns(two)
+    fail("policy toy.toml --guidance toy-idql.guidance.pt#7 --out p.pt", "#7", "the seeds are 0, 1")
+
+    run("guidance toy.toml --set data.reward_scale=3 --out scaled.pt")  # values of two units have no mean
+    mixed = (
+        "toy-dql.policy.pt --infer-guidance toy-idql.guidance.pt --infer-guidance scaled.pt --set evaluation.ensemble="
+    )
+    fail(f"evaluate {mixed}mean", "x 3 +", "no mean", "evaluation.ensemble=rank")
+    assert "the rank of all 4" in evaluate(f"{mixed}rank")["protocol"]["guidance"]
+    report, _ = play("swap toy-dql.policy.pt --guidance toy-idql.guidance.pt --guidance scaled.pt")
+    assert report["cells"][-1]["guidance"] == "all (rank of 4)"
+
+    teach = "policy toy.toml --guidance toy-idql.guidance.pt --guidance toy-dql.guidance.pt"
+    fail(f"{teach} --out p.pt", "2 guidances", "ensemble")
+    fail(f"{teach} --set policy.ensemble=rank --out p.pt", "[policy] ensemble", "'rank'")
+    fail("policy toy.toml --set policy.scheme=joint --set policy.ensemble=mean", "ensemble mean", "guidance-first")
+    run(f"{teach} --set policy.ensemble=mean --out taught.pt")
+    (idql,), (dql,) = (models.read_guidances(Path(f"toy-{name}.guidance.pt")) for name in ("idql", "dql"))
+    assert equal(read("taught.pt")["guidances"], [each | {"snapshots": {}, "training": None} for each in (idql, dql)])
+    cell = evaluate("taught.pt")
+    assert cell["protocol"]["guidance"].startswith("the mean of all 4 members of its own dql + idql")
+    same = f"taught.pt --infer-guidance {both} --set evaluation.ensemble=mean"
+    assert returns(evaluate(same)) == returns(cell)
+    described = run("evaluate taught.pt --describe").stdout
+    assert "idql guidance, step 20, seeds 0, 1" in described and "dql guidance, step 20" in described
+    report, _ = play("swap taught.pt --episodes 1")  # what it learned under are two guidances, never paired
+    assert [cell["guidance"] for cell in report["cells"]] == ["its own", "none", "taught.pt (mean of 4)"]
+    assert returns(report["cells"][0]) == returns(report["cells"][2])
+
+
 def test_swap_takes_the_policies_own_guidance_by_default(folder: Path) -> None:
     # the first has none, the third the same as the second
     files = ["toy-bc-unguided.policy.pt", "toy-dql.policy.pt", "toy-cfg.policy.pt", "toy-edp.policy.pt"]
-    report, _ = play(f"swap {' '.join(files)} --episodes 1 --candidates 2 --seed 3")
+    report, _ = play(f"swap {' '.join(files)} --episodes 1 --candidates 2 --seed 3 {APART}")
     names = [(cell["policy"], cell["guidance"]) for cell in report["cells"]]
     guidances = [("none", files[1], files[3]), *[("its own", "none", files[1], files[3])] * 3]
     assert names == [(policy, guidance) for policy, row in zip(files, guidances, strict=True) for guidance in row]
@@ -574,7 +643,7 @@ def test_policies_tried_differently_are_not_compared(folder: Path) -> None:
 
 def test_swap_judges_a_foreign_algorithm_by_the_stronger_of_the_two(folder: Path) -> None:
     run("policy toy.toml --guidance toy-dql.guidance.pt --set policy.algorithm=edp --out home.pt --seeds 8,9")
-    report, stdout = play("swap toy-dql.policy.pt home.pt --guidance toy-dql.guidance.pt")
+    report, stdout = play(f"swap toy-dql.policy.pt home.pt --guidance toy-dql.guidance.pt {APART}")
     middle = {(c["policy"], c["guidance"]): float(np.median(pair_scores(c))) for c in report["cells"]}
     value = middle["toy-dql.policy.pt", "toy-dql.guidance.pt"]
     home = {policy: middle[policy, "its own"] for policy in ("toy-dql.policy.pt", "home.pt")}
@@ -590,7 +659,7 @@ def test_swap_judges_a_foreign_algorithm_by_the_stronger_of_the_two(folder: Path
 
 CUT = [
     "evaluate toy-dql.policy.pt toy-cfg.policy.pt toy-bc.policy.pt toy-bc-unguided.policy.pt",
-    "swap toy-dql.policy.pt toy-cfg.policy.pt --guidance toy-idql.guidance.pt",
+    f"swap toy-dql.policy.pt toy-cfg.policy.pt --guidance toy-idql.guidance.pt {APART}",
 ]
 
 
@@ -603,7 +672,7 @@ def test_playing_goes_on_where_it_was_cut_short(folder: Path, command: str, monk
     def breaks(cell: cli.Cell, *rest: Any) -> dict[str, Any]:
         if len(played) == 3:
             raise KeyboardInterrupt
-        played.append((cell.policy, cell.guidance))
+        played.append((cell.policy, cell.guide.name))
         return make(cell, *rest)
 
     monkeypatch.setattr(cli, "make_result", breaks)
@@ -745,18 +814,19 @@ def test_collecting_through_the_command_line(tmp_path: Path, monkeypatch: pytest
 
 def test_frozen_guidance_is_bit_identical_inside_the_policy(trained: Path) -> None:
     for name, guidance in UNDER.items():
-        inside = models.read_policy(trained / f"toy-{name}.policy.pt")["guidance"]
-        assert equal(inside, models.read_guidance(trained / guidance) | {"snapshots": {}, "training": None})
+        (inside,) = models.read_policy(trained / f"toy-{name}.policy.pt")["guidances"]
+        (outside,) = models.read_guidances(trained / guidance)
+        assert equal(inside, outside | {"snapshots": {}, "training": None})
         assert not any(weight.requires_grad for weight in models.build_guidance(inside, "cpu").parameters())
 
 
 def test_a_joint_policy_serves_as_guidance(folder: Path) -> None:
     run("policy toy.toml --guidance toy-dql-joint.policy.pt --out under-joint.pt")
-    joint, inside = read("toy-dql-joint.policy.pt"), read("under-joint.pt")["guidance"]
-    assert equal(inside, joint["guidance"] | {"snapshots": {}, "training": None})  # what acts, not how it got there
-    assert joint["guidance"]["complete"] and list(joint["guidance"]["snapshots"]) == [10, 20]
+    joint, (inside,) = read("toy-dql-joint.policy.pt"), read("under-joint.pt")["guidances"]
+    assert equal(inside, joint["guidances"][0] | {"snapshots": {}, "training": None})  # what acts, not how it got there
+    assert joint["guidances"][0]["complete"] and list(joint["guidances"][0]["snapshots"]) == [10, 20]
     assert joint["experiment"]["guidance"]["algorithm"] == "dql"
-    assert not any(name.startswith("actor.") for name in joint["guidance"]["weights"])
+    assert not any(name.startswith("actor.") for name in joint["guidances"][0]["weights"])
 
 
 def test_a_joint_critic_looks_at_labels_once_they_are_learned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -858,8 +928,8 @@ def test_the_same_command_goes_on_to_the_same_bits(folder: Path, command: str, m
     assert resumed["complete"] and resumed["training"] is None
     for part in (whole, resumed):  # what each holds of training beyond the weights differs in its clock alone
         part.pop("history"), part.pop("accounting")
-        if part["guidance"] is not None:
-            part["guidance"].pop("history"), part["guidance"].pop("accounting")
+        for inner in part["guidances"]:
+            inner.pop("history"), inner.pop("accounting")
     assert equal(whole, resumed)
 
 
@@ -894,10 +964,12 @@ def test_another_run_is_told_by_what_differs(folder: Path, monkeypatch: pytest.M
         ("--seeds 0,2", "seeds", "[0, 1]", "[0, 2]"),
         ("--set data.held_out=0.2", "[data] held_out", "0.1", "0.2"),
         ("--set data.path=other.hdf5", "data (by content)"),
-        ("--guidance toy-dql.guidance.pt", "guidance", "other weights"),
-        ("--guidance other.pt", "guidance", "other weights"),
+        ("--guidance toy-dql.guidance.pt --set policy.ensemble=mean", "[policy] ensemble", "other weights"),
     ):
         assert "going on" not in fail(f"{command} {options}", "cut.pt: ", *fragments, "--overwrite")
+    for other in ("toy-dql.guidance.pt", "other.pt"):
+        command = f"policy toy.toml --guidance {other} --out cut.pt"
+        fail(command, "cut.pt: ", "guidance", "other weights", "--overwrite")
     fail("guidance toy.toml --out cut.pt", "cut.pt: ", "policy bundle", "guidance bundle", "--overwrite")
     assert Path("cut.pt").read_bytes() == before
 
@@ -1284,7 +1356,7 @@ def test_transitions_on_disk_give_the_same_weights(folder: Path, algorithm: str)
 def test_an_environment_that_changed_since_training_is_named_before_play(folder: Path) -> None:
     bundle = read("toy-bc.policy.pt")
     changed = bundle["environment"] | {"action_high": (1.0, 5.0)}
-    models.save_bundle(Path("b.pt"), bundle | {"environment": changed, "guidance": None})
+    models.save_bundle(Path("b.pt"), bundle | {"environment": changed, "guidances": []})
     told = "another environment than when this was trained", "action_high was (1.0, 5.0), is (1.0, 4.0)"
     fail("evaluate b.pt --workers 1", "conftest:Gentle-v0", *told)
 

@@ -1751,3 +1751,28 @@ def holds_the_lock(task: int, watch: data.Watch) -> int:
 def test_a_worker_that_hangs_in_c_code_is_ended() -> None:
     with pytest.raises(MdptError, match=r"worker process ended.* hung.*--workers 1"):
         list(data.parallel(holds_the_lock, [0, 1], Workers(2, timeout=2.0), 2))
+
+
+def test_components_of_a_crossed_table_by_hand() -> None:
+    """Additive shares without a rest are found again; the analysis of variance of a table with one, by hand."""
+    policy, guidance = np.array([-1.0, 0.0, 1.0]), np.array([-3.0, 3.0])
+    found = data.variance_components(50 + policy[:, None] + guidance)
+    assert found["policy"]["std"] == pytest.approx(1) and found["guidance"]["std"] == pytest.approx(18**0.5)
+    assert found["rest"]["std"] == pytest.approx(0) and found["policy"]["interval"] is None  # fewer than five
+    noisy = data.variance_components(np.array([[1.0, 0.0], [0.0, 1.0]]))  # no main effect: these variances are negative
+    assert noisy["rest"]["std"] == pytest.approx(1.0)  # sum of squares 1, one degree of freedom
+    assert noisy["policy"]["std"] == noisy["guidance"]["std"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "width", "shares"), [(5, 5, (10, 5, 5)), (10, 10, (12, 0, 6)), (5, 10, (8, 8, 8))])
+def test_intervals_of_components_cover(count: int, width: int, shares: tuple[float, ...]) -> None:
+    random, draws = np.random.default_rng(0), 1_000
+    covered = np.zeros(3)
+    for _ in range(draws):
+        columns, rows, rest = (random.normal(size=size) for size in (width, (count, 1), (count, width)))
+        found = data.variance_components(shares[0] * columns + shares[1] * rows + shares[2] * rest)
+        for place, (name, share) in enumerate(zip(("guidance", "policy", "rest"), shares, strict=True)):
+            low, high = found[name]["interval"]
+            covered[place] += low <= share <= high
+    assert (covered / draws > 0.93).all() and (covered / draws < 0.985).all()

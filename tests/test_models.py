@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -68,7 +69,7 @@ from mdpt.models import (
     make_schedule,
     pair_members,
     read_bundle,
-    read_guidance,
+    read_guidances,
     read_policy,
     save_bundle,
     select_members,
@@ -142,7 +143,7 @@ def learn(kind: str, teacher: Bundle | None = None, run: Run | None = None, **se
     experiment = make_experiment(**tables)
     if name == "guidance":
         return models.train_guidance(experiment, noisy_dataset(), run or Run())
-    return models.train_policy(experiment, noisy_dataset(), teacher, run or Run())
+    return models.train_policy(experiment, noisy_dataset(), [teacher] if teacher else [], run or Run())
 
 
 def noisy_columns(n: int = 200, o: int = 3, a: int = 2) -> dict[str, Tensor]:
@@ -1373,7 +1374,7 @@ def rows_of(tensors: Iterable[Tensor], member: int) -> list[Tensor]:
 def test_frozen_guidance_is_bit_identical_after_policy_training(algorithm: str, tmp_path: Path) -> None:
     path = tmp_path / "g.pt"
     save_bundle(path, guidance_bundle(frozen_guidance(SEEDS), SEEDS))
-    guidance = build_guidance(read_guidance(path), "cpu")
+    guidance = build_guidance(*read_guidances(path), "cpu")
     before = weights_of(guidance)
     settings = {"algorithm": algorithm, "steps": 20, "batch_size": 32, "advantage_weight": "exponential"}
     policy = make_policy(SEEDS, 3, 2, **settings)
@@ -1465,10 +1466,10 @@ def test_resumed_training_is_uninterrupted_training(kind: str, tmp_path: Path) -
     for step, got in resumed.items():
         expected = straight[step]
         assert got.keys() == expected.keys()
-        for key in got.keys() - {"accounting", "guidance"}:
+        for key in got.keys() - {"accounting", "guidances"}:
             assert same(got[key], expected[key]), (step, key)
-        if expected["guidance"]:
-            assert same(got["guidance"]["weights"], expected["guidance"]["weights"])
+        for ours, theirs in zip(got["guidances"], expected["guidances"], strict=True):
+            assert same(ours["weights"], theirs["weights"])
         assert not any(same(weight, halves[9]["weights"][name]) for name, weight in got["weights"].items())
 
 
@@ -1543,15 +1544,15 @@ def guidance_bundle(guidance: Guidance, seeds: Sequence[int]) -> Bundle:
 def policy_bundle(seeds: Sequence[int], guidance: Bundle | None, **settings: Any) -> Bundle:
     policy = make_policy(seeds, 3, 2, **settings)
     policy.average.vector.mul_(1.5)  # so that online and averaged weights differ
-    return a_bundle("policy", seeds, policy) | {"guidance": guidance}
+    return a_bundle("policy", seeds, policy) | {"guidances": [guidance] if guidance else []}
 
 
 ELSEWHERE = """
 import sys, torch
 from pathlib import Path
-from mdpt.models import Inference, Randomness, act, build_guidance, build_policy, read_guidance, read_policy
+from mdpt.models import Inference, Randomness, act, build_guidance, build_policy, read_guidances, read_policy
 for path in map(Path, sys.argv[1:]):
-    policy, guidance = build_policy(read_policy(path), "cpu"), build_guidance(read_guidance(path), "cpu")
+    policy, guidance = build_policy(read_policy(path), "cpu"), build_guidance(*read_guidances(path), "cpu")
     observations, random, found = torch.arange(60.0).view(2, 10, 3).cos(), Randomness((0, 1), "try"), []
     for how in Inference(), Inference(candidates=5), Inference(candidates=5, selection="softmax", guidance_weight=0.1):
         noises = policy.noises(random, "act", 10 * how.candidates)
@@ -1571,7 +1572,7 @@ def test_a_new_process_acts_and_ranks_the_same(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", ELSEWHERE, *map(str, paths)], check=True, cwd=tmp_path)
     observations = torch.arange(60.0).view(2, 10, 3).cos()
     for path in paths:
-        policy, guidance = build_policy(read_policy(path), "cpu"), build_guidance(read_guidance(path), "cpu")
+        policy, guidance = build_policy(read_policy(path), "cpu"), build_guidance(*read_guidances(path), "cpu")
         plain, ranked, softmax, q, v = torch.load(path.with_suffix(".out"))
         assert torch.equal(choose(policy, guidance, observations), plain)
         assert torch.equal(choose(policy, guidance, observations, candidates=5), ranked)
@@ -1589,7 +1590,7 @@ def test_loading_restores_every_weight_that_acts_and_the_normalizer(tmp_path: Pa
     save_bundle(tmp_path / "p.pt", bundle)
     policy, guidance = (
         build_policy(read_policy(tmp_path / "p.pt"), "cpu"),
-        build_guidance(read_guidance(tmp_path / "p.pt"), "cpu"),
+        build_guidance(*read_guidances(tmp_path / "p.pt"), "cpu"),
     )
     for module, saved, left_out in ((policy, bundle, "denoiser"), (guidance, teacher, "online_q")):
         got, kept = weights_of(module), saved["weights"].items()
@@ -1684,7 +1685,7 @@ def write_damaged(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-600])
 
 
-HEAD = {"format": "mdpt bundle", "version": models.BUNDLE_VERSION, "guidance": None, "snapshots": {}}
+HEAD = {"format": "mdpt bundle", "version": models.BUNDLE_VERSION, "guidances": [], "snapshots": {}}
 DAMAGED = "cannot be read as a bundle, it is damaged or something else; write it anew"
 UNFOLLOWED = "written by mdpt 9.9, which this mdpt does not follow"
 FOREIGN = "is no mdpt bundle; expected a file written by `mdpt guidance` or `mdpt policy`"
@@ -1719,7 +1720,7 @@ BAD_FILES: dict[str, tuple[Callable[..., Any], Callable[[Path], Any], str]] = {
         "is a guidance bundle; expected a policy bundle, written by `mdpt policy`",
     ),
     "unguided policy": (
-        read_guidance,
+        read_guidances,
         lambda path: torch.save(HEAD | {"kind": "policy"}, path),
         "this policy was trained unguided and holds no guidance; give a guidance bundle",
     ),
@@ -1759,7 +1760,7 @@ def test_a_policy_bundle_serves_as_guidance(tmp_path: Path) -> None:
     save_bundle(tmp_path / "g.pt", teacher)
     save_bundle(tmp_path / "p.pt", policy_bundle(SEEDS, teacher))
     for name in ("g.pt", "p.pt"):
-        read = read_guidance(tmp_path / name)
+        (read,) = read_guidances(tmp_path / name)
         assert read["kind"] == "guidance"
         assert all(torch.equal(value, teacher["weights"][key]) for key, value in read["weights"].items())
 
@@ -1823,7 +1824,7 @@ def test_select_members_keeps_and_repeats_whole_members() -> None:
 
     policies = policy_bundle((5, 6, 7), bundle)
     selected = select_members(policies, [2, 1])
-    assert selected["guidance"] is None and policies["guidance"] is bundle
+    assert selected["guidances"] == [] and policies["guidances"] == [bundle]
     policy = build_policy(selected, "cpu")
     assert policy.members == 2
     assert torch.equal(policy.average.vector, build_policy(policies, "cpu").average.vector[[2, 1]])
@@ -1847,7 +1848,7 @@ def test_an_episode_depends_on_seeds_its_number_and_the_step_alone(how: Inferenc
     member, guidance = select_members(policy_bundle(SEEDS, teacher), [1]), select_members(teacher, [1])
 
     def agent(*episodes: int, seed: int = 0, **changed: Any) -> Callable[..., Tensor]:
-        built = Agent(member | changed, guidance, how, seed=seed, episodes=episodes)
+        built = Agent(member | changed, [guidance], how, seed=seed, episodes=episodes)
         return lambda observations, running: torch.from_numpy(built(observations.numpy(), np.array(running)))
 
     among, alone, fewer = agent(3, 7, 9), agent(7), agent(3, 7, 9)
@@ -1921,9 +1922,9 @@ def test_rates_decay_and_limits_are_the_sections() -> None:
 def test_episodes_under_several_judges_are_what_each_is_under_one(how: Inference) -> None:
     teacher = guidance_bundle(frozen_guidance(SEEDS), SEEDS)
     member, episodes, judges = select_members(policy_bundle(SEEDS, teacher), [1]), (4, 4, 5, 6), (0, 1, 1, 1)
-    together = Agent(member, teacher, how, seed=0, episodes=episodes, judges=judges)
+    together = Agent(member, [teacher], how, seed=0, episodes=episodes, judges=judges)
     apart = [
-        Agent(member, select_members(teacher, [judge]), how, seed=0, episodes=[episode])
+        Agent(member, [select_members(teacher, [judge])], how, seed=0, episodes=[episode])
         for episode, judge in zip(episodes, judges, strict=True)
     ]
     states = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
@@ -1931,6 +1932,119 @@ def test_episodes_under_several_judges_are_what_each_is_under_one(how: Inference
         chosen = together(states[running], np.array(running))
         for row, place in zip(chosen, running, strict=True):
             near(torch.from_numpy(row), apart[place](states[[place]], np.arange(1))[0])
+
+
+def judges_apart(bundles: Sequence[Bundle]) -> list[Guidance]:
+    return [
+        build_guidance(select_members(bundle, [member]), "cpu")
+        for bundle in bundles
+        for member in range(len(bundle["seeds"]))
+    ]
+
+
+@pytest.mark.parametrize("rule", models.ENSEMBLES)
+def test_an_ensemble_is_the_figure_of_what_its_members_say_apart(rule: str) -> None:
+    """Of guidances with other networks, for several policy members, against SciPy and one member at a time."""
+    small = guidance_bundle(make_guidance((4,), 3, 2, hidden=[8]).requires_grad_(False), (4,))
+    bundles = [guidance_bundle(frozen_guidance(SEEDS), SEEDS), small]
+    ensemble = models.build_judge(bundles, rule, 2, "cpu", candidates=5)
+    states, actions = torch.randn(2, 20, 3), torch.rand(2, 20, 2) * 2 - 1
+    twin, apart = torch.tensor([1, 0]), judges_apart(bundles)
+    assert isinstance(ensemble, models.Ensemble) and ensemble.members == len(apart) == 3
+    figure: dict[str, Callable[[Any], Any]] = {
+        "mean": lambda values: values.mean(0),
+        "median": lambda values: np.median(values, 0),
+        "min": lambda values: values.min(0),
+        "rank": lambda values: (stats.rankdata(values.reshape(-1, 5), axis=1).reshape(values.shape) - 1).mean(0) / 4,
+    }
+
+    def check(found: Tensor, ask: Callable[[Guidance, int], Tensor]) -> None:
+        for s in range(2):
+            values = np.stack([ask(judge, s)[0].detach().numpy() for judge in apart])
+            near(found[s], torch.from_numpy(figure[rule](values)), 1e-5)
+
+    check(ensemble.q(states, actions), lambda judge, s: judge.q(states[s : s + 1], actions[s : s + 1]))
+    check(ensemble.v(states), lambda judge, s: judge.v(states[s : s + 1]))
+    check(ensemble.advantage(states, actions), lambda judge, s: judge.advantage(states[s : s + 1], actions[s : s + 1]))
+    check(
+        ensemble.one_q(states, actions, twin),
+        lambda judge, s: judge.one_q(states[s : s + 1], actions[s : s + 1], twin[s : s + 1]),
+    )
+
+
+def test_the_figures_of_an_ensemble_by_hand() -> None:
+    values = torch.tensor(
+        [[[1.0, 5.0, 2.0, 4.0]], [[3.0, 1.0, 9.0, 8.0]], [[2.0, 3.0, 4.0, 0.0]], [[8.0, 7.0, 1.0, 2.0]]]
+    )
+    expected = {
+        "mean": [3.5, 4.0, 4.0, 3.5],
+        "median": [2.5, 4.0, 3.0, 3.0],  # of an even number the two in the middle
+        "min": [1.0, 1.0, 1.0, 0.0],
+        "rank": [0.5, 0.5, 0.5, 0.5],  # the first two candidates 0 1 0 1 against 1 0 1 0, the others 0 1 1 0
+    }
+    for rule, figures in expected.items():
+        near(models.ENSEMBLES[rule](values, 2), [figures])
+    near(models.ENSEMBLES["rank"](values, 4), [[5 / 12, 7 / 12, 7 / 12, 5 / 12]])  # 0312, 1032, 1230, 3201 by thirds
+
+
+def test_a_gradient_is_the_gradient_of_the_figure() -> None:
+    bundles = [guidance_bundle(frozen_guidance(SEEDS), SEEDS)]
+    states, actions = torch.randn(1, 6, 3), (torch.rand(1, 6, 2) * 2 - 1).requires_grad_()
+
+    def gradient(judge: Any) -> Tensor:
+        (found,) = torch.autograd.grad(judge.q(states, actions).sum(), actions)
+        return found
+
+    each = torch.stack([gradient(judge) for judge in judges_apart(bundles)])
+    near(gradient(models.build_judge(bundles, "mean", 1, "cpu")), each.mean(0), 1e-6)
+    values = torch.stack([judge.q(states, actions) for judge in judges_apart(bundles)])  # (K, 1, B)
+    lowest = each.gather(0, values.argmin(0)[None, ..., None].expand(1, -1, -1, 2))[0]
+    near(gradient(models.build_judge(bundles, "min", 1, "cpu")), lowest, 1e-6)
+
+
+@pytest.mark.parametrize("rule", ["mean", "median", "min"])
+@pytest.mark.parametrize("algorithm", ["idql", "dql", "edp", "dac", "cfg"])
+def test_a_policy_learns_under_all_members_at_once(algorithm: str, rule: str) -> None:
+    """As under one alone where all are that one; a member of many is its seed alone; and nothing frozen moves."""
+    three = guidance_bundle(frozen_guidance((5, 6, 7)), (5, 6, 7))
+    before = copy.deepcopy(three)
+
+    def taught(teachers: Sequence[Bundle], seeds: Sequence[int], ensemble: str) -> Bundle:
+        weighted = {"advantage_weight": "exponential"} if algorithm == "idql" else {}
+        table = {"algorithm": algorithm, "steps": 8, "batch_size": 16, "ensemble": ensemble} | weighted
+        return models.train_policy(make_experiment(seeds, policy=table), noisy_dataset(), teachers, Run())
+
+    many, alone = taught([three], (8, 9), rule), taught([three], (9,), rule)
+    for name, weight in alone["weights"].items():
+        near(many["weights"][name][1:], weight, 1e-4)
+    assert same(three, before) and same(many["guidances"][0]["weights"], three["weights"])
+    one = select_members(three, [1])
+    (repeated, single), other = (taught([one] * n, (9,), way) for n, way in ((3, rule), (1, "none"))), alone["weights"]
+    for name, weight in single["weights"].items():
+        near(repeated["weights"][name], weight, 1e-4)
+    assert not same(single["weights"], other)
+
+
+def test_ranking_by_an_ensemble_takes_its_best_candidate() -> None:
+    bundles = [guidance_bundle(frozen_guidance((seed,)), (seed,)) for seed in SEEDS]
+    policy, states = make_policy(SEEDS, 3, 2), torch.randn(2, 7, 3)
+    offered = offers(policy, states, candidates=6).view(2, 7, 6, 2)
+    repeated = states.repeat_interleave(6, dim=1)
+    judged = [
+        judge.q(repeated[s : s + 1], offered[s : s + 1].flatten(1, 2))
+        for judge in judges_apart(bundles)
+        for s in (0, 1)
+    ]
+    values = torch.stack(judged).view(2, 2, 7, 6)  # (K, S, B, N)
+    ranks = values.argsort(-1).argsort(-1).float()
+    for rule, scores in (
+        ("mean", values.mean(0)),
+        ("min", values.amin(0)),
+        ("rank", ranks.mean(0)),
+    ):
+        chosen = choose(policy, models.build_judge(bundles, rule, 2, "cpu", 6), states, candidates=6)
+        best = scores.gather(-1, (offered == chosen[:, :, None]).all(-1).float().argmax(-1, keepdim=True))[..., 0]
+        near(best, scores.amax(-1), 1e-6)
 
 
 class KnownValues:
@@ -1988,7 +2102,9 @@ def test_a_guidance_is_judged_at_each_snapshot() -> None:
 def test_judging_offline_by_hand() -> None:
     teacher, other = guidance_bundle(frozen_guidance(SEEDS), SEEDS), guidance_bundle(make_guidance((9,), 3, 2), (9,))
     bundle, how, held_out = policy_bundle(SEEDS, teacher), Inference(candidates=4), noisy_dataset().held_out
-    found = models.judge_offline(bundle, teacher, how, held_out, 5, {"own": teacher, "other": other})
+    found = models.judge_offline(
+        bundle, [teacher], how, held_out, 5, {"own": ([teacher], "none"), "other": ([other], "none")}
+    )
     policy, random = build_policy(bundle, "cpu"), Randomness(SEEDS, "evaluate 5 offline")
     observations, data = torch.from_numpy(held_out.observations), torch.from_numpy(held_out.actions)
     states, noises = observations.expand(2, -1, -1), policy.noises(random, "act", 20 * 4)
@@ -2019,7 +2135,7 @@ def test_a_loaded_agent_acts_in_the_environments_unit(tmp_path: Path) -> None:
     assert (actions[:, 1] > 1).any()
 
     member, guidance = select_members(bundle, [1]), select_members(teacher, [1])
-    agent = Agent(member, guidance, Inference(candidates=5), seed=4, episodes=range(40))
+    agent = Agent(member, [guidance], Inference(candidates=5), seed=4, episodes=range(40))
     scaled = agent(observations.astype(np.float32), np.arange(40))
     near(torch.from_numpy(actions), low + (scaled + 1) / 2 * (high - low), 1e-5)
 
