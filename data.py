@@ -169,7 +169,9 @@ class GuidanceSection(TrainingSection):
     algorithm: str = Field("idql", description="how values are learned, see below")
     hidden: Widths = Field([256, 256], description="hidden units of each layer")
     activation: Activation = Field("relu", description="of critics, V and companion actor")
-    layer_norm: bool = Field(False, description="before each activation, of critics and V")
+    layer_norm: bool | Literal["tanh"] = Field(
+        False, description="before each activation of critics and V; tanh: before the first alone, which is a tanh then"
+    )
     discount: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="per environment step")
     value_loss: Literal["expectile", "quantile", "gumbel"] = Field("expectile", description="idql: of V")
     expectile: Annotated[float, Field(gt=0, lt=1)] = Field(0.7, description="idql: of V, or its quantile")
@@ -202,8 +204,9 @@ class PolicySection(TrainingSection):
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="in residual blocks")
     time_features: Annotated[int, Field(ge=2, multiple_of=2)] = Field(64, description="sinusoids of the diffusion step")
     diffusion_steps: Positive = Field(5, description="T")
-    noise_schedule: Literal["vp", "cosine", "linear", "linear-unscaled"] = Field(
-        "vp", description="betas; vp as in Diffusion-QL; linear: DDPM's thousand, spread over T steps, or not spread"
+    noise_schedule: Literal["vp", "cosine", "cosine-levels", "linear", "linear-unscaled"] = Field(
+        "vp",
+        description="betas; vp: Diffusion-QL's; cosine-levels: CleanDiffuser's; linear: DDPM's, spread over T or not",
     )
     sampler: Literal["ddpm", "dpm-solver++"] = Field("ddpm", description="ancestral, or DPM-Solver++ 2M")
     variance: Literal["posterior", "beta"] = Field("posterior", description="of ddpm's steps; beta: wider (IDQL)")
@@ -247,7 +250,9 @@ class EvaluationSection(Section):
         None, description="as in [policy], its default; or by the mean of ranks, 0 to 1, which no scale of Q matters to"
     )
     temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="scale of the sampling noise")
-    temperature_on: Literal["all", "start"] = Field("all", description="which noise: of every step, or of the first")
+    temperature_on: Literal["all", "start", "steps"] = Field(
+        "all", description="which noise: all, that of the start, or all but that"
+    )
     w: Annotated[float, Field(ge=0)] = Field(1.0, description="classifier-free guidance weight (cfg)")
     guide: Literal["rank", "gradient", "both"] = Field("rank", description="how guidance acts at inference")
     guidance_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="of the gradient, for gradient and both")

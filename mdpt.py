@@ -987,6 +987,9 @@ def summary_cells(summary: dict[str, Any]) -> dict[str, str]:
     }
 
 
+TEMPERATURES = {"all": "", "start": " of the first noise", "steps": " of all but the first noise"}
+
+
 def protocol_line(how: dict[str, Any], *members: int) -> str:
     """The protocol of an evaluation in one line. members: how many a policy has, or each of several."""
     counts = " or ".join(map(str, sorted(set(members))))
@@ -1000,7 +1003,7 @@ def protocol_line(how: dict[str, Any], *members: int) -> str:
         parts.append(f"{how['guidance_weight']:g} x gradient of {how['guidance']}")
     if how["w"] > 0:
         parts.append(f"w {how['w']:g}")
-    parts.append(f"temperature {how['temperature']:g}" + " of the first noise" * (how.get("temperature_on") == "start"))
+    parts.append(f"temperature {how['temperature']:g}" + TEMPERATURES[how.get("temperature_on", "all")])
     if how["step"] is not None:
         early = f"weights of step {how['step']} of {how['steps']} (online selection, if chosen by score)"
         parts.append("last weights" if how["step"] == how["steps"] else early)

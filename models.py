@@ -319,7 +319,7 @@ class ValueNetwork(Stack):
     """Multilayer perceptron to one value: (S copies, B, inputs) -> (S copies, B).
 
     layer_norm: normalize before each activation, which keeps values of unseen inputs near seen ones (RLPD,
-    arXiv 2302.02948).
+    arXiv 2302.02948); "tanh": before the first alone, which is a tanh then, as in the critics of the authors of arXiv 2506.03154.
     """
 
     def __init__(
@@ -329,24 +329,25 @@ class ValueNetwork(Stack):
         inputs: int,
         hidden: Sequence[int],
         activation: str,
-        layer_norm: bool,
+        layer_norm: bool | str,
         copies: int = 1,
     ) -> None:
         super().__init__()
         sizes = [inputs, *hidden, 1]
-        self.copies, self.activation = copies, ACTIVATIONS[activation]
+        self.copies, first = copies, torch.tanh if layer_norm == "tanh" else ACTIVATIONS[activation]
+        self.activations = [first, *[ACTIVATIONS[activation]] * (len(hidden) - 1)]
         self.layers = nn.ModuleList(
             Linear(random, f"{name}.{i}", sizes[i], sizes[i + 1], copies=copies) for i in range(len(sizes) - 1)
         )
-        rows = copies * len(random.seeds)
-        self.norms = nn.ModuleList(LayerNorm(rows, width, random.device) for width in hidden if layer_norm)
+        rows, normalized = copies * len(random.seeds), 1 if layer_norm == "tanh" else len(hidden) * bool(layer_norm)
+        self.norms = nn.ModuleList(LayerNorm(rows, width, random.device) for width in hidden[:normalized])
         self.pack()
 
     def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         *hidden, last = self.layers
-        for layer, norm in zip_longest(hidden, self.norms):
+        for layer, norm, activation in zip_longest(hidden, self.norms, self.activations):
             x = layer(x, rows)
-            x = self.activation(x if norm is None else norm(x, rows))
+            x = activation(x if norm is None else norm(x, rows))
         return last(x, rows).squeeze(-1)  # type: ignore[no-any-return]
 
 
@@ -481,7 +482,8 @@ def make_schedule(name: str, steps: int, beta_min: float = 0.1, beta_max: float 
     """beta_1 .. beta_T, (T,), float64.
 
     "vp": the variance-preserving schedule of Diffusion-QL (arXiv 2208.06193, eq. after 3; arXiv 2112.07804);
-    "cosine": improved DDPM (arXiv 2102.09672, eq. 17); "linear": DDPM's betas (arXiv 2006.11239), spaced for T steps,
+    "cosine": improved DDPM (arXiv 2102.09672, eq. 17), "cosine-levels": T levels of that curve from its begin to its end,
+    as CleanDiffuser (arXiv 2406.09509) has them; "linear": DDPM's betas (arXiv 2006.11239), spaced for T steps,
     "linear-unscaled" as they are.
     """
     t = torch.arange(1, steps + 1, dtype=torch.float64)
@@ -490,6 +492,10 @@ def make_schedule(name: str, steps: int, beta_min: float = 0.1, beta_max: float 
     if name == "cosine":
         level = torch.cos((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
         return (1 - level[1:] / level[:-1]).clamp(max=0.999)
+    if name == "cosine-levels":
+        time = torch.linspace(0, 1, steps, dtype=torch.float64).clamp(1e-3, 0.9946)
+        level = (torch.cos((time + 0.008) / 1.008 * math.pi / 2) / math.cos(0.008 / 1.008 * math.pi / 2)) ** 2
+        return 1 - level / torch.cat([torch.ones(1, dtype=torch.float64), level[:-1]])
     scale = 1000 / steps if name == "linear" else 1.0
     return (torch.linspace(1e-4, 2e-2, steps, dtype=torch.float64) * scale).clamp(max=0.999)
 
@@ -1217,8 +1223,8 @@ def act(
     exp(weight_temperature * q) ("softmax"; V would cancel, since it does not depend on the action). noises: standard
     normal, as from `Policy.noises` for B N rows. uniform: (S, B, N) in [0, 1), for "softmax".
     """
-    scale = torch.full((noises.shape[1], 1, 1), how.temperature if how.temperature_on == "all" else 1.0)
-    scale[0] = how.temperature
+    scale = torch.full((noises.shape[1], 1, 1), 1.0 if how.temperature_on == "start" else how.temperature)
+    scale[0] = 1.0 if how.temperature_on == "steps" else how.temperature
     actions = policy.sample(
         observations,
         scale.to(noises.device) * noises,

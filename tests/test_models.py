@@ -591,14 +591,17 @@ def perceptron(network: ValueNetwork, row: int, x: Tensor) -> Tensor:
             norm = network.norms[i]
             x = functional.layer_norm(x, x.shape[1:], norm.scale[row, 0], norm.shift[row, 0])
         if i < len(network.layers) - 1:
-            x = x.relu() if network.activation is torch.relu else x * torch.tanh(functional.softplus(x))
+            known = {torch.relu: torch.relu, torch.tanh: torch.tanh, models.mish: functional.mish}
+            x = known[network.activations[i]](x)  # type: ignore[index]
     return x[:, 0]
 
 
-@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("layer_norm", [False, True, "tanh"])
 @pytest.mark.parametrize("activation", ["relu", "mish"])
-def test_value_network_is_its_members_side_by_side(activation: str, layer_norm: bool) -> None:
+def test_value_network_is_its_members_side_by_side(activation: str, layer_norm: bool | str) -> None:
     network = ValueNetwork(Randomness([5, 6, 7], "init"), "v", 4, [8, 6], activation, layer_norm).double()
+    assert len(network.norms) == {False: 0, True: 2, "tanh": 1}[layer_norm]
+    assert (network.activations[0] is torch.tanh) == (layer_norm == "tanh") and network.activations[1] is not torch.tanh
     x = torch.randn(3, 5, 4, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         got = network(x)
@@ -853,6 +856,11 @@ def test_schedules_against_their_formulas(steps: int) -> None:
         assert abs(float(vp[i]) - (1 - math.exp(-0.1 / steps - 9.9 * (2 * t - 1) / (2 * steps**2)))) < 1e-14
         level = [math.cos((n / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for n in (t - 1, t)]
         assert abs(float(cosine[i]) - min(0.999, 1 - level[1] / level[0])) < 1e-12
+    levels = make_schedule("cosine-levels", steps)
+    for i in range(steps):
+        time = min(max(i / max(1, steps - 1), 1e-3), 0.9946)
+        signal = math.cos((time + 0.008) / 1.008 * math.pi / 2) / math.cos(0.008 / 1.008 * math.pi / 2)
+        assert abs(float(torch.prod(1 - levels[: i + 1]).sqrt()) - signal) < 1e-9
     # what is left of the signal after the last step: the integral of b(t) from 0.1 to 10 is 5.05
     assert abs(float(torch.log(1 - vp).sum()) + 5.05) < 1e-12
     assert abs(float(linear[0]) - 0.1 / steps) < 1e-12
@@ -1268,6 +1276,9 @@ def test_softmax_selects_with_its_probabilities(inverse_temperature: float) -> N
         assert picked[distinct].sum(0)[0] > 1.3 * picked[distinct].sum(0)[2]
 
 
+PLACES = {"all": [0.5] * 5, "start": [0.5, 1, 1, 1, 1], "steps": [1, 0.5, 0.5, 0.5, 0.5]}
+
+
 def test_temperature_scales_the_sampling_noise() -> None:
     policy = make_policy((0,))
     zero = lambda x, t: torch.zeros_like(x)
@@ -1286,6 +1297,13 @@ def test_temperature_scales_the_sampling_noise() -> None:
     assert starts.std() > 0.1  # later noise is as it was
     first = choose(policy, None, torch.zeros(1, 9, 1), temperature=1.0, temperature_on="start")
     near(first, choose(policy, None, torch.zeros(1, 9, 1)))
+    scaled = {
+        place: choose(policy, None, torch.zeros(1, 9, 1), temperature=0.5, temperature_on=place) for place in PLACES
+    }
+    chains = policy.noises(Randomness((0,), "try"), "act", 9)
+    for place, scales in PLACES.items():
+        noises = chains * torch.tensor(scales).view(1, -1, 1, 1)
+        near(scaled[place], policy.sample(torch.zeros(1, 9, 1), noises))
 
 
 def test_variance_of_sampling_is_the_posteriors_or_beta() -> None:
