@@ -1009,6 +1009,7 @@ def protocol_line(how: dict[str, Any], *members: int) -> str:
         parts.append("last weights" if how["step"] == how["steps"] else early)
     drawn = "members and start states" if how["episodes"] > 1 else "members"
     parts.append(f"intervals resample {drawn}" if max(members) >= FEWEST else f"no intervals below {FEWEST} members")
+    parts += ["an ensemble is one for all members: what is said of it holds for it alone"] * (how["ensemble"] != "none")
     parts += [] if how["repeatable"] else ["not repeatable: the environment differs from itself under one seed"]
     parts += [f"{how['products']} products"] if how["products"] != "default" else []
     parts += [f"without effect here: {', '.join(how['no_effect'])}"] if how["no_effect"] else []
@@ -1020,12 +1021,11 @@ def swap_line(report: dict[str, Any]) -> str:
     cells = [cell for cell in report["cells"] if cell["guidance"] != "none"]
     idle = set.intersection(*(set(cell["protocol"]["no_effect"]) for cell in cells))
     weights = {cell["protocol"]["w"] for cell in report["cells"]} - {0}
-    how = cells[0]["protocol"] | {"guidance": "each guidance", "step": None, "w": 0, "no_effect": sorted(idle)}
+    together = [cell["protocol"]["ensemble"] for cell in cells if cell["protocol"]["ensemble"] != "none"]
+    shared = {"guidance": "each guidance", "step": None, "w": 0, "no_effect": sorted(idle)}
+    how = cells[0]["protocol"] | shared | {"ensemble": next(iter(together), "none")}
     members = {len({pair["policy_member"] for pair in cell["pairs"]}) for cell in cells}
-    line = protocol_line(how, *members)
-    if any(cell["protocol"]["ensemble"] != "none" for cell in cells):
-        line += "; an ensemble is one for all members and not resampled: its intervals hold for it alone"
-    line += "; under none 1 candidate"
+    line = protocol_line(how, *members) + "; under none 1 candidate"
     return line + (f"; w of policies with labels {' or '.join(f'{w:g}' for w in sorted(weights))}" if weights else "")
 
 

@@ -489,7 +489,7 @@ def test_swap_crosses_all_members(folder: Path) -> None:
     assert parts["best_guidance"] == {"seed": best + 1, "mean": pytest.approx(scores[:, best].mean())}
     assert f"guidance {best + 1} served best over all policies: mean {scores[:, best].mean():.1f} (online" in stdout
     assert f"{parts['std']['guidance']['std']:.1f} from the guidance" in stdout
-    assert "its intervals hold for it alone" in stdout
+    assert "an ensemble is one for all members" in stdout
     assert "7 of 7 cells to play, members paired each with each: 60 rollouts\n" in run(f"{command} --workers 1").stderr
 
 
