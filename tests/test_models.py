@@ -2165,6 +2165,19 @@ def test_a_loaded_agent_acts_in_the_environments_unit(tmp_path: Path) -> None:
 
     save_bundle(tmp_path / "g.pt", guidance_bundle(make_guidance((7,), 3, 2), (7,)))  # one member serves all
     assert not np.array_equal(load_agent(path, tmp_path / "g.pt", member=1, **how)(observations), actions)
+    both = [path, tmp_path / "g.pt"]  # all three members as one
+    agent = Agent(
+        member,
+        [*bundle["guidances"], *read_guidances(both[1])],
+        Inference(5, ensemble="min"),
+        seed=4,
+        episodes=range(40),
+    )
+    scaled = agent(observations.astype(np.float32), np.arange(40))
+    actions = load_agent(path, both, member=1, ensemble="min", **how)(observations)
+    near(torch.from_numpy(actions), low + (scaled + 1) / 2 * (high - low), 1e-5)
+    with pytest.raises(MdptError, match="2 guidances act together only as an ensemble"):
+        load_agent(path, both)
     save_bundle(tmp_path / "other.pt", teacher | {"environment": asdict(TOY) | {"id": "Other-v0"}})
     with pytest.raises(MdptError, match="do not fit together: id Toy-v0 against Other-v0"):
         load_agent(path, tmp_path / "other.pt")
