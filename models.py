@@ -21,10 +21,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, pairwise, zip_longest
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, Self
+from typing import Annotated, Any, Literal, NoReturn, Protocol, Self
 
 import numpy as np
 import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -152,6 +153,16 @@ class Randomness:
             state[24 : 24 + 8 * TWISTER] = torch.from_numpy(words.astype(np.uint64).view(np.uint8))
             generator.set_state(state)
         return generator
+
+
+class Shapes(Randomness):
+    """Draws that hold no numbers, for modules of which only the shapes are asked."""
+
+    def __init__(self, seeds: Sequence[int | str]) -> None:
+        self.seeds, self.device = tuple(seeds), torch.device("meta")
+
+    def _draw(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, fill: object) -> Tensor:
+        return torch.empty(len(self.seeds), *shape, dtype=dtype, device=self.device)
 
 
 TWISTER = 624  # words of its state, which torch keeps in 8 bytes each, after 24 of seed and counters
@@ -1406,13 +1417,13 @@ class Learner:
         finite = torch.cat(rows, dim=1).isfinite().all(1)
         return None if finite.all() else int(finite.int().argmin())
 
-    def state(self) -> list[dict[str, Any]]:
-        """Optimizer states, one per network, as plain containers."""
-        return [each.adam.state_dict() for each in self.networks]
+    def state(self) -> list[dict[str, Tensor]]:
+        """Optimizer states, one per network; rates and limits follow from the experiment."""
+        return [dict(each.adam.state[each.network.vector]) for each in self.networks]
 
-    def restore(self, states: Sequence[dict[str, Any]]) -> None:
+    def restore(self, states: Sequence[dict[str, Tensor]]) -> None:
         for each, state in zip(self.networks, states, strict=True):
-            each.adam.load_state_dict(state)
+            each.adam.load_state_dict(each.adam.state_dict() | {"state": {0: state}})
 
 
 @dataclass
@@ -1805,6 +1816,116 @@ def new_bundle(kind: str, experiment: Experiment, dataset: Dataset) -> Bundle:
     }
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """A tensor that holds what it claims to."""
+    if (
+        type(tensor) is not Tensor
+        or tensor.layout != torch.strided
+        or not tensor.is_contiguous()
+        or tensor.is_quantized
+    ):
+        raise ValueError("should be a plain tensor")
+    return tensor
+
+
+Plain = Annotated[Tensor, AfterValidator(plain)]
+Words = dict[str, Plain]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Part(BaseModel):
+    """A table of a bundle: every key of its kind, none more, every number finite."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+
+
+class Environment(Part):
+    """An `EnvironmentSpec`."""
+
+    id: str | None
+    observation_dim: Annotated[int, Field(ge=1)]
+    action_dim: Annotated[int, Field(ge=1)]
+    action_low: tuple[float, ...]
+    action_high: tuple[float, ...]
+    max_episode_steps: Annotated[int, Field(ge=1)]
+    kwargs: dict[str, Any]
+    flattened: bool
+    repeatable: bool
+
+
+class Data(Part):
+    """What is known of the data: their identity, and returns of whole episodes."""
+
+    source: str
+    name: str
+    hash: str
+    no_environment: str
+    transitions: Count
+    training_transitions: Count
+    episodes: Count
+    mean_return: float
+    best_return: float
+
+
+class Account(Part):
+    """As `Cost.read` gives it."""
+
+    parameters_trained: Count
+    parameters_held: Count
+    optimizer_bytes: Count
+    peak_bytes: int
+    seconds: float
+    seconds_per_1000_steps: float
+    device: str
+    products: str
+
+
+class RewardScale(Part):
+    rule: str
+    multiplier: float
+    offset: float
+
+
+class Training(Part):
+    """What only going on needs: states as `Learner.state`, and what `History` has yet to average."""
+
+    optimizers: list[Words]
+    pending: list[tuple[Plain, Words]]
+
+
+class Entry(Part):
+    """Of a training history: a step, and for each metric a number per member."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, list[float]]
+    step: Count
+
+
+class Schema(Part):
+    """A bundle."""
+
+    format: str
+    version: int
+    kind: Literal["guidance", "policy"]
+    experiment: dict[str, Any]
+    seeds: Annotated[list[int], Field(min_length=1, max_length=256)]
+    environment: Environment
+    reference: tuple[float, float] | None
+    dataset: Data
+    normalizer: Words
+    reward_scale: RewardScale
+    versions: dict[Literal["mdpt", "torch", "python"], str]
+    step: Annotated[int, Field(ge=1)]
+    complete: bool
+    history: list[Entry]
+    snapshots: dict[int, Words]
+    accounting: Account
+    guidances: list[Schema]
+    weights: Words
+    training: Training | None = None
+    quality: list[dict[str, Any]] = []
+
+
 def save_bundle(path: Path, bundle: Bundle) -> None:
     """Write a bundle, plain containers and tensors only, so that it is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -1856,14 +1977,89 @@ def read_bundle(path: Path) -> Bundle:
             f"{path}: bundle version {bundle.get('version')}, this mdpt reads version {BUNDLE_VERSION}; "
             "train it anew or use the mdpt that wrote it"
         )
-    for each in (bundle, *bundle.get("guidances", [])):
-        try:
-            check_algorithms(check_experiment("it", each.get("experiment", {})))
-        except MdptError as error:
-            raise MdptError(
-                f"{path}: written by mdpt {each['versions']['mdpt']}, which this mdpt does not follow: {error}"
-            ) from error
+    try:
+        Schema.model_validate(bundle)
+        check_bundle(bundle)
+    except ValidationError as error:
+        where, what = error.errors()[0]["loc"], error.errors()[0]["msg"]
+        raise MdptError(f"{path}: {ALTERED}: {'.'.join(map(str, where))}: {what}") from error
+    except MdptError as error:
+        raise MdptError(f"{path}: {error}") from error
     return bundle
+
+
+ALTERED = "is no bundle as mdpt writes it; write it anew"
+
+
+def check_bundle(bundle: Bundle, outer: Bundle | None = None) -> None:
+    """Check what a bundle that follows the schema says against itself, before anything is allocated by it.
+
+    outer: the policy that holds it. Raises: MdptError naming the first part that does not agree.
+    """
+    try:
+        run = check_algorithms(check_experiment("it", bundle["experiment"]))
+    except MdptError as error:
+        written = bundle["versions"]["mdpt"]
+        raise MdptError(f"written by mdpt {written}, which this mdpt does not follow: {error}") from error
+    kind, seeds, spec, step = bundle["kind"], bundle["seeds"], bundle["environment"], bundle["step"]
+    along = outer is not None and outer["experiment"]["policy"]["scheme"] == "joint"
+    steps = (run.policy if along else getattr(run, kind)).steps
+    inside = {"unguided": (0,), "joint": (1,)}.get(run.policy.scheme, range(257)) if kind == "policy" else (0,)
+    learns = not bundle["complete"] and outer is None
+    low, high = (np.array(spec[key]) for key in ("action_low", "action_high"))
+    agrees = {
+        "kind": outer is None or kind == "guidance",
+        "guidances": len(bundle["guidances"]) in inside,
+        "seeds": set(seeds) <= set(run.seeds) and len(set(seeds)) == len(seeds),
+        "step": step <= steps and (outer is not None or bundle["complete"] == (step == steps)),
+        "environment": low.shape == high.shape == (spec["action_dim"],) and bool((low < high).all()),
+        "reference": bundle["reference"] is None or bundle["reference"][0] != bundle["reference"][1],
+        "history": all(len(entry[key]) == len(seeds) for entry in bundle["history"] for key in entry.keys() - {"step"}),
+        "training": (bundle.get("training") is not None) == learns,
+    }
+    if wrong := [key for key, right in agrees.items() if not right]:
+        raise MdptError(f"{ALTERED}: {wrong[0]} does not agree with the rest")
+    check_tensors("normalizer", bundle["normalizer"], dict.fromkeys(("mean", "deviation"), (spec["observation_dim"],)))
+    if not (bundle["normalizer"]["deviation"] > 0).all():
+        raise MdptError(f"{ALTERED}: normalizer.deviation is not positive")
+    for inner in bundle["guidances"]:
+        check_bundle(inner, bundle)
+        check_fit(bundle, inner)
+    module: Guidance | Policy
+    if kind == "policy":
+        module = build_policy(bundle, "meta", new=True)
+    else:
+        module = build_guidance(bundle, "meta", new=True, companion=learns)
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    acting = {name: shape for name, shape in shapes.items() if name.startswith(ACTING)}
+    alone = outer is not None and bundle["weights"].keys() == acting.keys()  # a member chosen by its seed
+    check_tensors("weights", bundle["weights"], acting if alone else shapes)
+    for at, weights in bundle["snapshots"].items():
+        check_tensors(f"snapshots.{at}", weights, acting)
+    if learns:
+        first = [build_guidance(each, "meta", new=True, companion=False) for each in bundle["guidances"]]
+        networks = [
+            network for part in (*first * (run.policy.scheme == "joint"), module) for network, _ in part.networks()
+        ]
+        states = bundle["training"]["optimizers"]
+        for place, (network, state) in enumerate(zip_longest(networks, states)):
+            shape = tuple(network.vector.shape) if network is not None else ()
+            check_tensors(
+                f"training.optimizers.{place}", state or {}, {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+            )
+
+
+def check_tensors(where: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises: MdptError where tensors have other names or shapes, are no float32 or not finite."""
+    for name in sorted(tensors.keys() | shapes.keys()):
+        tensor = tensors.get(name)
+        if tensor is None or name not in shapes:
+            raise MdptError(f"{ALTERED}: {where}.{name} is {'missing' if tensor is None else 'unknown'}")
+        if tuple(tensor.shape) != shapes[name] or tensor.dtype != torch.float32:
+            found = f"{tuple(tensor.shape)}, {tensor.dtype}"
+            raise MdptError(f"{ALTERED}: {where}.{name} has shape {found}; expected {shapes[name]}, {torch.float32}")
+        if not tensor.isfinite().all():
+            raise MdptError(f"{ALTERED}: {where}.{name} is not finite")
 
 
 def _at_step(bundle: Bundle, path: Path, step: str) -> Bundle:
@@ -2014,7 +2210,8 @@ def acting_weights(bundle: Bundle) -> dict[str, Tensor]:
 
 def _shape(bundle: Bundle, device: str) -> tuple[Randomness, Normalizer, Any, int, int]:
     section = getattr(Experiment.model_validate(bundle["experiment"]), bundle["kind"])
-    random = Randomness(bundle["seeds"], f"{bundle['kind']} init", device)
+    seeds = bundle["seeds"]
+    random = Shapes(seeds) if device == "meta" else Randomness(seeds, f"{bundle['kind']} init", device)
     sizes = bundle["environment"]["observation_dim"], bundle["environment"]["action_dim"]
     return random, Normalizer(**bundle["normalizer"]).to(device), section, *sizes
 

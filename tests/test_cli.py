@@ -953,7 +953,7 @@ def test_another_run_is_told_by_what_differs(folder: Path, monkeypatch: pytest.M
         run(command, code=130)
     before = Path("cut.pt").read_bytes()
     guidance = read("toy-idql.guidance.pt")
-    torch.save(guidance | {"weights": guidance["weights"] | {"actor.more": torch.zeros(3)}}, "other.pt")
+    torch.save(guidance | {"weights": {name: 2 * value for name, value in guidance["weights"].items()}}, "other.pt")
     write_toy_data(Path("other.hdf5"), seed=5)
     for options, *fragments in (
         ("--set policy.eta=2", "[policy] eta", "1.0", "2.0"),
@@ -1181,7 +1181,12 @@ MISTAKES = [  # command, what the user learns
     ("policy toy.toml --guidance toy-bc-unguided.policy.pt --out p.pt", "toy-bc-unguided", "no guidance", "guidance b"),
     ("policy toy.toml --guidance toy-idql.guidance.pt@7 --out p.pt", "idql.guidance.pt@7", "@10", "@20", "@last"),
     (f"{UNDER_IDQL} --seeds 0,1,2 --out p.pt", "3 policy", "2 guidance", "one member"),
-    ("policy toy.toml --guidance elsewhere.pt --out p.pt", "conftest:Gentle-v0 against Ant-v9", "action_dim 2", "8"),
+    (
+        "policy toy.toml --guidance elsewhere.pt --out p.pt",
+        "conftest:Gentle-v0 against Ant-v9",
+        "max_episode_steps 6",
+        "7",
+    ),
     ("evaluate toy-idql.guidance.pt", "toy-idql.guidance.pt", "guidance bundle", "mdpt policy"),
     ("evaluate none.pt", "none.pt", "no such bundle", "mdpt policy"),
     ("evaluate toy-dql.policy.pt@soon", "toy-dql.policy.pt@soon", "@10", "@20", "@last"),
@@ -1214,7 +1219,9 @@ def test_mistakes_on_the_command_line(folder: Path, mistake: tuple[str, ...]) ->
     torch.save(read("toy-idql.guidance.pt") | {"version": 3}, "old.pt")
     for name, file in (("elsewhere", "toy-idql.guidance.pt"), ("elsewhere-policy", "toy-bc-unguided.policy.pt")):
         bundle = read(file)
-        torch.save(bundle | {"environment": bundle["environment"] | {"id": "Ant-v9", "action_dim": 8}}, f"{name}.pt")
+        torch.save(
+            bundle | {"environment": bundle["environment"] | {"id": "Ant-v9", "max_episode_steps": 7}}, f"{name}.pt"
+        )
     command, *fragments = mistake
     fail(command, *fragments)
     assert not Path("p.pt").exists()
@@ -1354,9 +1361,9 @@ def test_transitions_on_disk_give_the_same_weights(folder: Path, algorithm: str)
 
 
 def test_an_environment_that_changed_since_training_is_named_before_play(folder: Path) -> None:
-    bundle = read("toy-bc.policy.pt")
+    bundle = read("toy-bc-unguided.policy.pt")
     changed = bundle["environment"] | {"action_high": (1.0, 5.0)}
-    models.save_bundle(Path("b.pt"), bundle | {"environment": changed, "guidances": []})
+    models.save_bundle(Path("b.pt"), bundle | {"environment": changed})
     told = "another environment than when this was trained", "action_high was (1.0, 5.0), is (1.0, 4.0)"
     fail("evaluate b.pt --workers 1", "conftest:Gentle-v0", *told)
 

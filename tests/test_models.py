@@ -12,7 +12,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make bus
 
 import contextlib
 import copy
+import functools
 import math
+import operator
+import re
 import subprocess
 import sys
 import zipfile
@@ -26,6 +29,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional
@@ -1551,8 +1556,10 @@ def test_averaged_weights_and_target_critics_act() -> None:
 def a_bundle(kind: str, seeds: Sequence[int], module: Guidance | Policy) -> Bundle:
     experiment = make_experiment(seeds, **{kind: module.section.model_dump()})
     normalizer = {"mean": torch.tensor([0.5, -0.5, 0.0]), "deviation": torch.tensor([2.0, 1.0, 0.5])}
-    own = {"normalizer": normalizer, "weights": weights_of(module)}
-    return models.new_bundle(kind, experiment, noisy_dataset()) | own
+    own = {"normalizer": normalizer, "weights": weights_of(module), "step": module.section.steps, "complete": True}
+    learner = models.Learner([(module, module.section)], lambda batch, random, done: None)  # type: ignore[arg-type, return-value]
+    account = models.Cost(torch.device("cpu"), "default", None).read(learner, module.section.steps)
+    return models.new_bundle(kind, experiment, noisy_dataset()) | own | {"accounting": account}
 
 
 def guidance_bundle(guidance: Guidance, seeds: Sequence[int]) -> Bundle:
@@ -1670,8 +1677,8 @@ def test_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 def test_write_replaces_and_makes_the_folder(tmp_path: Path) -> None:
     path = tmp_path / "new" / "b.pt"
     for value in (1, 2):
-        save_bundle(path, HEAD | {"a": value})
-        assert read_bundle(path)["a"] == value
+        save_bundle(path, guidance_bundle(make_guidance(SEEDS, 3, 2), SEEDS) | {"quality": [{"step": value}]})
+        assert read_bundle(path)["quality"] == [{"step": value}]
     assert [entry.name for entry in path.parent.iterdir()] == ["b.pt"]
     (tmp_path / "file").write_text("")
     with pytest.raises(MdptError) as caught:
@@ -1703,7 +1710,13 @@ def write_damaged(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-600])
 
 
-HEAD = {"format": "mdpt bundle", "version": models.BUNDLE_VERSION, "guidances": [], "snapshots": {}}
+def foreign_algorithm() -> Bundle:
+    bundle = policy_bundle(SEEDS, None)
+    policy = bundle["experiment"]["policy"] | {"algorithm": "sac"}
+    experiment, versions = bundle["experiment"] | {"policy": policy}, bundle["versions"] | {"mdpt": "9.9"}
+    return bundle | {"experiment": experiment, "versions": versions}
+
+
 DAMAGED = "cannot be read as a bundle, it is damaged or something else; write it anew"
 UNFOLLOWED = "written by mdpt 9.9, which this mdpt does not follow"
 FOREIGN = "is no mdpt bundle; expected a file written by `mdpt guidance` or `mdpt policy`"
@@ -1722,24 +1735,22 @@ BAD_FILES: dict[str, tuple[Callable[..., Any], Callable[[Path], Any], str]] = {
     "foreign weights": (read_bundle, lambda path: torch.save(nn.Linear(1, 1).state_dict(), path), FOREIGN),
     "other version": (
         read_bundle,
-        lambda path: torch.save(HEAD | {"version": 99}, path),
+        lambda path: torch.save({"format": "mdpt bundle", "version": 99}, path),
         f"bundle version 99, this mdpt reads version {models.BUNDLE_VERSION}; train it anew or use the mdpt that wrote it",
     ),
     "of a foreign algorithm": (
         read_bundle,
-        lambda path: torch.save(
-            HEAD | {"experiment": {"policy": {"algorithm": "sac"}}, "versions": {"mdpt": "9.9"}}, path
-        ),
+        lambda path: save_bundle(path, foreign_algorithm()),
         f"{UNFOLLOWED}: [policy] algorithm = 'sac': should be one of {', '.join(POLICIES)}; did you mean 'dac'?",
     ),
     "guidance as policy": (
         read_policy,
-        lambda path: torch.save(HEAD | {"kind": "guidance"}, path),
+        lambda path: save_bundle(path, guidance_bundle(make_guidance(SEEDS, 3, 2), SEEDS)),
         "is a guidance bundle; expected a policy bundle, written by `mdpt policy`",
     ),
     "unguided policy": (
         read_guidances,
-        lambda path: torch.save(HEAD | {"kind": "policy"}, path),
+        lambda path: save_bundle(path, policy_bundle(SEEDS, None)),
         "this policy was trained unguided and holds no guidance; give a guidance bundle",
     ),
 }
@@ -1754,11 +1765,151 @@ def test_bad_files(read: Callable[..., Any], write: Callable[[Path], Any], messa
     assert str(caught.value) == f"{path}: {message}"
 
 
+DELETED = object()
+WEIGHT = ("weights", "value.layers.0.weight")
+ALTERATIONS: dict[str, tuple[Sequence[Any], Any, str]] = {
+    "a key is missing": (["seeds"], DELETED, "seeds: Field required"),
+    "a key is new": (["more"], 1, "more: Extra inputs"),
+    "another kind of value": (["seeds"], "01", "seeds: Input should be a valid list"),
+    "upside down": (["environment", "action_low"], (9.0, 9.0), "environment does not agree"),
+    "no time": (["environment", "max_episode_steps"], -1, "environment.max_episode_steps: Input should be greater"),
+    "no scale": (["reference"], (0.0, 0.0), "reference does not agree"),
+    "half a scale": (["reference"], (math.nan, 1.0), "reference.0: Input should be a finite number"),
+    "beyond the last step": (["step"], 30, "step does not agree"),
+    "unfinished": (["complete"], False, "step does not agree"),
+    "other seeds": (["seeds"], [0, 5], "seeds does not agree"),
+    "wider": (["experiment", "guidance", "hidden"], [15_000, 32], "expected (4, 1, 15000)"),
+    "a row less": (WEIGHT, torch.zeros(1, 3, 32), "weights.value.layers.0.weight has shape (1, 3, 32)"),
+    "doubles": (WEIGHT, torch.zeros(2, 3, 32, dtype=torch.float64), "weights.value.layers.0.weight has shape"),
+    "not a number": (WEIGHT, torch.full((2, 3, 32), math.nan), "weights.value.layers.0.weight is not finite"),
+    "a claim": (WEIGHT, torch.zeros(1).expand(2, 3, 32), "should be a plain tensor"),
+    "a layer is missing": (WEIGHT, DELETED, "weights.value.layers.0.weight is missing"),
+    "a snapshot's layer": (["snapshots", 10], {}, "snapshots.10.target_q"),
+    "flat": (["normalizer", "deviation"], torch.zeros(3), "normalizer.deviation is not positive"),
+    "a short history": (["history", 0, "loss"], [1.0], "history does not agree"),
+}
+
+
+@pytest.mark.parametrize(("path", "value", "message"), ALTERATIONS.values(), ids=ALTERATIONS)
+def test_an_altered_bundle_is_refused(path: Sequence[Any], value: Any, message: str, tmp_path: Path) -> None:
+    bundle = learn("guidance idql", steps=20, batch_size=16, snapshots=2)
+    save_bundle(tmp_path / "g.pt", bundle)
+    read_bundle(tmp_path / "g.pt")
+    save_bundle(tmp_path / "g.pt", set_in(bundle, path, value))
+    with pytest.raises(MdptError, match=re.escape(message)) as caught:
+        read_bundle(tmp_path / "g.pt")
+    assert str(caught.value).startswith(f"{tmp_path / 'g.pt'}: is no bundle as mdpt writes it; write it anew: ")
+
+
+@pytest.mark.parametrize("kind", ["guidance dql", "joint idql", "policy bc"])
+def test_optimizer_states_of_other_shapes_are_refused(kind: str, tmp_path: Path) -> None:
+    kept: list[Bundle] = []
+    with pytest.raises(MdptError, match="interrupted"):
+        learn(kind, run=Run(save=lambda bundle: kept.append(copy.deepcopy(bundle)), interrupted=lambda: 2), steps=20)
+    (bundle,) = kept
+    save_bundle(tmp_path / "p.pt", bundle)
+    assert read_bundle(tmp_path / "p.pt")["step"] == 1
+    states = bundle["training"]["optimizers"]
+    for place, state in enumerate(states):
+        for other in (
+            set_in(states, (place, "exp_avg"), state["exp_avg"][:, :16].contiguous()),
+            states[:-1],
+            [*states, state],
+        ):
+            save_bundle(tmp_path / "p.pt", set_in(bundle, ("training", "optimizers"), other))
+            with pytest.raises(MdptError, match=r"training\.optimizers\.\d\.exp_avg"):
+                read_bundle(tmp_path / "p.pt")
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every value in a nest of containers."""
+    yield path
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, inner in pairs:
+        yield from places(inner, (*path, key))
+
+
+def set_in(value: Any, path: Sequence[Any], other: Any) -> Any:
+    """A copy of a nest of containers with another value at the end of a path; DELETED: without it."""
+    if not path:
+        return other
+    key, *rest = path
+    changed = list(value) if isinstance(value, tuple) else copy.copy(value)
+    if other is DELETED and not rest:
+        del changed[key]
+    else:
+        changed[key] = set_in(value[key], rest, other) if rest else other
+    return type(value)(changed)
+
+
+OTHERS = [
+    DELETED,
+    None,
+    True,
+    -1,
+    0,
+    10**30,
+    1.5,
+    math.nan,
+    math.inf,
+    "",
+    "x" * 999,
+    "a:B-v0",
+    [],
+    {},
+    [[]],
+    (0.0,),
+    {"a": 1},
+]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(numbers=st.lists(st.integers(0, 999_999), min_size=6, max_size=6))
+def test_a_mutated_bundle_is_refused_or_works(
+    numbers: list[int], mutable: Callable[[], tuple[Path, list[Bundle]]]
+) -> None:
+    """Whatever is in a bundle, reading, acting and going on end well or with a `MdptError`."""
+    path, bundles = mutable()
+    bundle = bundles[numbers[0] % len(bundles)]
+    for place, other in [numbers[2:4], numbers[4:6]][: 1 + numbers[1] % 2]:
+        known = [*places(bundle)][1:]
+        where = known[place % len(known)]
+        value = functools.reduce(operator.getitem, where, bundle)
+        others: list[Any] = list(OTHERS)
+        if torch.is_tensor(value) and not value.is_sparse:
+            others += [value.flatten()[:1], value.double(), value * math.nan, value[None].expand(9, *value.shape)]
+            others += [value.to_sparse(), value.half().float().mul(-1)]
+        elif isinstance(value, int | float):
+            others += [value * 1000, -value, value + 1]
+        bundle = set_in(bundle, where, others[other % len(others)])
+    torch.save(bundle, path)
+    with contextlib.suppress(MdptError):
+        read = read_bundle(path)
+        if read["kind"] == "policy":
+            load_agent(path)(np.zeros(3))
+        if not read["complete"]:
+            kind = "joint idql" if read["kind"] == "policy" else "guidance idql"
+            learn(kind, run=Run(begun=read), steps=4, batch_size=8, snapshots=1)
+
+
+@pytest.fixture(scope="module")
+def mutable(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], tuple[Path, list[Bundle]]]:
+    """A place, and small bundles of all kinds, finished and not."""
+    kept: list[Bundle] = []
+    for kind in ("guidance idql", "joint idql"):
+        keep = Run(save=lambda bundle: kept.append(copy.deepcopy(bundle)), interrupted=lambda: 2)
+        with pytest.raises(MdptError, match="interrupted"):
+            learn(kind, run=keep, steps=4, batch_size=8, snapshots=1)
+    guidance = learn("guidance idql", steps=4, batch_size=8, snapshots=1)
+    bundles = [*kept, guidance, learn("policy dql", guidance, steps=4, batch_size=8, snapshots=1)]
+    return lambda: (tmp_path_factory.getbasetemp() / "mutated.pt", bundles)
+
+
 def test_snapshots_by_step(tmp_path: Path) -> None:
     path = tmp_path / "p.pt"
-    bundle = policy_bundle(SEEDS, None)
+    bundle = policy_bundle(SEEDS, None, steps=20)
     snapshot = {name: value + 1 for name, value in bundle["weights"].items() if name.startswith("average.")}
-    save_bundle(path, bundle | {"step": 20, "snapshots": {10: snapshot, 20: {}}})
+    save_bundle(path, bundle | {"snapshots": {10: snapshot, 20: models.acting_weights(bundle)}})
     for name, moved, step in (("p.pt", 0, 20), ("p.pt@last", 0, 20), ("p.pt@10", 1, 10)):
         read = read_policy(tmp_path / name)
         assert read["step"] == step
