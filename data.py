@@ -12,12 +12,15 @@ import contextlib
 import ctypes
 import difflib
 import faulthandler
+import glob
 import hashlib
 import http.client
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
+import platform
 import random
 import re
 import runpy
@@ -60,7 +63,7 @@ class MdptError(Exception):
 class Interrupted(MdptError):
     """A run was ended by a signal: what is kept, and the signal's number."""
 
-    def __init__(self, text: str, number: int) -> None:
+    def __init__(self, text: str = "interrupted", number: int = signal.SIGINT) -> None:
         super().__init__(text)
         self.code = 128 + number
 
@@ -70,9 +73,56 @@ def version() -> str:
     return importlib.metadata.version("mdpt")
 
 
+@contextlib.contextmanager
+def written_whole(path: Path, remedy: str) -> Iterator[Path]:
+    """A file to write beside `path`, whose place it takes once it is whole; where that fails, nothing of it is left.
+
+    What processes of this machine that were killed have left of the same goes, too.
+
+    Raises: MdptError that ends with a remedy, where writing raises OSError, or RuntimeError: libraries' full disk.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_beside(path)
+        try:
+            yield temporary
+            with temporary.open("rb+") as written:
+                os.fsync(written.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)  # still there only if something failed, or Ctrl-C came
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or "it could not be stored; is the disk full?"
+        raise MdptError(f"{path}: cannot be written ({reason}); {remedy}") from error
+
+
+def temporary_beside(path: Path) -> Path:
+    """A new, empty file that says whose it is and which process's; those of dead ones are removed. Raises: OSError."""
+    start = f".{path.name}.{platform.node()}."  # a number says nothing of another machine's processes
+    for left in path.parent.glob(f"{glob.escape(start)}*.tmp"):
+        number = left.name.removeprefix(start).partition(".")[0]
+        if os.name == "posix" and number.isdecimal() and not is_alive(int(number)):
+            left.unlink(missing_ok=True)
+    temporary = path.with_name(f"{start}{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    temporary.touch(exist_ok=False)
+    return temporary
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # asks only
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        pass
+    return True
+
+
 # --- the experiment file ----------------------------------------------------------------------------------------
 
-Positive = Annotated[int, Field(ge=1)]
+LARGEST = 2**63 - 1  # of TOML, HDF5 and torch
+Whole = Annotated[int, Field(ge=0, le=LARGEST)]
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Widths = Annotated[list[Positive], Field(min_length=1, max_length=16)]
 MAKES_OWN = {"id", "environment_id", "max_episode_steps", "disable_env_checker", "render_mode"}  # gymnasium.make's
@@ -106,14 +156,14 @@ class DataSection(Section):
     reference: str | Pair | None = Field(
         None, description="D4RL family or [min, max], whose returns are scores 0 and 100; by default the source's own"
     )
-    transitions: Annotated[int, Field(ge=100)] = Field(200_000, description="environment steps to collect")
+    transitions: Annotated[int, Field(ge=100, le=LARGEST)] = Field(200_000, description="environment steps to collect")
     levels: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = Field(
         [0.2, 0.4, 0.6, 0.8], description="perturbation of the agent's weights, drawn per episode; equal shares"
     )
     action_noise: Annotated[float, Field(ge=0)] | list[Annotated[float, Field(ge=0)]] = Field(
         0.1, description="deviation of noise on collected actions; one for all levels, or a list with one for each"
     )
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="of collection and of the choice of episodes")
+    seed: Whole = Field(0, description="of collection and of the choice of episodes")
     fraction: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="of whole episodes to use at all")
     held_out: Annotated[float, Field(ge=0, le=0.5)] = Field(0.05, description="fraction of these kept from training")
     reward_scale: Literal["none", "return-range", "minus-one"] | Rate | Pair | None = Field(
@@ -136,6 +186,10 @@ class DataSection(Section):
             problems.append("environment_kwargs are for a named environment")
         if own := sorted(self.environment_kwargs.keys() & MAKES_OWN):
             problems.append(f"environment_kwargs has {own[0]!r}, which is not the environment's to be given")
+        try:
+            json.dumps(self.environment_kwargs, allow_nan=False)
+        except (RecursionError, TypeError, ValueError):
+            problems.append("environment_kwargs are to be finite numbers, words, lists and tables, not many in another")
         if self.transitions % len(self.levels):
             problems.append(f"transitions {self.transitions} cannot be shared equally by {len(self.levels)} levels")
         if isinstance(self.action_noise, list) and len(self.action_noise) != len(self.levels):
@@ -182,7 +236,7 @@ class GuidanceSection(TrainingSection):
     bootstrap_candidates: Positive = Field(1, description="dql: next actions of which the best counts")
     actor_learning_rate: Rate | None = Field(None, description="dql: of the companion; by default learning_rate")
     actor_hidden: Widths = Field([256, 256, 256], description="dql: hidden units of the companion actor")
-    time_features: Annotated[int, Field(ge=2, multiple_of=2)] = Field(64, description="dql: as in [policy]")
+    time_features: Annotated[int, Field(ge=2, le=LARGEST, multiple_of=2)] = Field(64, description="dql: as in [policy]")
     eta: Annotated[float, Field(ge=0)] = Field(1.0, description="dql: value weight in the companion actor's loss")
     diffusion_steps: Positive = Field(5, description="dql: of the companion actor")
     ema_decay: Fraction = Field(0.999, description="dql: of the companion actor's averaged weights, per step")
@@ -197,7 +251,9 @@ class PolicySection(TrainingSection):
     hidden: Widths = Field([256, 256, 256], description="hidden units of each layer; resnet: of each residual block")
     activation: Activation = Field("mish", description="of the denoiser")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="in residual blocks")
-    time_features: Annotated[int, Field(ge=2, multiple_of=2)] = Field(64, description="sinusoids of the diffusion step")
+    time_features: Annotated[int, Field(ge=2, le=LARGEST, multiple_of=2)] = Field(
+        64, description="sinusoids of the diffusion step"
+    )
     diffusion_steps: Positive = Field(5, description="T")
     noise_schedule: Literal["vp", "cosine", "linear", "linear-unscaled"] = Field(
         "vp", description="betas; vp as in Diffusion-QL; linear: DDPM's thousand, spread over T steps, or not spread"
@@ -208,7 +264,7 @@ class PolicySection(TrainingSection):
     eta: Annotated[float, Field(ge=0)] = Field(1.0, description="weight of the guidance term (dac, dql, edp)")
     ema_decay: Fraction = Field(0.999, description="of the averaged weights that act, per update")
     ema_every: Positive = Field(1, description="gradient steps between such updates")
-    ema_from: Annotated[int, Field(ge=0)] = Field(0, description="gradient step of the first; until then it is a copy")
+    ema_from: Whole = Field(0, description="gradient step of the first; until then it is a copy")
     label_dropout: Fraction = Field(0.1, description="cfg: share of labels dropped in training")
     advantage_weight: Literal["none", "expectile", "exponential", "hard"] = Field(
         "none", description="of transitions: bc, idql"
@@ -244,16 +300,16 @@ class EvaluationSection(Section):
     guide: Literal["rank", "gradient", "both"] = Field("rank", description="how guidance acts at inference")
     guidance_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="of the gradient, for gradient and both")
     jacobian: bool = Field(False, description="gradient through the denoiser: its weight is an inverse temperature")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="of start states and sampling noise")
+    seed: Whole = Field(0, description="of start states and sampling noise")
 
 
 class Experiment(Section):
     """The whole experiment file."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = Field(
         "experiment", description="names files"
     )
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=256)] = Field(
+    seeds: Annotated[list[Whole], Field(min_length=1, max_length=256)] = Field(
         [0, 1, 2], description="one member each, trained side by side"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
@@ -285,10 +341,10 @@ def _read_tables(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         by = f", which {seen[-1]} extends" if seen else "; hopper.toml in the repository is one to start from"
         raise MdptError(problem + by)
     try:
-        content = tomli.loads(path.read_text(encoding="utf-8"))
+        content = tomli.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise MdptError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of letters that are not UTF-8, and of endless numbers
         raise MdptError(f"{path}: is not TOML: {error}") from error
     table = content.get("data")
     if isinstance(table, dict) and isinstance(table.get("path"), str):
@@ -327,9 +383,14 @@ def _override(content: dict[str, Any], override: str) -> None:
     if not equals or not key or len(tables) > 1:
         raise MdptError(f"--set {override}: expected table.key=value, such as policy.steps=5000")
     try:
-        value = tomli.loads(f"value = {text}")["value"]
+        parsed = tomli.loads(f"value = {text}")
     except tomli.TOMLDecodeError:
-        value = text.strip()  # a bare word; its field says whether it is allowed
+        parsed = {"value": text.strip()}  # a bare word; its field says whether it is allowed
+    except (ValueError, RecursionError) as error:
+        raise MdptError(f"--set {keys}: is not TOML: {error}") from error
+    if parsed.keys() != {"value"}:
+        raise MdptError(f"--set {override}: more than one value; give each its own --set")
+    value = parsed["value"]
     target = content
     for table in tables:
         target = target.setdefault(table, {})
@@ -350,7 +411,7 @@ def _explain(path: str, error: ValidationError) -> str:
         if names:  # what follows the key: the place in a list, or the branch of a union
             where += f" {names[0]}" + "".join(f"[{place}]" for place in names[1:] if isinstance(place, int))
         if not isinstance(problem["input"], dict):
-            where += f" = {problem['input']!r}"
+            where += f" = {_shown(problem['input'])}"
         message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
         if problem["type"] == "model_type":
             message = "should be a table"
@@ -360,6 +421,14 @@ def _explain(path: str, error: ValidationError) -> str:
             message = "unknown key; " + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}")
         lines.setdefault(where, []).append(message)
     return "\n".join(f"{where.removesuffix(':')}: {', or '.join(messages)}" for where, messages in lines.items())
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deep, or a number of thousands of digits
+        return "..."
+    return text if len(text) < 200 else f"{text[:200]}..."
 
 
 # --- environments -----------------------------------------------------------------------------------------------
@@ -545,7 +614,7 @@ def _make(environment_id: str, **options: Any) -> gymnasium.Env[Any, Any]:
         if isinstance(environment.observation_space, gymnasium.spaces.Dict):
             environment = gymnasium.wrappers.FlattenObservation(environment)
         return environment
-    except Exception as error:
+    except BaseException as error:  # its constructor may also exit, or interrupt itself
         module, _, name = environment_id.rpartition(":")
         if module and module not in sys.modules:
             hint = f"{_one_line(error)}. Install it, or put its folder on PYTHONPATH."
@@ -595,8 +664,8 @@ def _quiet(*streams: int) -> Iterator[None]:
     flush = ctypes.CDLL(None).fflush if os.name == "posix" else lambda stream: None
     flush(None)
     copies = [(stream, os.dup(stream)) for stream in streams]
-    _silence(*streams)
     try:
+        _silence(*streams)
         yield
     finally:
         flush(None)  # C buffers its lines when they go to a file or pipe; they must leave while it is quiet
@@ -654,6 +723,10 @@ class Workers:
     count: int = 1
     timeout: float = 600.0
     cluster: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout <= 1e6:  # what threads can wait for has an end
+            raise MdptError(f"--timeout {self.timeout:g}: expected seconds, at most a million")
 
 
 def parallel(
@@ -907,6 +980,7 @@ def open_hdf5(path: Path) -> Iterator[Columns]:
 
 
 MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main/"  # raw files under D4RL's names
+OTHER_CACHE = "set MDPT_CACHE to another folder"
 PAUSE = 1.0  # seconds before a connection that was cut is made again
 BLOCK = 1 << 20  # bytes that are read at a time
 
@@ -1045,45 +1119,29 @@ def download(
     Raises: MdptError for a folder that cannot be written; where no address has the file, saying why for each.
     """
     problems: list[str] = []
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        try:
-            os.close(handle)
-            for address in addresses:
-                try:
-                    _save(address, name, keys, show, timeout)
-                except MdptError as error:
-                    problems.append(f"  {address}: {error}")
-                else:
-                    os.replace(name, path)
-                    return
-        finally:
-            Path(name).unlink(missing_ok=True)
-    except OSError as error:
-        raise MdptError(
-            f"{path.parent}: {path.name} cannot be written ({error.strerror or _one_line(error)}); make room there, or "
-            "set MDPT_CACHE to another folder"
-        ) from error
-    by_hand = f"Get it elsewhere, and put it into {path.parent} as {path.name}."
-    raise MdptError("\n".join([f"{path.name}: cannot be downloaded.", *problems, by_hand]))
+    with written_whole(path, f"make room there, or {OTHER_CACHE}") as temporary:
+        for address in addresses:
+            try:
+                return _save(address, temporary, keys, show, timeout)
+            except MdptError as error:
+                problems.append(f"  {address}: {error}")
+        by_hand = f"Get it elsewhere, and put it into {path.parent} as {path.name}."
+        raise MdptError("\n".join([f"{path.name}: cannot be downloaded.", *problems, by_hand]))
 
 
-def _save(address: str, name: str, keys: Sequence[str], show: Callable[[int, int], None], timeout: float) -> None:
+def _save(address: str, path: Path, keys: Sequence[str], show: Callable[[int, int], None], timeout: float) -> None:
     """Write what an address has into a file. Raises: OSError where that fails, MdptError for all that is not here."""
     kind = ""
-    with open(name, "wb") as file:
+    with path.open("wb") as file:
         for start, piece, total, kind in _pieces(address, timeout):
             file.seek(start)
             file.write(piece)
             show(start + len(piece), total)
         file.truncate()
-        file.flush()
-        os.fsync(file.fileno())
-    if not h5py.is_hdf5(name):
-        raise MdptError(f"sent {os.path.getsize(name):,} bytes of {kind!r}, which are no HDF5 file")
+    if not h5py.is_hdf5(path):
+        raise MdptError(f"sent {path.stat().st_size:,} bytes of {kind!r}, which are no HDF5 file")
     try:
-        with h5py.File(name, "r") as content:
+        with h5py.File(path, "r") as content:
             missing = [key for key in keys if key not in content]
     except (OSError, RuntimeError) as error:
         raise MdptError(f"sent a damaged HDF5 file. {_one_line(error)}") from error
@@ -1834,18 +1892,23 @@ def collect_dataset(
     try:
         make_writable_folder(path.parent)
     except OSError as error:
-        raise MdptError(
-            f"{path.parent}: cannot be written ({error.strerror}); set MDPT_CACHE to another folder"
-        ) from error
-    parts: list[dict[str, Array]] = []
-    for part in parallel(collect_shard, shards, workers, len(shards)):
-        parts.append(part)
-        if show:
-            show("collect", sum(len(part["rewards"]) for part in parts), section.transitions)
+        raise MdptError(f"{path.parent}: cannot be written ({error.strerror}); {OTHER_CACHE}") from error
+    kept = [path.with_name(f".{path.stem}.{index}.part") for index in range(len(shards))]  # for a run cut short
+    old = list(itertools.takewhile(bool, map(_read_part, kept, shards)))
+    left, parts = shards[len(old) :], []
+    with contextlib.closing(parallel(collect_shard, left, workers, len(left))) as found:
+        for index, part in enumerate(itertools.chain(old, found)):
+            if index >= len(old):
+                _write_hdf5(kept[index], part, {})
+            parts.append(part)
+            if show:
+                show("collect", sum(len(part["rewards"]) for part in parts), section.transitions)
     arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     arrays["infos/level"] = np.repeat(np.array(section.levels, dtype=np.float32), share)
     versions = {name: importlib.metadata.version(name) for name in ("pybullet", "pybullet_envs_gymnasium", "numpy")}
     _write_hdf5(path, arrays, made_by | versions)
+    for file in kept:
+        file.unlink(missing_ok=True)
     return path
 
 
@@ -1917,6 +1980,16 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mdpt")
 
 
+def _read_part(path: Path, shard: Shard) -> dict[str, Array]:
+    """What was kept of a shard; empty: nothing, or something else."""
+    try:
+        with h5py.File(path, "r") as file:
+            part = {key: np.asarray(file[key]) for key in ("observations", "actions", "rewards", *FLAGS)}
+            return part if {len(array) for array in part.values()} == {shard.size} else {}
+    except (OSError, RuntimeError, LookupError, TypeError):
+        return {}
+
+
 def _check_cached(path: Path, transitions: int) -> None:
     try:
         with h5py.File(path, "r") as file:
@@ -1929,20 +2002,10 @@ def _check_cached(path: Path, transitions: int) -> None:
 
 def _write_hdf5(path: Path, arrays: dict[str, Array], attributes: dict[str, Any]) -> None:
     """Write a whole file or none; the same arrays and attributes give the same bytes."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    try:
-        os.close(handle)
-        with h5py.File(name, "w") as file:
-            for key, array in arrays.items():
-                file.create_dataset(key, data=array, track_times=False)
-            file.attrs.update(attributes)
-        with open(name, "rb+") as written:
-            os.fsync(written.fileno())
-        os.replace(name, path)
-    except OSError as error:
-        raise MdptError(f"{path}: cannot be written ({_one_line(error)}).") from error
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with written_whole(path, OTHER_CACHE) as temporary, h5py.File(temporary, "w") as file:
+        for key, array in arrays.items():
+            file.create_dataset(key, data=array, track_times=False)
+        file.attrs.update(attributes)
 
 
 def _bundled_agent(environment_id: str) -> list[Array]:

@@ -12,7 +12,6 @@ import difflib
 import functools
 import hashlib
 import math
-import os
 import platform
 import sys
 import time
@@ -47,6 +46,7 @@ from mdpt.data import (
     rollout,
     unscale_actions,
     version,
+    written_whole,
 )
 
 Loss = tuple[Tensor, dict[str, Tensor]]  # the loss of each member, (S,), and metrics of the same shape
@@ -1709,20 +1709,8 @@ def new_bundle(kind: str, experiment: Experiment, dataset: Dataset) -> Bundle:
 
 def save_bundle(path: Path, bundle: Bundle) -> None:
     """Write a bundle, plain containers and tensors only, so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                torch.save(bundle, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)  # still there only if something failed, or Ctrl-C came
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where the disk is full
-        reason = getattr(error, "strerror", None) or "torch could not store it; is the disk full?"
-        raise MdptError(f"{path}: cannot write the bundle ({reason}); choose another --out") from error
+    with written_whole(path, "choose another --out") as temporary, temporary.open("wb") as file:
+        torch.save(bundle, file)
 
 
 def read_bundle(path: Path) -> Bundle:

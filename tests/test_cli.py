@@ -594,6 +594,9 @@ CUT = [
 ]
 
 
+INTERRUPTED = "\nmdpt: interrupted; the same command goes on\n"
+
+
 @pytest.mark.parametrize("command", CUT)
 def test_playing_goes_on_where_it_was_cut_short(folder: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     command, count = f"{command} --workers 1", 4 if command.startswith("evaluate") else 6
@@ -607,7 +610,7 @@ def test_playing_goes_on_where_it_was_cut_short(folder: Path, command: str, monk
         return make(cell, *rest)
 
     monkeypatch.setattr(cli, "make_result", breaks)
-    assert run(f"{command} --json part.json", code=130).stderr.endswith("mdpt: interrupted\n")
+    assert run(f"{command} --json part.json", code=130).stderr.endswith(INTERRUPTED)
     assert len(json.loads(Path("part.json").read_text())["cells"]) == 3
     monkeypatch.setattr(cli, "make_result", lambda cell, *rest: (played.append(cell.policy), make(cell, *rest))[1])
     assert f"{count - 3} of {count} cells to play" in run(f"{command} --json part.json").stderr
@@ -645,7 +648,7 @@ def test_playing_that_is_ended_goes_on_to_the_same_file(
         )  # a terminal's Ctrl-C reaches the workers, too
         _, said = process.communicate(timeout=60)  # until no worker holds stderr open
     assert process.returncode == (130 if how == signal.SIGINT else -how)
-    assert "Traceback" not in said and (how == signal.SIGKILL or said.endswith("mdpt: interrupted\n"))
+    assert "Traceback" not in said and (how == signal.SIGKILL or said.endswith(INTERRUPTED))
     cells = len(json.loads(part.read_text())["cells"])
     for file in (part, whole):
         run(f"{command} {file} --workers 1")
@@ -1120,7 +1123,7 @@ MISTAKES = [  # command, what the user learns
     ("evaluate toy-dql.policy.pt --describe --json a.json", "--describe", "--plot"),
     ("evaluate toy-dql.policy.pt toy-cfg.policy.pt --describe", "--describe", "one bundle", "2"),
     ("evaluate toy-dql.policy.pt --json .", "--json .", "folder"),
-    ("evaluate toy-dql.policy.pt --json none/a.json", "none/a.json", "no folder none"),
+    ("evaluate toy-dql.policy.pt --json toy.toml/a.json", "--json toy.toml/a.json", "cannot be written", "choose"),
     ("evaluate toy-dql.policy.pt --plot a.jpg", "--plot a.jpg", ".png", ".svg", ".pdf"),
     ("swap toy-idql.guidance.pt", "toy-idql.guidance.pt", "guidance bundle", "mdpt policy"),
     ("swap toy-bc-unguided.policy.pt", "toy-bc-unguided.policy.pt", "no guidance", "--guidance FILE"),

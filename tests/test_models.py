@@ -1633,7 +1633,7 @@ def test_failed_write_keeps_the_old_file_and_leaves_nothing(
         raise error
 
     monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(MdptError, match=f"^{path}: cannot write the bundle .*; choose another --out$"):
+    with pytest.raises(MdptError, match=f"^{path}: cannot be written .*; choose another --out$"):
         save_bundle(path, {"a": 2})
     assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["b.pt"]
 
@@ -1659,8 +1659,7 @@ def test_write_replaces_and_makes_the_folder(tmp_path: Path) -> None:
         save_bundle(tmp_path / "file" / "b.pt", {})
     where = tmp_path / "file" / "b.pt"
     assert str(caught.value) in (
-        f"{where}: cannot write the bundle ({reason}); choose another --out"
-        for reason in ("File exists", "Not a directory")
+        f"{where}: cannot be written ({reason}); choose another --out" for reason in ("File exists", "Not a directory")
     )
 
 
