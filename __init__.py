@@ -1,14 +1,18 @@
 """Diffusion policies for offline reinforcement learning; mdpt.data, mdpt.models and mdpt.mdpt are its three floors."""
 
-import sys
+import os
+import signal
 
 
 def main() -> None:
     """The command `mdpt`, which Ctrl-C ends well from the start: what it needs takes a moment to import."""
-    try:
-        from mdpt.mdpt import app
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _leave)
+    from mdpt.mdpt import app
 
-        app()
-    except KeyboardInterrupt:
-        print("mdpt: interrupted", file=sys.stderr)
-        sys.exit(130)
+    app()
+
+
+def _leave(number: int, frame: object) -> None:
+    os.write(2, b"mdpt: interrupted\n")
+    os._exit(128 + number)  # an exception would come out of modules that are half imported as many another

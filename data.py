@@ -68,6 +68,22 @@ class Interrupted(MdptError):
         self.code = 128 + number
 
 
+ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+@contextlib.contextmanager
+def on_signals(act: Callable[[int, Any], Any]) -> Iterator[None]:
+    """What a signal that asks for an end does here; one that was ignored at the start, as by `nohup`, stays so."""
+    before = {number: signal.getsignal(number) for number in ENDS if signal.getsignal(number) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, act)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def version() -> str:
     """The installed version; pyproject.toml is its only source."""
     return importlib.metadata.version("mdpt")
@@ -746,16 +762,16 @@ def parallel(
             yield found
     else:
         import joblib
+        from joblib.externals.loky.backend import resource_tracker
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 
         warnings.filterwarnings("ignore", module=r"joblib\.parallel")  # of tasks given up where a command ends early
         begin = {"initializer": _begin_worker, "initargs": (os.getpid(),)}
         pool = joblib.Parallel(n_jobs=count, backend="loky", batch_size=1, return_as="generator", **begin)
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is for the parent alone
-        try:
+        with _unheard():
+            resource_tracker.ensure_running()  # it would let through, as it starts, what is held back here
+        with _unheard():
             results = pool(joblib.delayed(_watched)(work, task, workers.timeout, backstop=True) for task in tasks)
-        finally:
-            signal.signal(signal.SIGINT, before)
         try:
             yield from results
         except TerminatedWorkerError as error:
@@ -797,6 +813,21 @@ def _result_of(future: Any) -> Any:
         raise MdptError("a task ended several workers of the cluster, one after the other; see their logs") from error
     except ImportError as error:
         raise MdptError(f"a worker of the cluster lacks a module: {_one_line(error)}; install it there") from error
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Processes begun here never hear a signal that asks for an end: it is for this one, which acts on it afterwards."""
+    caught: list[int] = []
+    with on_signals(lambda number, frame: caught.append(number)):
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, ENDS) if hasattr(signal, "pthread_sigmask") else None
+        try:
+            yield
+        finally:
+            if held is not None:
+                signal.pthread_sigmask(signal.SIG_SETMASK, held)
+    for number in caught:
+        signal.raise_signal(number)
 
 
 def _begin_worker(parent: int) -> None:

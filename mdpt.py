@@ -12,7 +12,6 @@ import json
 import math
 import os
 import shlex
-import signal
 import sys
 import textwrap
 import time
@@ -55,6 +54,7 @@ from mdpt.data import (
     load_dataset,
     load_experiment,
     normalized_score,
+    on_signals,
     parallel,
     probability_of_improvement,
     reference_returns,
@@ -107,22 +107,6 @@ def progress(title: str, total: int, start: int = 0) -> Iterator[Callable[[int, 
             console.print(f"{title}: {done}/{total}  {text}  {left:.0f} s left", highlight=False, soft_wrap=True)
 
     yield log
-
-
-ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-
-@contextmanager
-def on_signals(act: Callable[[int, Any], Any]) -> Iterator[None]:
-    """What a signal that asks for an end does here; one that was ignored at the start, as by `nohup`, stays so."""
-    before = {number: signal.getsignal(number) for number in ENDS if signal.getsignal(number) != signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, act)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
