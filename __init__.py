@@ -8,9 +8,14 @@ def main() -> None:
     """The command `mdpt`, which Ctrl-C ends well from the start: what it needs takes a moment to import."""
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, _leave)
+    from mdpt.data import ENDS
     from mdpt.mdpt import app
 
-    app()
+    try:
+        app()
+    finally:
+        for number in ENDS:
+            signal.signal(number, signal.SIG_IGN)  # all is done: nothing is left to end but Python
 
 
 def _leave(number: int, frame: object) -> None:

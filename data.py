@@ -41,7 +41,7 @@ import h5py  # type: ignore[import-untyped]
 import numpy as np
 import numpy.typing as npt
 import tomli
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 if TYPE_CHECKING:
     import gymnasium
@@ -136,9 +136,16 @@ def is_alive(process: int) -> bool:
 
 # --- the experiment file ----------------------------------------------------------------------------------------
 
-LARGEST = 2**63 - 1  # of TOML, HDF5 and torch
-Whole = Annotated[int, Field(ge=0, le=LARGEST)]
-Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+
+def _check_size(value: float) -> float:
+    if value >= 2**63:  # which neither integers of TOML, HDF5 and torch hold, nor float32 with room to multiply
+        raise ValueError("should be below 2 ** 63, that is 9.2e18")
+    return value
+
+
+Whole = Annotated[int, Field(ge=0), AfterValidator(_check_size)]
+Positive = Annotated[int, Field(ge=1), AfterValidator(_check_size)]
+Amount = Annotated[float, Field(ge=0), AfterValidator(_check_size)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Widths = Annotated[list[Positive], Field(min_length=1, max_length=16)]
 MAKES_OWN = {"id", "environment_id", "max_episode_steps", "disable_env_checker", "render_mode"}  # gymnasium.make's
@@ -172,11 +179,11 @@ class DataSection(Section):
     reference: str | Pair | None = Field(
         None, description="D4RL family or [min, max], whose returns are scores 0 and 100; by default the source's own"
     )
-    transitions: Annotated[int, Field(ge=100, le=LARGEST)] = Field(200_000, description="environment steps to collect")
-    levels: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = Field(
+    transitions: Annotated[int, Field(ge=100, le=10**10)] = Field(200_000, description="environment steps to collect")
+    levels: Annotated[list[Amount], Field(min_length=1)] = Field(
         [0.2, 0.4, 0.6, 0.8], description="perturbation of the agent's weights, drawn per episode; equal shares"
     )
-    action_noise: Annotated[float, Field(ge=0)] | list[Annotated[float, Field(ge=0)]] = Field(
+    action_noise: Amount | list[Amount] = Field(
         0.1, description="deviation of noise on collected actions; one for all levels, or a list with one for each"
     )
     seed: Whole = Field(0, description="of collection and of the choice of episodes")
@@ -227,9 +234,9 @@ class TrainingSection(Section):
     batch_size: Positive = Field(256, description="transitions per step and member")
     learning_rate: Rate = Field(3e-4, description="of Adam at the start")
     decay: Literal["cosine", "none"] = Field("cosine", description="of the learning rate, to 0 at the last step")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="as of AdamW (1711.05101)")
-    gradient_norm: Annotated[float, Field(ge=0)] = Field(10.0, description="limit per network and member; 0: none")
-    save_every: Annotated[float, Field(ge=0)] = Field(60.0, description="seconds between saves of an unfinished bundle")
+    weight_decay: Amount = Field(0.0, description="as of AdamW (1711.05101)")
+    gradient_norm: Amount = Field(10.0, description="limit per network and member; 0: none")
+    save_every: Amount = Field(60.0, description="seconds between saves of an unfinished bundle")
     snapshots: Positive = Field(10, description="evenly spaced copies of the acting weights kept in the bundle")
 
 
@@ -252,8 +259,10 @@ class GuidanceSection(TrainingSection):
     bootstrap_candidates: Positive = Field(1, description="dql: next actions of which the best counts")
     actor_learning_rate: Rate | None = Field(None, description="dql: of the companion; by default learning_rate")
     actor_hidden: Widths = Field([256, 256, 256], description="dql: hidden units of the companion actor")
-    time_features: Annotated[int, Field(ge=2, le=LARGEST, multiple_of=2)] = Field(64, description="dql: as in [policy]")
-    eta: Annotated[float, Field(ge=0)] = Field(1.0, description="dql: value weight in the companion actor's loss")
+    time_features: Annotated[int, Field(ge=2, multiple_of=2), AfterValidator(_check_size)] = Field(
+        64, description="dql: as in [policy]"
+    )
+    eta: Amount = Field(1.0, description="dql: value weight in the companion actor's loss")
     diffusion_steps: Positive = Field(5, description="dql: of the companion actor")
     ema_decay: Fraction = Field(0.999, description="dql: of the companion actor's averaged weights, per step")
 
@@ -267,7 +276,7 @@ class PolicySection(TrainingSection):
     hidden: Widths = Field([256, 256, 256], description="hidden units of each layer; resnet: of each residual block")
     activation: Activation = Field("mish", description="of the denoiser")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="in residual blocks")
-    time_features: Annotated[int, Field(ge=2, le=LARGEST, multiple_of=2)] = Field(
+    time_features: Annotated[int, Field(ge=2, multiple_of=2), AfterValidator(_check_size)] = Field(
         64, description="sinusoids of the diffusion step"
     )
     diffusion_steps: Positive = Field(5, description="T")
@@ -277,7 +286,7 @@ class PolicySection(TrainingSection):
     sampler: Literal["ddpm", "dpm-solver++"] = Field("ddpm", description="ancestral, or DPM-Solver++ 2M")
     variance: Literal["posterior", "beta"] = Field("posterior", description="of ddpm's steps; beta: wider (IDQL)")
     sampling_steps: Positive = Field(5, description="network calls of dpm-solver++, at most diffusion_steps")
-    eta: Annotated[float, Field(ge=0)] = Field(1.0, description="weight of the guidance term (dac, dql, edp)")
+    eta: Amount = Field(1.0, description="weight of the guidance term (dac, dql, edp)")
     ema_decay: Fraction = Field(0.999, description="of the averaged weights that act, per update")
     ema_every: Positive = Field(1, description="gradient steps between such updates")
     ema_from: Whole = Field(0, description="gradient step of the first; until then it is a copy")
@@ -309,12 +318,12 @@ class EvaluationSection(Section):
     episodes: Positive = Field(10, description="per member")
     candidates: Positive = Field(10, description="actions drawn per state, of which the guidance takes one")
     selection: Literal["max", "softmax"] = Field("max", description="the best candidate, or a draw by value")
-    weight_temperature: Annotated[float, Field(ge=0)] = Field(100.0, description="inverse temperature of the softmax")
-    temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="scale of the sampling noise")
+    weight_temperature: Amount = Field(100.0, description="inverse temperature of the softmax")
+    temperature: Amount = Field(1.0, description="scale of the sampling noise")
     temperature_on: Literal["all", "start"] = Field("all", description="which noise: of every step, or of the first")
-    w: Annotated[float, Field(ge=0)] = Field(1.0, description="classifier-free guidance weight (cfg)")
+    w: Amount = Field(1.0, description="classifier-free guidance weight (cfg)")
     guide: Literal["rank", "gradient", "both"] = Field("rank", description="how guidance acts at inference")
-    guidance_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="of the gradient, for gradient and both")
+    guidance_weight: Amount = Field(1.0, description="of the gradient, for gradient and both")
     jacobian: bool = Field(False, description="gradient through the denoiser: its weight is an inverse temperature")
     seed: Whole = Field(0, description="of start states and sampling noise")
 

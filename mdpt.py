@@ -1353,8 +1353,9 @@ def explain(error: BaseException, caught: Sequence[int]) -> Exception:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether Python, torch on CUDA, or torch on a CPU (a plain RuntimeError) says so."""
-    return isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate" in str(error)
+    """Whether Python, torch on CUDA, or torch on a CPU (a plain RuntimeError) says so, or cannot even count the bytes."""
+    told = any(text in str(error) for text in ("can't allocate", "size calculation overflowed"))
+    return isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or told
 
 
 def fail(error: Exception) -> int:
