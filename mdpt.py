@@ -1365,8 +1365,8 @@ def fail(error: Exception) -> int:
         print(f"mdpt: {printable(text)}", file=sys.stderr)
     try:
         sys.stdout.flush()
-    except (OSError, ValueError):  # Python would try once more at its end, and complain
-        with suppress(OSError, ValueError), open(os.devnull, "wb") as sink:
+    except (AttributeError, OSError, ValueError):  # Python would try once more at its end, and complain
+        with suppress(AttributeError, OSError, ValueError), open(os.devnull, "wb") as sink:
             os.dup2(sink.fileno(), sys.stdout.fileno())
     return getattr(error, "code", 1)
 
