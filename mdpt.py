@@ -145,10 +145,10 @@ def claimed(overwrite: bool, outputs: dict[str, Path | None]) -> Iterator[None]:
                         raise MdptError(
                             f"{option} {path}: is {'a folder' if path.is_dir() else 'a device or pipe'}; choose a file"
                         )
-                    if option not in GO_ON:
-                        refuse_to_overwrite(path, overwrite)
                     path.parent.mkdir(parents=True, exist_ok=True)
                     stack.enter_context(locked(path.with_name(f".{path.name}.lock"), f"{option} {path}"))
+                    if option not in GO_ON:
+                        refuse_to_overwrite(path, overwrite)
                     temporary_beside(path).unlink()
                 except OSError as error:
                     raise MdptError(f"{option} {path}: cannot be written ({error.strerror}); choose another") from error
