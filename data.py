@@ -12,12 +12,16 @@ import contextlib
 import ctypes
 import difflib
 import faulthandler
+import glob
 import hashlib
 import http.client
 import importlib.metadata
 import importlib.util
+import itertools
 import json
+import math
 import os
+import platform
 import random
 import re
 import runpy
@@ -38,7 +42,7 @@ import h5py  # type: ignore[import-untyped]
 import numpy as np
 import numpy.typing as npt
 import tomli
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 if TYPE_CHECKING:
     import gymnasium
@@ -60,9 +64,25 @@ class MdptError(Exception):
 class Interrupted(MdptError):
     """A run was ended by a signal: what is kept, and the signal's number."""
 
-    def __init__(self, text: str, number: int) -> None:
+    def __init__(self, text: str = "interrupted", number: int = signal.SIGINT) -> None:
         super().__init__(text)
         self.code = 128 + number
+
+
+ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+@contextlib.contextmanager
+def on_signals(act: Callable[[int, Any], Any]) -> Iterator[None]:
+    """What a signal that asks for an end does here; one that was ignored at the start, as by `nohup`, stays so."""
+    before = {number: signal.getsignal(number) for number in ENDS if signal.getsignal(number) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, act)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def version() -> str:
@@ -70,11 +90,67 @@ def version() -> str:
     return importlib.metadata.version("mdpt")
 
 
+@contextlib.contextmanager
+def written_whole(path: Path, remedy: str) -> Iterator[Path]:
+    """A file to write beside `path`, whose place it takes once it is whole; where that fails, nothing of it is left.
+
+    What processes of this machine that were killed have left of the same goes, too.
+
+    Raises: MdptError that ends with a remedy, where writing raises OSError, or RuntimeError: libraries' full disk.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_beside(path)
+        try:
+            yield temporary
+            with temporary.open("rb+") as written:
+                os.fsync(written.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)  # still there only if something failed, or Ctrl-C came
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or "it could not be stored; is the disk full?"
+        raise MdptError(f"{path}: cannot be written ({reason}); {remedy}") from error
+
+
+def temporary_beside(path: Path) -> Path:
+    """A new, empty file that says whose it is and which process's; those of dead ones are removed. Raises: OSError."""
+    start = f".{path.name}.{platform.node()}."  # a number says nothing of another machine's processes
+    for left in path.parent.glob(f"{glob.escape(start)}*.tmp"):
+        number = left.name.removeprefix(start).partition(".")[0]
+        if os.name == "posix" and number.isdecimal() and not is_alive(int(number)):
+            left.unlink(missing_ok=True)
+    temporary = path.with_name(f"{start}{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    temporary.touch(exist_ok=False)
+    return temporary
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # asks only
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        pass
+    return True
+
+
 # --- the experiment file ----------------------------------------------------------------------------------------
 
-Positive = Annotated[int, Field(ge=1)]
+
+def _check_size(value: float) -> float:
+    if value >= 2**63:  # which neither integers of TOML, HDF5 and torch hold, nor float32 with room to multiply
+        raise ValueError("should be below 2 ** 63, that is 9.2e18")
+    return value
+
+
+Whole = Annotated[int, Field(ge=0), AfterValidator(_check_size)]
+Positive = Annotated[int, Field(ge=1), AfterValidator(_check_size)]
+Few = Annotated[int, Field(ge=1, le=10_000)]  # what costs memory for each of them
+Many = Annotated[int, Field(ge=1, le=1_000_000)]
+Amount = Annotated[float, Field(ge=0), AfterValidator(_check_size)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Widths = Annotated[list[Positive], Field(min_length=1, max_length=16)]
+Widths = Annotated[list[Few], Field(min_length=1, max_length=16)]
 MAKES_OWN = {"id", "environment_id", "max_episode_steps", "disable_env_checker", "render_mode"}  # gymnasium.make's
 Pair = Annotated[tuple[float, float], Field(strict=False)]
 Rate = Annotated[float, Field(gt=0)]
@@ -106,14 +182,14 @@ class DataSection(Section):
     reference: str | Pair | None = Field(
         None, description="D4RL family or [min, max], whose returns are scores 0 and 100; by default the source's own"
     )
-    transitions: Annotated[int, Field(ge=100)] = Field(200_000, description="environment steps to collect")
-    levels: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = Field(
+    transitions: Annotated[int, Field(ge=100, le=10**10)] = Field(200_000, description="environment steps to collect")
+    levels: Annotated[list[Amount], Field(min_length=1)] = Field(
         [0.2, 0.4, 0.6, 0.8], description="perturbation of the agent's weights, drawn per episode; equal shares"
     )
-    action_noise: Annotated[float, Field(ge=0)] | list[Annotated[float, Field(ge=0)]] = Field(
+    action_noise: Amount | list[Amount] = Field(
         0.1, description="deviation of noise on collected actions; one for all levels, or a list with one for each"
     )
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="of collection and of the choice of episodes")
+    seed: Whole = Field(0, description="of collection and of the choice of episodes")
     fraction: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="of whole episodes to use at all")
     held_out: Annotated[float, Field(ge=0, le=0.5)] = Field(0.05, description="fraction of these kept from training")
     reward_scale: Literal["none", "return-range", "minus-one"] | Rate | Pair | None = Field(
@@ -136,6 +212,10 @@ class DataSection(Section):
             problems.append("environment_kwargs are for a named environment")
         if own := sorted(self.environment_kwargs.keys() & MAKES_OWN):
             problems.append(f"environment_kwargs has {own[0]!r}, which is not the environment's to be given")
+        try:
+            json.dumps(self.environment_kwargs, allow_nan=False)
+        except (RecursionError, TypeError, ValueError):
+            problems.append("environment_kwargs are to be finite numbers, words, lists and tables, not many in another")
         if self.transitions % len(self.levels):
             problems.append(f"transitions {self.transitions} cannot be shared equally by {len(self.levels)} levels")
         if isinstance(self.action_noise, list) and len(self.action_noise) != len(self.levels):
@@ -154,13 +234,13 @@ class TrainingSection(Section):
     """What guidance and policy training have in common."""
 
     steps: Positive = Field(20_000, description="gradient steps")
-    batch_size: Positive = Field(256, description="transitions per step and member")
+    batch_size: Many = Field(256, description="transitions per step and member")
     learning_rate: Rate = Field(3e-4, description="of Adam at the start")
     decay: Literal["cosine", "none"] = Field("cosine", description="of the learning rate, to 0 at the last step")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="as of AdamW (1711.05101)")
-    gradient_norm: Annotated[float, Field(ge=0)] = Field(10.0, description="limit per network and member; 0: none")
-    save_every: Annotated[float, Field(ge=0)] = Field(60.0, description="seconds between saves of an unfinished bundle")
-    snapshots: Positive = Field(10, description="evenly spaced copies of the acting weights kept in the bundle")
+    weight_decay: Amount = Field(0.0, description="as of AdamW (1711.05101)")
+    gradient_norm: Amount = Field(10.0, description="limit per network and member; 0: none")
+    save_every: Amount = Field(60.0, description="seconds between saves of an unfinished bundle")
+    snapshots: Few = Field(10, description="evenly spaced copies of the acting weights kept in the bundle")
 
 
 class GuidanceSection(TrainingSection):
@@ -181,12 +261,12 @@ class GuidanceSection(TrainingSection):
         0.005, description="Polyak: target <- (1 - tau) target + tau online"
     )
     target_every: Positive = Field(1, description="gradient steps between such updates")
-    bootstrap_candidates: Positive = Field(1, description="dql: next actions of which the best counts")
+    bootstrap_candidates: Few = Field(1, description="dql: next actions of which the best counts")
     actor_learning_rate: Rate | None = Field(None, description="dql: of the companion; by default learning_rate")
     actor_hidden: Widths = Field([256, 256, 256], description="dql: hidden units of the companion actor")
-    time_features: Annotated[int, Field(ge=2, multiple_of=2)] = Field(64, description="dql: as in [policy]")
-    eta: Annotated[float, Field(ge=0)] = Field(1.0, description="dql: value weight in the companion actor's loss")
-    diffusion_steps: Positive = Field(5, description="dql: of the companion actor")
+    time_features: Annotated[int, Field(ge=2, le=1_000, multiple_of=2)] = Field(64, description="dql: as in [policy]")
+    eta: Amount = Field(1.0, description="dql: value weight in the companion actor's loss")
+    diffusion_steps: Few = Field(5, description="dql: of the companion actor")
     ema_decay: Fraction = Field(0.999, description="dql: of the companion actor's averaged weights, per step")
 
 
@@ -202,19 +282,21 @@ class PolicySection(TrainingSection):
     hidden: Widths = Field([256, 256, 256], description="hidden units of each layer; resnet: of each residual block")
     activation: Activation = Field("mish", description="of the denoiser")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="in residual blocks")
-    time_features: Annotated[int, Field(ge=2, multiple_of=2)] = Field(64, description="sinusoids of the diffusion step")
-    diffusion_steps: Positive = Field(5, description="T")
+    time_features: Annotated[int, Field(ge=2, le=1_000, multiple_of=2)] = Field(
+        64, description="sinusoids of the diffusion step"
+    )
+    diffusion_steps: Few = Field(5, description="T")
     noise_schedule: Literal["vp", "cosine", "cosine-levels", "linear", "linear-unscaled"] = Field(
         "vp",
         description="betas; vp: Diffusion-QL's; cosine-levels: CleanDiffuser's; linear: DDPM's, spread over T or not",
     )
     sampler: Literal["ddpm", "dpm-solver++"] = Field("ddpm", description="ancestral, or DPM-Solver++ 2M")
     variance: Literal["posterior", "beta"] = Field("posterior", description="of ddpm's steps; beta: wider (IDQL)")
-    sampling_steps: Positive = Field(5, description="network calls of dpm-solver++, at most diffusion_steps")
-    eta: Annotated[float, Field(ge=0)] = Field(1.0, description="weight of the guidance term (dac, dql, edp)")
+    sampling_steps: Few = Field(5, description="network calls of dpm-solver++, at most diffusion_steps")
+    eta: Amount = Field(1.0, description="weight of the guidance term (dac, dql, edp)")
     ema_decay: Fraction = Field(0.999, description="of the averaged weights that act, per update")
     ema_every: Positive = Field(1, description="gradient steps between such updates")
-    ema_from: Annotated[int, Field(ge=0)] = Field(0, description="gradient step of the first; until then it is a copy")
+    ema_from: Whole = Field(0, description="gradient step of the first; until then it is a copy")
     label_dropout: Fraction = Field(0.1, description="cfg: share of labels dropped in training")
     advantage_weight: Literal["none", "expectile", "exponential", "hard"] = Field(
         "none", description="of transitions: bc, idql"
@@ -242,31 +324,31 @@ class PolicySection(TrainingSection):
 class EvaluationSection(Section):
     """[evaluation]: how a policy is tried."""
 
-    episodes: Positive = Field(10, description="per member")
-    candidates: Positive = Field(10, description="actions drawn per state, of which the guidance takes one")
+    episodes: Many = Field(10, description="per member")
+    candidates: Few = Field(10, description="actions drawn per state, of which the guidance takes one")
     selection: Literal["max", "softmax"] = Field("max", description="the best candidate, or a draw by value")
-    weight_temperature: Annotated[float, Field(ge=0)] = Field(100.0, description="inverse temperature of the softmax")
+    weight_temperature: Amount = Field(100.0, description="inverse temperature of the softmax")
     ensemble: Literal["none", "mean", "median", "min", "rank"] | None = Field(
         None, description="as in [policy], its default; or by the mean of ranks, 0 to 1, which no scale of Q matters to"
     )
-    temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="scale of the sampling noise")
+    temperature: Amount = Field(1.0, description="scale of the sampling noise")
     temperature_on: Literal["all", "start", "steps"] = Field(
         "all", description="which noise: all, that of the start, or all but that"
     )
-    w: Annotated[float, Field(ge=0)] = Field(1.0, description="classifier-free guidance weight (cfg)")
+    w: Amount = Field(1.0, description="classifier-free guidance weight (cfg)")
     guide: Literal["rank", "gradient", "both"] = Field("rank", description="how guidance acts at inference")
-    guidance_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="of the gradient, for gradient and both")
+    guidance_weight: Amount = Field(1.0, description="of the gradient, for gradient and both")
     jacobian: bool = Field(False, description="gradient through the denoiser: its weight is an inverse temperature")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="of start states and sampling noise")
+    seed: Whole = Field(0, description="of start states and sampling noise")
 
 
 class Experiment(Section):
     """The whole experiment file."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = Field(
         "experiment", description="names files"
     )
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=256)] = Field(
+    seeds: Annotated[list[Whole], Field(min_length=1, max_length=256)] = Field(
         [0, 1, 2], description="one member each, trained side by side"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
@@ -298,10 +380,10 @@ def _read_tables(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         by = f", which {seen[-1]} extends" if seen else "; hopper.toml in the repository is one to start from"
         raise MdptError(problem + by)
     try:
-        content = tomli.loads(path.read_text(encoding="utf-8"))
+        content = tomli.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise MdptError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of letters that are not UTF-8, and of endless numbers
         raise MdptError(f"{path}: is not TOML: {error}") from error
     table = content.get("data")
     if isinstance(table, dict) and isinstance(table.get("path"), str):
@@ -340,9 +422,14 @@ def _override(content: dict[str, Any], override: str) -> None:
     if not equals or not key or len(tables) > 1:
         raise MdptError(f"--set {override}: expected table.key=value, such as policy.steps=5000")
     try:
-        value = tomli.loads(f"value = {text}")["value"]
+        parsed = tomli.loads(f"value = {text}")
     except tomli.TOMLDecodeError:
-        value = text.strip()  # a bare word; its field says whether it is allowed
+        parsed = {"value": text.strip()}  # a bare word; its field says whether it is allowed
+    except (ValueError, RecursionError) as error:
+        raise MdptError(f"--set {keys}: is not TOML: {error}") from error
+    if parsed.keys() != {"value"}:
+        raise MdptError(f"--set {override}: more than one value; give each its own --set")
+    value = parsed["value"]
     target = content
     for table in tables:
         target = target.setdefault(table, {})
@@ -363,7 +450,7 @@ def _explain(path: str, error: ValidationError) -> str:
         if names:  # what follows the key: the place in a list, or the branch of a union
             where += f" {names[0]}" + "".join(f"[{place}]" for place in names[1:] if isinstance(place, int))
         if not isinstance(problem["input"], dict):
-            where += f" = {problem['input']!r}"
+            where += f" = {_shown(problem['input'])}"
         message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
         if problem["type"] == "model_type":
             message = "should be a table"
@@ -373,6 +460,14 @@ def _explain(path: str, error: ValidationError) -> str:
             message = "unknown key; " + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}")
         lines.setdefault(where, []).append(message)
     return "\n".join(f"{where.removesuffix(':')}: {', or '.join(messages)}" for where, messages in lines.items())
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deep, or a number of thousands of digits
+        return "..."
+    return text if len(text) < 200 else f"{text[:200]}..."
 
 
 # --- environments -----------------------------------------------------------------------------------------------
@@ -558,7 +653,7 @@ def _make(environment_id: str, **options: Any) -> gymnasium.Env[Any, Any]:
         if isinstance(environment.observation_space, gymnasium.spaces.Dict):
             environment = gymnasium.wrappers.FlattenObservation(environment)
         return environment
-    except Exception as error:
+    except BaseException as error:  # its constructor may also exit, or interrupt itself
         module, _, name = environment_id.rpartition(":")
         if module and module not in sys.modules:
             hint = f"{_one_line(error)}. Install it, or put its folder on PYTHONPATH."
@@ -568,6 +663,12 @@ def _make(environment_id: str, **options: Any) -> gymnasium.Env[Any, Any]:
         near = difflib.get_close_matches(name, gymnasium.registry, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]!r}?" if near else "Write 'module:Name-v0' for one that a module registers."
         raise MdptError(f"{environment_id}: no such environment is registered with gymnasium. {hint}") from error
+
+
+def imported_for(environment_id: str) -> str:
+    """The module that making an environment would import besides gymnasium's own, "" for none: a file may not ask for it."""
+    module, _, name = environment_id.rpartition(":")
+    return module or ("shimmy" if name.startswith("GymV2") else "")  # whose kwargs name one
 
 
 def register_environments() -> None:
@@ -608,8 +709,8 @@ def _quiet(*streams: int) -> Iterator[None]:
     flush = ctypes.CDLL(None).fflush if os.name == "posix" else lambda stream: None
     flush(None)
     copies = [(stream, os.dup(stream)) for stream in streams]
-    _silence(*streams)
     try:
+        _silence(*streams)
         yield
     finally:
         flush(None)  # C buffers its lines when they go to a file or pipe; they must leave while it is quiet
@@ -668,6 +769,10 @@ class Workers:
     timeout: float = 600.0
     cluster: str | None = None
 
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout <= 1e6:  # what threads can wait for has an end
+            raise MdptError(f"--timeout {self.timeout:g}: expected seconds, at most a million")
+
 
 def parallel(
     work: Callable[[Task, Watch], Found], tasks: Iterable[Task], workers: Workers, total: int
@@ -686,16 +791,16 @@ def parallel(
             yield found
     else:
         import joblib
+        from joblib.externals.loky.backend import resource_tracker
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 
         warnings.filterwarnings("ignore", module=r"joblib\.parallel")  # of tasks given up where a command ends early
         begin = {"initializer": _begin_worker, "initargs": (os.getpid(),)}
         pool = joblib.Parallel(n_jobs=count, backend="loky", batch_size=1, return_as="generator", **begin)
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is for the parent alone
-        try:
+        with _unheard():
+            resource_tracker.ensure_running()  # it would let through, as it starts, what is held back here
+        with _unheard():
             results = pool(joblib.delayed(_watched)(work, task, workers.timeout, backstop=True) for task in tasks)
-        finally:
-            signal.signal(signal.SIGINT, before)
         try:
             yield from results
         except TerminatedWorkerError as error:
@@ -737,6 +842,21 @@ def _result_of(future: Any) -> Any:
         raise MdptError("a task ended several workers of the cluster, one after the other; see their logs") from error
     except ImportError as error:
         raise MdptError(f"a worker of the cluster lacks a module: {_one_line(error)}; install it there") from error
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Processes begun here never hear a signal that asks for an end: it is for this one, which acts on it afterwards."""
+    caught: list[int] = []
+    with on_signals(lambda number, frame: caught.append(number)):
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, ENDS) if hasattr(signal, "pthread_sigmask") else None
+        try:
+            yield
+        finally:
+            if held is not None:
+                signal.pthread_sigmask(signal.SIG_SETMASK, held)
+    for number in caught:
+        signal.raise_signal(number)
 
 
 def _begin_worker(parent: int) -> None:
@@ -913,13 +1033,28 @@ def open_hdf5(path: Path) -> Iterator[Columns]:
             except (RuntimeError, LookupError, OSError) as error:
                 raise damaged(path, error) from error
             if isinstance(found, h5py.Dataset):
-                if found.external or found.is_virtual:
-                    raise MdptError(f"{path}: {key!r} lies in other files; copy the data into this one.")
+                if problem := not_inside(found):
+                    raise MdptError(f"{path}: {key!r} {problem}")
                 arrays[key] = found
         yield Columns(path.name, str(path), arrays, tuple(map(str, file)))
 
 
+def not_inside(dataset: h5py.Dataset) -> str:
+    """Why the rows of a dataset are not in its file, "" where they are."""
+    if dataset.external or dataset.is_virtual:
+        return "lies in other files; copy the data into this one."
+    if not dataset.size:
+        return ""
+    if dataset.chunks is None:
+        held, claimed = dataset.id.get_storage_size(), dataset.nbytes
+    else:
+        held = dataset.id.get_num_chunks()
+        claimed = math.prod(-(-size // chunk) for size, chunk in zip(dataset.shape, dataset.chunks, strict=True))
+    return "" if held >= claimed else f"claims {dataset.shape[0]} rows, more than the file holds; write it anew."
+
+
 MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main/"  # raw files under D4RL's names
+OTHER_CACHE = "set MDPT_CACHE to another folder"
 PAUSE = 1.0  # seconds before a connection that was cut is made again
 BLOCK = 1 << 20  # bytes that are read at a time
 
@@ -1058,45 +1193,29 @@ def download(
     Raises: MdptError for a folder that cannot be written; where no address has the file, saying why for each.
     """
     problems: list[str] = []
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        try:
-            os.close(handle)
-            for address in addresses:
-                try:
-                    _save(address, name, keys, show, timeout)
-                except MdptError as error:
-                    problems.append(f"  {address}: {error}")
-                else:
-                    os.replace(name, path)
-                    return
-        finally:
-            Path(name).unlink(missing_ok=True)
-    except OSError as error:
-        raise MdptError(
-            f"{path.parent}: {path.name} cannot be written ({error.strerror or _one_line(error)}); make room there, or "
-            "set MDPT_CACHE to another folder"
-        ) from error
-    by_hand = f"Get it elsewhere, and put it into {path.parent} as {path.name}."
-    raise MdptError("\n".join([f"{path.name}: cannot be downloaded.", *problems, by_hand]))
+    with written_whole(path, f"make room there, or {OTHER_CACHE}") as temporary:
+        for address in addresses:
+            try:
+                return _save(address, temporary, keys, show, timeout)
+            except MdptError as error:
+                problems.append(f"  {address}: {error}")
+        by_hand = f"Get it elsewhere, and put it into {path.parent} as {path.name}."
+        raise MdptError("\n".join([f"{path.name}: cannot be downloaded.", *problems, by_hand]))
 
 
-def _save(address: str, name: str, keys: Sequence[str], show: Callable[[int, int], None], timeout: float) -> None:
+def _save(address: str, path: Path, keys: Sequence[str], show: Callable[[int, int], None], timeout: float) -> None:
     """Write what an address has into a file. Raises: OSError where that fails, MdptError for all that is not here."""
     kind = ""
-    with open(name, "wb") as file:
+    with path.open("wb") as file:
         for start, piece, total, kind in _pieces(address, timeout):
             file.seek(start)
             file.write(piece)
             show(start + len(piece), total)
         file.truncate()
-        file.flush()
-        os.fsync(file.fileno())
-    if not h5py.is_hdf5(name):
-        raise MdptError(f"sent {os.path.getsize(name):,} bytes of {kind!r}, which are no HDF5 file")
+    if not h5py.is_hdf5(path):
+        raise MdptError(f"sent {path.stat().st_size:,} bytes of {kind!r}, which are no HDF5 file")
     try:
-        with h5py.File(name, "r") as content:
+        with h5py.File(path, "r") as content:
             missing = [key for key in keys if key not in content]
     except (OSError, RuntimeError) as error:
         raise MdptError(f"sent a damaged HDF5 file. {_one_line(error)}") from error
@@ -1180,7 +1299,7 @@ def _unplayable(environment: Any) -> str:
 
     if environment is None:
         return "it names no environment."
-    if not isinstance(environment, str) or ":" in environment or environment.startswith("GymV2"):  # shimmy's: kwargs
+    if not isinstance(environment, str) or imported_for(environment):
         return f"its environment {environment!r} would import a module, which a file may not ask for."
     register_environments()
     if environment not in gymnasium.registry:
@@ -1276,8 +1395,10 @@ def _child(parent: Any, key: str, where: str) -> Any:
         return parent[key]
     kept = "/" not in key and isinstance(parent.get(key, getlink=True), h5py.HardLink)  # a path could pass other links
     node = parent[key] if kept else None
-    if node is None or isinstance(node, h5py.Dataset) and (node.external or node.is_virtual):
+    if node is None:
         raise MdptError(f"{where} {key!r} is missing, or lies outside the file, where it is not looked for.")
+    if isinstance(node, h5py.Dataset) and (problem := not_inside(node)):
+        raise MdptError(f"{where} {key!r} {problem}")
     return node
 
 
@@ -1711,6 +1832,12 @@ def _fill(
 def _allocate(storage: str, count: int, width: int) -> Array:
     """Room for rows (count, width) float32: in memory, or in a file of the cache that goes with this process."""
     if storage == "memory":
+        needed, free = 4 * count * width, free_memory()
+        if needed > free:
+            raise MdptError(
+                f"{needed / 1e9:.1f} GB of transitions do not fit into {free / 1e9:.1f} GB of free memory; set [data] "
+                "storage = 'disk', or a smaller fraction"
+            )
         return np.empty((count, width), dtype=np.float32)
     folder = _cache_folder()
     try:
@@ -1724,6 +1851,14 @@ def _allocate(storage: str, count: int, width: int) -> Array:
             f"{folder}: no room for {4 * count * width / 1e9:.1f} GB of transitions ({error.strerror}); set MDPT_CACHE to "
             "a folder on a larger disk"
         ) from error
+
+
+def free_memory() -> float:
+    """Bytes that can be allocated without swapping; infinite where the system does not say."""
+    try:
+        return 1024.0 * int(Path("/proc/meminfo").read_text(encoding="utf-8").split("MemAvailable:")[1].split()[0])
+    except (OSError, LookupError, ValueError):
+        return math.inf
 
 
 def moments(rows: Array, wide: int) -> tuple[Array, Array, Array]:
@@ -1847,18 +1982,23 @@ def collect_dataset(
     try:
         make_writable_folder(path.parent)
     except OSError as error:
-        raise MdptError(
-            f"{path.parent}: cannot be written ({error.strerror}); set MDPT_CACHE to another folder"
-        ) from error
-    parts: list[dict[str, Array]] = []
-    for part in parallel(collect_shard, shards, workers, len(shards)):
-        parts.append(part)
-        if show:
-            show("collect", sum(len(part["rewards"]) for part in parts), section.transitions)
+        raise MdptError(f"{path.parent}: cannot be written ({error.strerror}); {OTHER_CACHE}") from error
+    kept = [path.with_name(f".{path.stem}.{index}.part") for index in range(len(shards))]  # for a run cut short
+    old = list(itertools.takewhile(bool, map(_read_part, kept, shards)))
+    left, parts = shards[len(old) :], []
+    with contextlib.closing(parallel(collect_shard, left, workers, len(left))) as found:
+        for index, part in enumerate(itertools.chain(old, found)):
+            if index >= len(old):
+                _write_hdf5(kept[index], part, {})
+            parts.append(part)
+            if show:
+                show("collect", sum(len(part["rewards"]) for part in parts), section.transitions)
     arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     arrays["infos/level"] = np.repeat(np.array(section.levels, dtype=np.float32), share)
     versions = {name: importlib.metadata.version(name) for name in ("pybullet", "pybullet_envs_gymnasium", "numpy")}
     _write_hdf5(path, arrays, made_by | versions)
+    for file in kept:
+        file.unlink(missing_ok=True)
     return path
 
 
@@ -1930,6 +2070,16 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mdpt")
 
 
+def _read_part(path: Path, shard: Shard) -> dict[str, Array]:
+    """What was kept of a shard; empty: nothing, or something else."""
+    try:
+        with h5py.File(path, "r") as file:
+            part = {key: np.asarray(file[key]) for key in ("observations", "actions", "rewards", *FLAGS)}
+            return part if {len(array) for array in part.values()} == {shard.size} else {}
+    except (OSError, RuntimeError, LookupError, TypeError):
+        return {}
+
+
 def _check_cached(path: Path, transitions: int) -> None:
     try:
         with h5py.File(path, "r") as file:
@@ -1942,20 +2092,10 @@ def _check_cached(path: Path, transitions: int) -> None:
 
 def _write_hdf5(path: Path, arrays: dict[str, Array], attributes: dict[str, Any]) -> None:
     """Write a whole file or none; the same arrays and attributes give the same bytes."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    try:
-        os.close(handle)
-        with h5py.File(name, "w") as file:
-            for key, array in arrays.items():
-                file.create_dataset(key, data=array, track_times=False)
-            file.attrs.update(attributes)
-        with open(name, "rb+") as written:
-            os.fsync(written.fileno())
-        os.replace(name, path)
-    except OSError as error:
-        raise MdptError(f"{path}: cannot be written ({_one_line(error)}).") from error
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with written_whole(path, OTHER_CACHE) as temporary, h5py.File(temporary, "w") as file:
+        for key, array in arrays.items():
+            file.create_dataset(key, data=array, track_times=False)
+        file.attrs.update(attributes)
 
 
 def _bundled_agent(environment_id: str) -> list[Array]:

@@ -7,20 +7,25 @@ inside functions, so that --help is quick.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
 import shlex
-import signal
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, groupby, pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 if __name__ == "mdpt":  # found as a file in the checkout before the installed package: be that package
     __path__ = [str(Path(__file__).parent)]
@@ -38,6 +43,7 @@ from mdpt.data import (
     EvaluationSection,
     Experiment,
     HeldOut,
+    Interrupted,
     MdptError,
     PolicySection,
     Watch,
@@ -45,17 +51,20 @@ from mdpt.data import (
     check_experiment,
     compare,
     describe_data,
+    imported_for,
     load_dataset,
     load_experiment,
-    make_writable_folder,
     normalized_score,
+    on_signals,
     parallel,
     probability_of_improvement,
     reference_returns,
     summarize,
     tabulate,
+    temporary_beside,
     variance_components,
     version,
+    written_whole,
 )
 
 if TYPE_CHECKING:
@@ -63,6 +72,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from mdpt.models import Bundle, Inference, Play, Run
 
@@ -102,18 +112,14 @@ def progress(title: str, total: int, start: int = 0) -> Iterator[Callable[[int, 
 
 
 @contextmanager
-def catching_signals() -> Iterator[Callable[[], int]]:
-    """Which signal asked for an end, 0: none; a training run ends after a whole step. One that was ignored stays so."""
-    caught: list[int] = []
-    ends = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in ends if signal.getsignal(number) != signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, lambda number, _: caught.append(number))
+def going_on(does: bool) -> Iterator[None]:
+    """Say of an interruption that the same command goes on, where it does."""
     try:
-        yield lambda: caught[0] if caught else 0
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        yield
+    except KeyboardInterrupt:
+        if does:
+            raise Interrupted("interrupted; the same command goes on") from None
+        raise
 
 
 @contextmanager
@@ -128,6 +134,69 @@ def about(path: Path | str) -> Iterator[None]:
 
 
 @contextmanager
+def claimed(overwrite: bool, outputs: dict[str, Path | None]) -> Iterator[None]:
+    """Files, by option, that can be written, and that no other run writes meanwhile; says at the end what was written.
+
+    Raises: MdptError before work begins, also for a file that would be lost, unless it is of an option in GO_ON.
+    """
+    with ExitStack() as stack:
+        for option, path in outputs.items():
+            if path is not None:
+                try:
+                    if path.exists() and not path.is_file():
+                        raise MdptError(
+                            f"{option} {path}: is {'a folder' if path.is_dir() else 'a device or pipe'}; choose a file"
+                        )
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(locked(path.with_name(f".{path.name}.lock"), f"{option} {path}"))
+                    if option not in GO_ON:
+                        refuse_to_overwrite(path, overwrite)
+                    temporary_beside(path).unlink()
+                except OSError as error:
+                    raise MdptError(f"{option} {path}: cannot be written ({error.strerror}); choose another") from error
+        yield
+    for path in filter(None, outputs.values()):
+        say(f"wrote {path}")
+
+
+GO_ON = ("--out", "--json")  # what is there may be a run's own that was cut short
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock that ends with this process, in a file that tells its number. Raises: OSError, MdptError if it is held.
+
+    Where there are no such locks, nothing is held.
+    """
+    if fcntl is None:
+        yield
+        return
+    while True:
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                number = file.read() or "?"
+                raise MdptError(f"{what}: process {number} writes it now; wait for that, or choose another") from error
+            except OSError:
+                pass  # a file system without locks
+            try:
+                gone = not os.path.samestat(os.fstat(file.fileno()), path.stat())
+            except FileNotFoundError:
+                gone = True
+            if gone:  # its holder has removed it since it was opened
+                continue
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+@contextmanager
 def training_run(
     title: str, experiment: Experiment, steps: int, path: Path, begun: Bundle | None, extend: bool, board: Path | None
 ) -> Iterator[Run]:
@@ -138,8 +207,8 @@ def training_run(
     start = 0 if begun is None else begun["step"]
     seeds, history = list(experiment.seeds), [] if begun is None else begun["history"]
     write = (lambda entry: None) if board is None else scalar_writer(board / path.stem, seeds, history)
-    began = time.perf_counter()
-    with about(path), progress(title, steps, start) as bar, catching_signals() as interrupted:
+    began, caught = time.perf_counter(), [0]
+    with about(path), progress(title, steps, start) as bar, on_signals(lambda number, _: caught.append(number)):
 
         def show(entry: dict[str, Any]) -> None:
             write(entry)
@@ -149,21 +218,15 @@ def training_run(
         def save(bundle: Bundle) -> None:
             models.save_bundle(path, bundle)
 
-        yield models.Run(device, begun, extend, save, show, interrupted, lambda text: warn(f"{path}: {text}"))
+        yield models.Run(device, begun, extend, save, show, lambda: caught[-1], lambda text: warn(f"{path}: {text}"))
 
 
 def unfinished(path: Path, board: Path | None, overwrite: bool, extend: bool) -> Bundle | None:
     """The unfinished bundle to go on from, or None to begin. Raises: MdptError where that would lose work."""
     from mdpt.models import read_bundle
 
-    try:
-        make_writable_folder(path.parent)
-    except OSError as error:
-        raise MdptError(f"--out {path}: cannot be written ({error.strerror}); choose another") from error
-    if path.is_dir():
-        raise MdptError(f"--out {path}: is a folder; choose a file")
     if overwrite or not path.exists():
-        if board is not None and (board / path.stem).exists():
+        if board is not None:
             refuse_to_overwrite(board / path.stem, overwrite)
         return None
     bundle = read_bundle(path)
@@ -214,6 +277,7 @@ def load_data(section: DataSection, workers: Workers, spec: EnvironmentSpec | No
                 bars[what] = stack.enter_context(progress(what, max(1, total)))
             bars[what](done, "")
 
+        stack.enter_context(going_on(section.source == "collect"))
         dataset = load_dataset(section, workers, show, spec=spec)
     for warning in dataset.warnings:
         warn(warning)
@@ -356,6 +420,17 @@ def tell(cells: Sequence[Cell]) -> None:
         warn(text)
 
 
+def check_imports(cells: Sequence[Cell], trusted: Sequence[str]) -> None:
+    """Raises: MdptError where a bundle's environment would import a module that the user has not named."""
+    for cell in cells:
+        module = imported_for(environment := cell.bundle["environment"]["id"])
+        if module and module not in trusted:
+            raise MdptError(
+                f"{cell.policy}: its environment {environment} imports the module {module}, and so runs its code; "
+                f"if you trust it, add --import {module}"
+            )
+
+
 def play_cells(cells: Sequence[Cell], file: Path | None, overwrite: bool, workers: Workers) -> dict[str, Any]:
     """Play all cells and judge them. With a file, each finished cell is stored, and a run cut short goes on there."""
     from mdpt import models
@@ -370,7 +445,11 @@ def play_cells(cells: Sequence[Cell], file: Path | None, overwrite: bool, worker
     tasks = (task for cell in left for task in cut_into_tasks(cell, products))
     found = parallel(models.play, tasks, workers, sum(len(cell.shares) for cell in left))
     done = 0
-    with closing(found), progress("play", max(1, sum(cell.rollouts for cell in left))) as show:
+    with (
+        going_on(file is not None),
+        closing(found),
+        progress("play", max(1, sum(cell.rollouts for cell in left))) as show,
+    ):
         for cell in left:
             parts = []
             for _ in cell.shares:
@@ -378,8 +457,7 @@ def play_cells(cells: Sequence[Cell], file: Path | None, overwrite: bool, worker
                 done += len(parts[-1][0])
                 show(done, "episodes")
             report["cells"].append(make_result(cell, parts, products))
-            if file is not None:
-                store_json(file, report)
+            store_json(file, report)
     return report | {"summary": judge(report["cells"])}
 
 
@@ -449,14 +527,14 @@ def make_result(cell: Cell, parts: Sequence[tuple[Array, Array]], products: str)
     scores = normalized_score(returns.mean(1), reference)
     seeds = [seed for each in cell.guide.bundles for seed in each["seeds"]]
     return {
-        "policy": cell.policy,
-        "guidance": cell.guide.name,
+        "policy": printable(cell.policy),
+        "guidance": printable(cell.guide.name),
         "step": bundle["step"],
         "algorithm": bundle["experiment"]["policy"]["algorithm"],
         "guidance_algorithm": guidance_algorithm(cell.guide),
         "warnings": cell.warnings,
         "protocol": {
-            "policy": cell.policy,
+            "policy": printable(cell.policy),
             "step": bundle["step"],
             "steps": bundle["experiment"]["policy"]["steps"],
             "guidance": guidance_name(cell) if cell.guide.bundles else None,
@@ -501,7 +579,8 @@ def guidance_name(cell: Cell) -> str:
     """The guidance of a cell in the words of a protocol."""
     guide, rule = cell.guide, cell.how.ensemble
     name = guide.name if guide.name != OWN else f"{OWN} {guidance_algorithm(guide)} guidance"
-    return name if rule == "none" else f"the {rule} of all {guide.members} members of {', '.join(guide.files) or name}"
+    whole = f"the {rule} of all {guide.members} members of {', '.join(guide.files) or name}"
+    return printable(name if rule == "none" else whole)
 
 
 def begin_report(cells: Sequence[Cell], products: str, file: Path | None, overwrite: bool) -> dict[str, Any]:
@@ -727,10 +806,19 @@ def judge_algorithms(cells: Sequence[dict[str, Any]]) -> list[str]:
 # --- tables -----------------------------------------------------------------------------------------------------
 
 
+def printable(text: str) -> str:
+    """Text of files and names with what could steer a terminal, or cannot be encoded, written out."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 def make_console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr, markup=False, emoji=False)  # what is printed holds the names of files
+    class Plain(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(printable(text), **options)
+
+    return Plain(stderr=stderr, markup=False, emoji=False)  # what is printed holds the names of files
 
 
 def say(text: str, *, stderr: bool = False) -> None:
@@ -1039,16 +1127,15 @@ PICTURES = (".png", ".svg", ".pdf")
 @contextmanager
 def picture(path: Path, title: str, width: float, height: float) -> Iterator[Figure]:
     """A figure under a title, written as PNG, SVG or PDF by the ending of `path`."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(textwrap.fill(title, int(width * 14)), fontsize=9)
-    yield figure
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise MdptError(f"--plot {path}: cannot be written ({error.strerror})") from error
-    say(f"wrote {path}")
+    with rc_context({"text.parse_math": False}):  # names are no formulas
+        figure = Figure(figsize=(width, height), layout="constrained")
+        figure.suptitle(textwrap.fill(printable(title), int(width * 14)), fontsize=9)
+        yield figure
+        with written_whole(path, "choose another --plot") as temporary:
+            figure.savefig(temporary, dpi=150, format=path.suffix[1:])
 
 
 def check_ending(option: str, path: Path | None, endings: Sequence[str]) -> None:
@@ -1208,11 +1295,8 @@ def film(cell: Cell, seed: int | None, path: Path, workers: Workers) -> None:
             models.play(task, watch, look=look, every=FRAME_EVERY)
 
         list(parallel(shoot, tasks, replace(workers, count=1, cluster=None), 1))
-    try:
-        frames[0].save(path, save_all=True, append_images=frames[1:], duration=50, loop=0)
-    except OSError as error:
-        raise MdptError(f"--video {path}: cannot be written ({error.strerror})") from error
-    say(f"wrote {path}")
+    with written_whole(path, "choose another --video") as temporary:
+        frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], duration=50, loop=0)
 
 
 NAMED_APART = ("algorithm", "scheme", "steps", "snapshots")  # settings with a line of their own
@@ -1265,10 +1349,10 @@ def show_bundle(path: Path, plot_file: Path | None) -> None:
     from mdpt.models import read_bundle
 
     bundle = read_bundle(path)
-    for table in describe(bundle, path):
-        show_table(table)
     if plot_file is not None:
         plot_history(plot_file, bundle, path)
+    for table in describe(bundle, path):
+        show_table(table)
 
 
 def metric_names(history: Sequence[dict[str, Any]]) -> list[str]:
@@ -1297,25 +1381,15 @@ def describe_guidances(bundles: Sequence[Bundle]) -> str:
     return "\n".join(lines) or "no guidance"
 
 
-def write_json(path: Path | None, report: dict[str, Any]) -> None:
+def store_json(path: Path | None, report: dict[str, Any]) -> None:
     """Write a report, if asked for, whole or not at all."""
-    if path is not None:
-        store_json(path, report)
-        say(f"wrote {path}")
-
-
-def store_json(path: Path, report: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    if path is None:
+        return
+    with written_whole(path, "choose another --json") as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise MdptError(f"--json {path}: cannot be written ({error.strerror})") from error
 
 
 def refuse_to_overwrite(path: Path, overwrite: bool) -> None:
-    if not path.absolute().parent.is_dir():
-        raise MdptError(f"{path}: there is no folder {path.parent}; make it or choose another")
     if path.exists() and not overwrite:
         raise MdptError(f"{path}: exists already; choose another name, or --overwrite to replace it")
 
@@ -1327,35 +1401,64 @@ INTERRUPTED = 130
 
 
 class Commands(TyperGroup):
-    """Turns a user's mistake into one line on stderr and exit code 1."""
+    """Turns a user's mistake, or a signal, into one line on stderr and an exit code."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         if "OMP_WAIT_POLICY" not in os.environ:  # read when torch loads
             os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
-        try:
-            code = super().main(*args, **kwargs | {"standalone_mode": False})
-            if code == INTERRUPTED:  # typer's answer to Ctrl-C
-                raise KeyboardInterrupt
-        except (MdptError, typer.TyperException) as error:
-            code = _fail(error)
-        except (typer.Abort, KeyboardInterrupt):
-            print("mdpt: interrupted", file=sys.stderr)
-            code = INTERRUPTED
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            code = _fail(MdptError("not enough memory; lower batch_size, hidden, candidates, or the number of seeds"))
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # letters that its encoding lacks
+        caught: list[int] = []
+
+        def stop(number: int, frame: Any) -> None:
+            caught.append(number)
+            raise KeyboardInterrupt
+
+        with on_signals(stop):
+            try:
+                code = super().main(*args, **kwargs | {"standalone_mode": False})
+                if code == INTERRUPTED:  # typer's answer to Ctrl-C
+                    raise KeyboardInterrupt
+            except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (`explain` raises what it does not know)
+                with on_signals(lambda number, frame: None):  # once is enough
+                    code = fail(explain(error, caught))
         sys.exit(code if isinstance(code, int) else 0)
 
 
+def explain(error: BaseException, caught: Sequence[int]) -> Exception:
+    """What to tell the user of an error, or of a signal that was caught, whatever it made fail. Raises: any other."""
+    if caught:
+        told = error if isinstance(error, Interrupted) else Interrupted()
+        told.code = 128 + caught[0]
+        return told
+    if isinstance(error, MdptError | typer.TyperException):
+        return error
+    if isinstance(error, typer.Abort | KeyboardInterrupt):
+        return Interrupted()
+    if isinstance(error, OSError):
+        return MdptError(f"{error.filename or 'the output'}: {error.strerror or error}")
+    if isinstance(error, Exception) and out_of_memory(error):
+        return MdptError("not enough memory; lower batch_size, hidden, candidates, or the number of seeds")
+    raise error
+
+
 def out_of_memory(error: Exception) -> bool:
-    """Whether Python, torch on CUDA, or torch on a CPU (a plain RuntimeError) says so."""
-    return isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate" in str(error)
+    """Whether Python, torch on CUDA, or torch on a CPU (a plain RuntimeError) says so, or cannot even count the bytes."""
+    told = any(text in str(error) for text in ("can't allocate", "size calculation overflowed"))
+    return isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or told
 
 
-def _fail(error: Exception) -> int:
+def fail(error: Exception) -> int:
+    """Say it on stderr, whatever has become of the streams; returns the exit code."""
     text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
-    print(f"mdpt: {text}", file=sys.stderr)
+    with suppress(OSError):
+        print(f"mdpt: {printable(text)}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except (AttributeError, OSError, ValueError):  # Python would try once more at its end, and complain
+        with suppress(AttributeError, OSError, ValueError), open(os.devnull, "wb") as sink:
+            os.dup2(sink.fileno(), sys.stdout.fileno())
     return getattr(error, "code", 1)
 
 
@@ -1369,6 +1472,11 @@ def need_tensorboard(folder: Path | None) -> Path | None:
         except ImportError as error:
             raise MdptError("--tensorboard needs the package tensorboard: pip install 'mdpt[tensorboard]'") from error
     return folder
+
+
+def as_argument(path: Path) -> str:
+    """A file's name as a shell is to pass it, where it is no option."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 ExperimentFile = Annotated[Path, typer.Argument(help="experiment file, TOML")]
@@ -1400,6 +1508,10 @@ Timeout = Annotated[
 Cluster = Annotated[
     str | None,
     typer.Option(metavar="ADDRESS", help="play on the workers of this Dask scheduler, which must be trusted"),
+]
+Imports = Annotated[
+    list[str] | None,
+    typer.Option("--import", metavar="MODULE", help="trust this module, which makes the environment; repeatable"),
 ]
 Json = Annotated[
     Path | None,
@@ -1456,24 +1568,25 @@ def guidance(
         show_table(data_table(load_data(run.data, Workers(workers, timeout))))
         return
     path = out or Path(f"{run.name}-{run.guidance.algorithm}.guidance.pt")
-    begun = unfinished(path, board, overwrite, extend)
-    dataset = load_data(run.data, Workers(workers, timeout))
-    title = f"guidance {run.guidance.algorithm}"
-    with training_run(title, run, run.guidance.steps, path, begun, extend, board) as training:
-        bundle = train_guidance(run, dataset, training)
-    if not bundle["quality"]:
-        warn(f"{path}: no episode is held out, so nothing judges it; [data] held_out above 0 does")
-    else:
-        show_table(quality_table(bundle))
-        if low := low_values(bundle):
-            warn(
-                f"{path}: V of seed {', '.join(map(str, low))} lies below the returns: values have not spread over the "
-                "episodes yet; raise steps, tau or learning_rate"
-            )
+    with claimed(overwrite, {"--out": path}):
+        begun = unfinished(path, board, overwrite, extend)
+        dataset = load_data(run.data, Workers(workers, timeout))
+        title = f"guidance {run.guidance.algorithm}"
+        with training_run(title, run, run.guidance.steps, path, begun, extend, board) as training:
+            bundle = train_guidance(run, dataset, training)
+        if not bundle["quality"]:
+            warn(f"{path}: no episode is held out, so nothing judges it; [data] held_out above 0 does")
+        else:
+            show_table(quality_table(bundle))
+            if low := low_values(bundle):
+                warn(
+                    f"{path}: V of seed {', '.join(map(str, low))} lies below the returns: values have not spread over the "
+                    "episodes yet; raise steps, tau or learning_rate"
+                )
     same = [part for override in overrides or [] for part in ("--set", override)]
     same += ["--seeds", seeds] if seeds else []
-    command = ["mdpt", "policy", str(experiment), "--guidance", str(path), *same]
-    say(f"wrote {path}\nnext: {shlex.join(command)}")
+    command = ["mdpt", "policy", as_argument(experiment), "--guidance", str(path), *same]
+    say(f"next: {shlex.join(command)}")
 
 
 @app.command()
@@ -1524,14 +1637,17 @@ def policy(
         )
     if problem := schedule_problem(run.policy):
         warn(f"noise_schedule {run.policy.noise_schedule} with {run.policy.diffusion_steps} diffusion_steps: {problem}")
-    begun = unfinished(path, board, overwrite, extend)
-    dataset = load_data(run.data, Workers(workers, timeout))
-    ours = {"kind": "policy", "environment": asdict(dataset.environment), "dataset": dataset.identity}
-    for warning in check_teachers(ours, teachers, run.policy.ensemble):
-        warn(warning)
-    with training_run(f"policy {run.policy.algorithm}", run, run.policy.steps, path, begun, extend, board) as training:
-        train_policy(run, dataset, teachers, training)
-    say(f"wrote {path}\nnext: {shlex.join(['mdpt', 'evaluate', str(path)])}")
+    with claimed(overwrite, {"--out": path}):
+        begun = unfinished(path, board, overwrite, extend)
+        dataset = load_data(run.data, Workers(workers, timeout))
+        ours = {"kind": "policy", "environment": asdict(dataset.environment), "dataset": dataset.identity}
+        for warning in check_teachers(ours, teachers, run.policy.ensemble):
+            warn(warning)
+        title = f"policy {run.policy.algorithm}"
+        with training_run(title, run, run.policy.steps, path, begun, extend, board) as training:
+            train_policy(run, dataset, teachers, training)
+    trusted = ["--import", module] if (module := imported_for(dataset.environment.id or "")) else []
+    say(f"next: {shlex.join(['mdpt', 'evaluate', as_argument(path), *trusted])}")
 
 
 @app.command()
@@ -1558,6 +1674,7 @@ def evaluate(
     data_file: Annotated[
         Path | None, typer.Option("--data", metavar="FILE", help="judge offline, on held-out episodes of this file")
     ] = None,
+    imports: Imports = None,
     workers: Count = CORES,
     timeout: Timeout = LONG,
     cluster: Cluster = None,
@@ -1576,32 +1693,33 @@ def evaluate(
         raise MdptError(f"{'--describe' if describe_only else '--video'} takes one bundle, got {len(policies)}")
     if member is not None and video is None:
         raise MdptError(f"--member {member}: acts only with --video; leave the option out")
-    for file in filter(None, (plot_file, video)):
-        refuse_to_overwrite(file, overwrite)
-    if describe_only:
-        show_bundle(policies[0], plot_file)
-        return
-    check_report(json_file, overwrite)
-    paths = [name for path in dict.fromkeys(policies) for name in (snapshots(path) if curve else [path])]
-    guide = read_guide(infer_guidance or [])
-    cells = [read_cell(path, guide, given) for path in paths]
-    check_comparable(cells)
-    tell(cells)
-    missing = [cell for cell in cells if cell.bundle["environment"]["id"] is None]
-    if missing or data_file is not None:
-        judge_apart(cells, missing, data_file, json_file, overwrite, bool(video or plot_file or episodes or cluster))
-        return
-    if video is not None:
-        film(cells[0], member, video, where)
-        return
-    report = play_cells(cells, json_file, overwrite, where)
-    show_evaluation(report, curve)
-    for cell, result, entry in zip(cells, report["cells"], overall(report["summary"]), strict=True):
-        if text := far_below_the_data(cell, result, entry["summary"]["median"]):
-            warn(text)
-    write_json(json_file, report)
-    if plot_file is not None:
-        (plot_curve if curve else plot_scores)(plot_file, report)
+    with claimed(overwrite, {"--json": json_file, "--plot": plot_file, "--video": video}):
+        if describe_only:
+            show_bundle(policies[0], plot_file)
+            return
+        paths = [name for path in dict.fromkeys(policies) for name in (snapshots(path) if curve else [path])]
+        guide = read_guide(infer_guidance or [])
+        cells = [read_cell(path, guide, given) for path in paths]
+        check_comparable(cells)
+        tell(cells)
+        missing = [cell for cell in cells if cell.bundle["environment"]["id"] is None]
+        if missing or data_file is not None:
+            judge_apart(
+                cells, missing, data_file, json_file, overwrite, bool(video or plot_file or episodes or cluster)
+            )
+            return
+        check_imports(cells, imports or [])
+        if video is not None:
+            film(cells[0], member, video, where)
+            return
+        report = play_cells(cells, json_file, overwrite, where)
+        store_json(json_file, report)
+        if plot_file is not None:
+            (plot_curve if curve else plot_scores)(plot_file, report)
+        show_evaluation(report, curve)
+        for cell, result, entry in zip(cells, report["cells"], overall(report["summary"]), strict=True):
+            if text := far_below_the_data(cell, result, entry["summary"]["median"]):
+                warn(text)
 
 
 def judge_apart(
@@ -1620,9 +1738,9 @@ def judge_apart(
     if json_file is not None:
         refuse_to_overwrite(json_file, overwrite)
     report = judge_cells(cells, data_file)
+    store_json(json_file, report)
     for result in report["cells"]:
         show_table(offline_table(result))
-    write_json(json_file, report)
 
 
 @app.command()
@@ -1649,6 +1767,7 @@ def swap(
     json_file: Json = None,
     plot_file: Plot = None,
     overwrite: Overwrite = False,
+    imports: Imports = None,
     workers: Count = CORES,
     timeout: Timeout = LONG,
     cluster: Cluster = None,
@@ -1657,29 +1776,28 @@ def swap(
     if pairs not in (None, "matched", "all"):
         raise MdptError(f"--pairs {pairs}: expected matched or all")
     check_ending("--plot", plot_file, PICTURES)
-    if plot_file is not None:
-        refuse_to_overwrite(plot_file, overwrite)
-    check_report(json_file, overwrite)
-    cells = plan_swap(policies, guidances or [], pairs, evaluation_settings(settings, episodes, candidates, seed))
-    for cell in cells:
-        if cell.bundle["environment"]["id"] is None:
-            reason = cell.bundle["dataset"]["no_environment"]
-            raise MdptError(f"{cell.policy}: cannot be scored: {reason}; `mdpt evaluate` says what can be said offline")
-    tell(cells)
-    report = play_cells(cells, json_file, overwrite, Workers(workers, timeout, cluster))
-    report["verdicts"] = judge_algorithms(report["cells"])
-    crossed = [cell for cell in report["cells"] if is_crossed(cell)]
-    report["components"] = [split_spread(cell) for cell in crossed]
-    for cell, parts in zip(crossed, report["components"], strict=True):
-        show_table(member_table(cell, parts))
-    for table in swap_tables(report):
-        show_table(table)
-    for line in report["verdicts"]:
-        say(line)
-    say(swap_line(report))
-    write_json(json_file, report)
-    if plot_file is not None:
-        plot_swap(plot_file, report)
+    with claimed(overwrite, {"--json": json_file, "--plot": plot_file}):
+        cells = plan_swap(policies, guidances or [], pairs, evaluation_settings(settings, episodes, candidates, seed))
+        for cell in cells:
+            if cell.bundle["environment"]["id"] is None:
+                reason = f"{cell.bundle['dataset']['no_environment']}; `mdpt evaluate` says what can be said offline"
+                raise MdptError(f"{cell.policy}: cannot be scored: {reason}")
+        check_imports(cells, imports or [])
+        tell(cells)
+        report = play_cells(cells, json_file, overwrite, Workers(workers, timeout, cluster))
+        report["verdicts"] = judge_algorithms(report["cells"])
+        crossed = [cell for cell in report["cells"] if is_crossed(cell)]
+        report["components"] = [split_spread(cell) for cell in crossed]
+        store_json(json_file, report)
+        if plot_file is not None:
+            plot_swap(plot_file, report)
+        for cell, parts in zip(crossed, report["components"], strict=True):
+            show_table(member_table(cell, parts))
+        for table in swap_tables(report):
+            show_table(table)
+        for line in report["verdicts"]:
+            say(line)
+        say(swap_line(report))
 
 
 def evaluation_settings(
@@ -1690,12 +1808,7 @@ def evaluation_settings(
     return [*(settings or []), *(f"evaluation.{key}={value}" for key, value in given.items() if value is not None)]
 
 
-def check_report(path: Path | None, overwrite: bool) -> None:
-    if path is not None and path.is_dir():
-        raise MdptError(f"--json {path}: is a folder; choose a file")
-    if path is not None and not path.exists():  # one that exists may be gone on with
-        refuse_to_overwrite(path, overwrite)
-
+main = app  # of mdpt/__init__.py, where this file stands for the package
 
 if __name__ == "__main__":
     app()

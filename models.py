@@ -12,7 +12,6 @@ import difflib
 import functools
 import hashlib
 import math
-import os
 import platform
 import sys
 import time
@@ -48,6 +47,7 @@ from mdpt.data import (
     rollout,
     unscale_actions,
     version,
+    written_whole,
 )
 
 Loss = tuple[Tensor, dict[str, Tensor]]  # the loss of each member, (S,), and metrics of the same shape
@@ -1886,6 +1886,12 @@ class RewardScale(Part):
     offset: float
 
 
+class Versions(Part):
+    mdpt: str
+    torch: str
+    python: str
+
+
 class Training(Part):
     """What only going on needs: states as `Learner.state`, and what `History` has yet to average."""
 
@@ -1914,7 +1920,7 @@ class Schema(Part):
     dataset: Data
     normalizer: Words
     reward_scale: RewardScale
-    versions: dict[Literal["mdpt", "torch", "python"], str]
+    versions: Versions
     step: Annotated[int, Field(ge=1)]
     complete: bool
     history: list[Entry]
@@ -1928,20 +1934,8 @@ class Schema(Part):
 
 def save_bundle(path: Path, bundle: Bundle) -> None:
     """Write a bundle, plain containers and tensors only, so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                torch.save(bundle, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)  # still there only if something failed, or Ctrl-C came
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where the disk is full
-        reason = getattr(error, "strerror", None) or "torch could not store it; is the disk full?"
-        raise MdptError(f"{path}: cannot write the bundle ({reason}); choose another --out") from error
+    with written_whole(path, "choose another --out") as temporary, temporary.open("wb") as file:
+        torch.save(bundle, file)
 
 
 def read_bundle(path: Path) -> Bundle:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -89,9 +91,15 @@ def write_toy_data(path: Path, episodes: int = 60, seed: int = 0, **changed: Any
                 file[key] = array
 
 
+def trusting(command: str) -> list[str]:
+    """The words of `mdpt COMMAND`, which trusts the module of the toy where it plays."""
+    words = shlex.split(command)
+    return [*words, "--import", "conftest"] if words[:1] in (["evaluate"], ["swap"]) else words
+
+
 def run(command: str, code: int = 0) -> Result:
     """Run `mdpt COMMAND` in this process; whatever happens, no exception reaches the user."""
-    result = CliRunner().invoke(app, shlex.split(command))
+    result = CliRunner().invoke(app, trusting(command))
     assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
     assert "Traceback" not in result.output
     assert result.exit_code == code, result.output
@@ -148,7 +156,7 @@ def started(command: str) -> Iterator[subprocess.Popen[str]]:
     """`mdpt COMMAND` as a shell starts it: Ctrl-C reaches it and its workers, even under nohup; none is left behind."""
     shell = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
     process = subprocess.Popen(
-        [sys.executable, "-c", shell, EXECUTABLE, *shlex.split(command)],
+        [sys.executable, "-c", shell, EXECUTABLE, *trusting(command)],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -210,7 +218,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             run(f"guidance toy.toml --set guidance.algorithm={name}" + (" --seeds 8,9" if name == "dql" else ""))
         for file, options in POLICIES.items():
             result = run(f"policy toy.toml {options}")
-            assert result.stdout == f"wrote {file}\nnext: mdpt evaluate {file}\n"
+            assert result.stdout == f"wrote {file}\nnext: mdpt evaluate {file} --import conftest\n"
     return folder
 
 
@@ -451,6 +459,21 @@ def test_an_environment_that_hangs_is_named(folder: Path, monkeypatch: pytest.Mo
 # -------------------------------------------------------------------------------------------------- swap
 
 
+def test_a_module_is_imported_for_a_bundle_only_if_the_user_names_it(folder: Path) -> None:
+    run("policy toy.toml --guidance toy-idql.guidance.pt --out p.pt")
+    assert "next: mdpt evaluate p.pt --import conftest\n" in run(f"{UNDER_IDQL} --out p.pt --overwrite").stdout
+    bundle = read("toy-dql.policy.pt")
+    Path("stranger.py").write_text("open('ran', 'w')")
+    for name, module in (("stranger:X-v0", "stranger"), ("GymV21Environment-v0", "shimmy")):
+        changed = [
+            each | {"environment": each["environment"] | {"id": name}} for each in (bundle, *bundle["guidances"])
+        ]
+        models.save_bundle(Path("p.pt"), changed[0] | {"guidances": changed[1:]})
+        for command in ("evaluate p.pt", "swap p.pt", "evaluate p.pt --video a.gif"):
+            fail(command, "p.pt", name, f"--import {module}")
+    assert not Path("ran").exists() and not Path("a.gif").exists()
+
+
 def test_swap_crosses_all_members(folder: Path) -> None:
     run("guidance toy.toml --seeds 1,2,3 --out three.pt")
     command = "swap toy-dql.policy.pt --guidance toy-idql.guidance.pt --guidance three.pt"
@@ -663,20 +686,26 @@ CUT = [
 ]
 
 
-@pytest.mark.parametrize("command", CUT)
-def test_playing_goes_on_where_it_was_cut_short(folder: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+INTERRUPTED = "\nmdpt: interrupted; the same command goes on\n"
+
+
+@pytest.mark.parametrize(("command", "how"), [(CUT[0], signal.SIGTERM), (CUT[1], signal.SIGHUP)])
+def test_playing_goes_on_where_it_was_cut_short(
+    folder: Path, command: str, how: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command, count = f"{command} --workers 1", 4 if command.startswith("evaluate") else 6
     run(f"{command} --json whole.json")
     make, played = cli.make_result, []
 
     def breaks(cell: cli.Cell, *rest: Any) -> dict[str, Any]:
         if len(played) == 3:
-            raise KeyboardInterrupt
+            signal.raise_signal(how)
         played.append((cell.policy, cell.guide.name))
         return make(cell, *rest)
 
     monkeypatch.setattr(cli, "make_result", breaks)
-    assert run(f"{command} --json part.json", code=130).stderr.endswith("mdpt: interrupted\n")
+    assert run(f"{command} --json part.json", code=128 + how).stderr.endswith(INTERRUPTED)
+    assert not list(folder.glob(".*"))
     assert len(json.loads(Path("part.json").read_text())["cells"]) == 3
     monkeypatch.setattr(cli, "make_result", lambda cell, *rest: (played.append(cell.policy), make(cell, *rest))[1])
     assert f"{count - 3} of {count} cells to play" in run(f"{command} --json part.json").stderr
@@ -700,7 +729,10 @@ def test_playing_goes_on_where_it_was_cut_short(folder: Path, command: str, monk
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "how", "workers"),
-    [(CUT[0], signal.SIGINT, 1), (CUT[1], signal.SIGINT, 2), (CUT[0], signal.SIGKILL, 2), (CUT[1], signal.SIGKILL, 1)],
+    [
+        *((CUT[0], signal.SIGINT, 1), (CUT[1], signal.SIGINT, 2), (CUT[1], signal.SIGHUP, 2)),
+        *((CUT[0], signal.SIGKILL, 2), (CUT[1], signal.SIGKILL, 1)),
+    ],
 )
 def test_playing_that_is_ended_goes_on_to_the_same_file(
     folder: Path, command: str, how: signal.Signals, workers: int
@@ -709,12 +741,11 @@ def test_playing_that_is_ended_goes_on_to_the_same_file(
     with started(f"{command} part.json --workers {workers}") as process:
         while not part.exists() and process.poll() is None:
             time.sleep(0.002)
-        (os.killpg if how == signal.SIGINT else os.kill)(
-            process.pid, how
-        )  # a terminal's Ctrl-C reaches the workers, too
+        # a terminal's Ctrl-C and its end reach the workers, too
+        (os.kill if how == signal.SIGKILL else os.killpg)(process.pid, how)
         _, said = process.communicate(timeout=60)  # until no worker holds stderr open
-    assert process.returncode == (130 if how == signal.SIGINT else -how)
-    assert "Traceback" not in said and (how == signal.SIGKILL or said.endswith("mdpt: interrupted\n"))
+    assert process.returncode == (-how if how == signal.SIGKILL else 128 + how)
+    assert "Traceback" not in said and (how == signal.SIGKILL or said.endswith(INTERRUPTED))
     cells = len(json.loads(part.read_text())["cells"])
     for file in (part, whole):
         run(f"{command} {file} --workers 1")
@@ -1134,13 +1165,22 @@ EXPERIMENT_MISTAKES = [  # what stands in the file, or in --set; what the user l
     ("data.source='collect'", "[data]", "path", "'hdf5'"),
     ("data.action_noise=[0.1]", "[data]", "action_noise", "1 entries", "4 levels"),
     ("data.transitions=1001", "[data]", "transitions 1001", "4 levels"),
+    ("evaluation.temperature=1e300", "[evaluation] temperature = 1e+300", "9.2e18"),
+    ("policy.eta=inf", "[policy] eta = inf", "finite"),
+    ("data.reference=[nan, 1]", "[data] reference[0] = nan", "finite"),
+    (f"seeds=[{2**64}]", f"seeds[0] = {2**64}", "9.2e18"),
+    (f"guidance.steps={10**30}", f"[guidance] steps = {10**30}", "9.2e18"),
+    (f"policy.hidden=0x{'f' * 5000}", "[policy] hidden = ...", "list"),
+    (f"name='{'a' * 300}'", "name = 'aaa", "aaa...", "at most 100"),
+    ("name=a\x1b", "name = 'a\\x1b'", "[A-Za-z0-9]"),
+    ("data.environment_kwargs={day=1979-05-27}", "[data]", "environment_kwargs", "numbers"),
     ("policy.algorithm='idql'\npolicy.hidden=[8, 16]", "[policy] hidden = [8, 16]", "'resnet'", "one width"),
     ("policy.sampler='dpm-solver++'\npolicy.sampling_steps=9", "[policy]", "sampling_steps 9", "diffusion_steps 5"),
     ("policy.guidance_from=0.5\npolicy.guidance_until=0.2", "[policy]", "guidance_from 0.5", "guidance_until 0.2"),
 ]
 
 
-@pytest.mark.parametrize("mistake", EXPERIMENT_MISTAKES, ids=lambda mistake: mistake[0])
+@pytest.mark.parametrize("mistake", EXPERIMENT_MISTAKES, ids=lambda mistake: mistake[0][:99])
 def test_mistakes_in_the_experiment(folder: Path, mistake: tuple[str, ...]) -> None:
     settings, *fragments = mistake
     options = " ".join(f"--set {shlex.quote(setting)}" for setting in settings.splitlines())
@@ -1166,11 +1206,34 @@ MISTAKES = [  # command, what the user learns
     (f"{TRAIN} data.environment=HoperBulletEnv-v0", "HoperBulletEnv-v0", "'HopperBulletEnv-v0'"),
     (f"{TRAIN} data.environment=Pendulum-v1", "toy.hdf5", "'next_observations'", "(290, 2)", "(290, 3)"),
     (f"{TRAIN} data.reference=[5,5]", "reference", "[5.0, 5.0]", "min < max"),
-    (f"{TRAIN} guidance.batch_size=1_000_000_000_000", "not enough memory", "batch_size"),
+    (f"{TRAIN} guidance.batch_size=1_000_000_000_000", "less than or equal to 1000000", "batch_size"),
+    (f"{TRAIN} guidance.hidden=[{10**18}]", "less than or equal to 10000", "hidden"),
+    (f"{TRAIN} guidance.batch_size=1000000 --set guidance.hidden=[10000]", "not enough memory", "hidden"),
+    ("guidance deep.toml", "deep.toml", "not TOML"),
+    ("guidance latin.toml", "latin.toml", "not TOML", "utf-8"),
+    (f"guidance {'a' * 300}.toml", "aaa.toml", "File name too long"),
+    ("guidance toy.toml --set 'policy.steps=5\nx=1'", "--set policy.steps=5", "more than one value"),
+    (f"guidance toy.toml --set policy.hidden={'[' * 5000}", "--set policy.hidden: ", "not TOML"),
+    (f"guidance toy.toml --set policy.steps={'9' * 5000}", "--set policy.steps: ", "not TOML", "digits"),
+    ("guidance toy.toml --out never.pt --timeout inf", "--timeout inf", "seconds", "a million"),
+    ("guidance toy.toml --out never.pt --timeout nan", "--timeout"),
+    ("guidance '\x1b[31mnone\udcff.toml'", "\\x1b[31mnone\\udcff.toml", "no such"),
     ("guidance toy.toml --set steps", "--set steps", "table.key=value"),
     ("guidance toy.toml --set name.x=1", "--set name.x=1", "name", "not a table"),
     ("guidance toy.toml --seeds a", "toy.toml", "seeds", "a", "list"),
     ("guidance toy.toml --out . --overwrite", "--out .", "folder", "file"),
+    ("guidance toy.toml --out pipe --overwrite", "--out pipe", "a device or pipe", "file"),
+    (f"guidance toy.toml --out {'a' * 249}.pt", "--out aaa", "cannot be written", "File name too long"),
+    ("guidance toy.toml --out claimed", "--out claimed: process", str(os.getpid()), "wait", "choose another"),
+    *(
+        (
+            f"{command} toy-dql.policy.pt {option} claimed{ending}",
+            f"{option} claimed{ending}: process",
+            str(os.getpid()),
+        )
+        for command in ("evaluate", "swap")
+        for option, ending in (("--json", ""), ("--plot", ".png"))
+    ),
     ("guidance toy.toml --out toy.toml/g.pt", "--out toy.toml/g.pt", "cannot be written", "choose another"),
     (f"{UNDER_IDQL} --out toy.hdf5", "toy.hdf5", "cannot be read as a bundle"),
     ("policy toy.toml", "guidance-first", "--guidance FILE", "mdpt guidance", "scheme=joint", "unguided"),
@@ -1197,7 +1260,7 @@ MISTAKES = [  # command, what the user learns
     ("evaluate toy-dql.policy.pt --describe --json a.json", "--describe", "--plot"),
     ("evaluate toy-dql.policy.pt toy-cfg.policy.pt --describe", "--describe", "one bundle", "2"),
     ("evaluate toy-dql.policy.pt --json .", "--json .", "folder"),
-    ("evaluate toy-dql.policy.pt --json none/a.json", "none/a.json", "no folder none"),
+    ("evaluate toy-dql.policy.pt --json toy.toml/a.json", "--json toy.toml/a.json", "cannot be written", "choose"),
     ("evaluate toy-dql.policy.pt --plot a.jpg", "--plot a.jpg", ".png", ".svg", ".pdf"),
     ("swap toy-idql.guidance.pt", "toy-idql.guidance.pt", "guidance bundle", "mdpt policy"),
     ("swap toy-bc-unguided.policy.pt", "toy-bc-unguided.policy.pt", "no guidance", "--guidance FILE"),
@@ -1211,7 +1274,7 @@ MISTAKES = [  # command, what the user learns
 ]
 
 
-@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake[0])
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake[0][:99])
 def test_mistakes_on_the_command_line(folder: Path, mistake: tuple[str, ...]) -> None:
     Path("broken.toml").write_text("a = 1 1")
     write_toy_data(Path("bad.hdf5"), rewards=np.full(ROWS, np.nan))
@@ -1222,9 +1285,15 @@ def test_mistakes_on_the_command_line(folder: Path, mistake: tuple[str, ...]) ->
         torch.save(
             bundle | {"environment": bundle["environment"] | {"id": "Ant-v9", "max_episode_steps": 7}}, f"{name}.pt"
         )
+    Path("deep.toml").write_text(f"seeds = {'[' * 5000}{']' * 5000}")
+    Path("latin.toml").write_bytes("name = 'ü'".encode("latin-1"))
+    os.mkfifo("pipe")
     command, *fragments = mistake
-    fail(command, *fragments)
-    assert not Path("p.pt").exists()
+    with cli.claimed(False, {name: Path(name) for name in ("claimed", "claimed.png")}):
+        before = {file.name for file in folder.iterdir()}
+        fail(command, *fragments)
+        assert {file.name for file in folder.iterdir()} == before
+    assert not Path("p.pt").exists() and not list(folder.glob(".*"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
@@ -1281,6 +1350,121 @@ def test_a_policy_that_its_guidance_never_touches_says_so(folder: Path, settings
     under, alone = (models.read_bundle(Path(name))["weights"] for name in ("under.pt", "alone.pt"))
     assert equal(under, alone) is not guided
     assert ("never enters the loss" in told) is not guided
+
+
+def test_an_output_that_cannot_be_written_to_ends_in_a_line() -> None:
+    command = [sys.executable, "-c", "import mdpt; mdpt.main()", "--version"]
+    with open("/dev/full", "wb") as full:
+        found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (found.returncode, found.stderr) == (1, "mdpt: the output: No space left on device\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    found = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (found.returncode, found.stderr) == (1, "")
+
+
+def test_ctrl_c_counts_from_the_first_import_on() -> None:
+    code = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import mdpt
+
+class Finder:
+    def find_spec(self, *_):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("as numpy does")
+
+sys.meta_path.insert(0, Finder())
+mdpt.main()
+"""
+    found = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, check=False)
+    assert (found.returncode, found.stderr) == (130, "mdpt: interrupted\n")
+
+
+def test_a_signal_that_was_ignored_stays_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = cli.make_result
+
+    def hang_up(*args: Any) -> dict[str, Any]:
+        signal.raise_signal(signal.SIGHUP)
+        return make(*args)
+
+    monkeypatch.setattr(cli, "make_result", hang_up)
+    command = "evaluate toy-dql.policy.pt --workers 1"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run(command)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert run(command, code=129).stderr.endswith("\nmdpt: interrupted\n")  # without --json nothing goes on
+
+
+def test_what_a_signal_makes_fail_is_no_mistake(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: Path) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ImportError from None
+
+    monkeypatch.setattr(models, "read_policy", fails)
+    assert run("evaluate toy-dql.policy.pt", code=143).stderr == "mdpt: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        (f"{UNDER_IDQL} --out old.pt", "old.pt"),
+        ("evaluate toy-dql.policy.pt --workers 1 --json old.json", "old.json"),
+        ("evaluate toy-dql.policy.pt --workers 1 --plot old.png", "old.png"),
+        ("evaluate toy-bc.policy.pt --video old.gif", "old.gif"),
+    ],
+)
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(folder: Path, command: str, file: str) -> None:
+    Path(file).write_bytes(b"old")
+    before = {each.name: each.read_bytes() for each in folder.iterdir()}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limit[1]))
+    try:
+        fail_last(f"{command} --overwrite", f"{file}: cannot be written (", "choose another --")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert {each.name: each.read_bytes() for each in folder.iterdir()} == before
+
+
+def fail_last(command: str, *fragments: str) -> None:
+    """`fail`, after progress."""
+    line = run(command, code=1).stderr.splitlines()[-1]
+    assert [text for text in ("mdpt: ", *fragments) if text not in line] == [], line
+
+
+def test_what_dead_processes_have_left_goes(folder: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    node = platform.node()
+    mine, other = Path(f".g.pt.{node}.{os.getppid()}.a.tmp"), Path(f".g.pt.{node}-2.{dead.pid}.a.tmp")
+    for left in (f".g.pt.{node}.{dead.pid}.a.tmp", ".g.pt.lock", mine, other):
+        Path(left).write_text("1")
+    run("guidance toy.toml --out g.pt")
+    assert set(folder.glob(".*")) == {folder / mine, folder / other}
+
+
+def test_names_neither_steer_a_terminal_nor_are_formulas(folder: Path) -> None:
+    shutil.copy("toy-dql.policy.pt", "\x1b[31m$\\oops$\udcff.pt")
+    shutil.copy("toy.toml", "-toy.toml")
+    Path("-toy.toml").write_bytes(b"\xef\xbb\xbf" + Path("toy.toml").read_bytes())
+    result = run("evaluate '\x1b[31m$\\oops$\udcff.pt' toy-bc.policy.pt --workers 1 --json a.json --plot a.svg")
+    assert "\x1b" not in result.output and "│ \\x1b[31m$\\oops$\\udcff.pt │" in result.stdout
+    assert json.loads(Path("a.json").read_text())["cells"][0]["policy"] == "\\x1b[31m$\\oops$\\udcff.pt"
+    *_, following = run("guidance --out -g.pt -- -toy.toml").stdout.splitlines()
+    run(f"{following.removeprefix('next: mdpt ')} --out -p.pt")
+    assert run("evaluate ./-p.pt --workers 1").stdout
+
+
+def test_letters_that_an_output_lacks_are_written_out(folder: Path) -> None:
+    result = CliRunner(charset="ascii").invoke(app, shlex.split("guidance toy.toml --describe-data"))
+    assert result.exit_code == 0 and "\\u2588" in result.stdout
 
 
 # ------------------------------------------------------------------------------------------- data of all kinds

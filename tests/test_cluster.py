@@ -60,7 +60,7 @@ def test_a_swap_on_a_cluster_is_the_swap_here_though_a_worker_is_lost() -> None:
     swap = "swap toy-dql.policy.pt --guidance toy-idql.guidance.pt --episodes 200"
     run(f"{swap} --json here.json --workers 1")
     with cluster(2) as (address, workers):
-        command = [str(EXECUTABLE), *f"{swap} --json there.json --cluster {address}".split()]
+        command = [str(EXECUTABLE), *f"{swap} --json there.json --cluster {address} --import conftest".split()]
         playing = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
         )

@@ -557,6 +557,25 @@ def test_nothing_outside_the_file_is_read(tmp_path: Path, how: str) -> None:
         prepare(path)
 
 
+@pytest.mark.parametrize("chunks", [None, (1000,)])
+def test_a_small_file_with_large_claims_is_refused(tmp_path: Path, chunks: tuple[int] | None) -> None:
+    path = write(tmp_path / "a.hdf5", rows(rewards=None))
+    with h5py.File(path, "a") as file:
+        claim = file.create_dataset("rewards", (10**9,), "f4", chunks=chunks)
+        if chunks:
+            claim[:10] = 1.0
+    with pytest.raises(MdptError, match=r"'rewards' claims 1000000000 rows, more than the file holds"):
+        prepare(path)
+
+
+def test_more_than_memory_holds_is_told_how_to_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.hdf5", rows())
+    prepare(path)
+    monkeypatch.setattr(data, "free_memory", lambda: 100.0)
+    with pytest.raises(MdptError, match="do not fit into .* free memory; set .*storage = 'disk'"):
+        prepare(path)
+
+
 def test_a_file_that_is_still_written_is_told(tmp_path: Path) -> None:
     path = write(tmp_path / "a.hdf5", rows())
     code = "import h5py, sys; file = h5py.File(sys.argv[1], 'a'); print('open', flush=True); sys.stdin.read()"
@@ -1196,6 +1215,16 @@ def test_an_environment_may_fail_in_its_pictures_and_at_its_end(monkeypatch: pyt
         data.rollout(pay_by_place, spec, [7], seed=0, look=lambda *_: None)
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
+def test_an_environment_may_end_python_as_it_is_made(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exit(self: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(conftest.Gentle, "__init__", exit)
+    with pytest.raises(MdptError, match=rf"conftest:Gentle-v0: .* cannot be made\. {type(error).__name__}"):
+        data.environment_spec("conftest:Gentle-v0")
+
+
 def test_a_shard_closes_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[Any] = []
     spec, make = data.environment_spec(TOY), data.make_environment
@@ -1274,6 +1303,28 @@ def test_collecting_does_not_depend_on_the_workers(
     assert path.read_bytes() == collected.read_bytes()
     assert calls == [("collect", done, 1200) for done in (250, 500, 600, 850, 1100, 1200)]
     assert [file.name for file in tmp_path.iterdir()] == [collected.name]  # nothing temporary is left
+
+
+def test_collecting_goes_on_where_it_was_cut_short(
+    collected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(what: str, done: int, total: int) -> None:
+        if done == 600:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "SHARD", 250)
+    with pytest.raises(KeyboardInterrupt):
+        data.collect_dataset(SETTINGS, Workers(), interrupt, tmp_path)
+    (tmp_path / f".{collected.stem}.1.part").write_bytes(b"damaged")
+    begun: list[tuple[int, ...]] = []
+    collect = data.collect_shard
+    monkeypatch.setattr(
+        data, "collect_shard", lambda shard, watch: (begun.append(shard.seed), collect(shard, watch))[1]
+    )
+    path = data.collect_dataset(SETTINGS, cache=tmp_path)
+    assert begun == [(4, 0, 1), (4, 0, 2), (4, 1, 0), (4, 1, 1), (4, 1, 2)]
+    assert path.read_bytes() == collected.read_bytes()
+    assert [file.name for file in tmp_path.iterdir()] == [collected.name]
 
 
 def test_collected_rows(collected: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1528,6 +1528,18 @@ def test_a_bundle_with_a_flipped_bit_or_packed_entries_is_refused(tmp_path: Path
     assert read_bundle(path)["seeds"] == list(SEEDS)
 
 
+def test_a_run_cut_short_between_two_entries_of_its_history_ends_with_the_same() -> None:
+    settings: dict[str, Any] = {"steps": 600, "batch_size": 8, "snapshots": 1}  # an entry every third step
+    kept: list[Bundle] = []
+    countdown = iter(range(1, 999))
+    stop = Run(save=lambda bundle: kept.append(copy.deepcopy(bundle)), interrupted=lambda: next(countdown) == 292)
+    with pytest.raises(MdptError, match="after step 292"):
+        learn("guidance idql", run=stop, **settings)
+    assert kept[0]["history"][-1]["step"] == 291 and len(kept[0]["training"]["pending"]) == 1
+    resumed = learn("guidance idql", run=Run(begun=kept[0]), **settings)
+    assert resumed["history"] == learn("guidance idql", **settings)["history"]
+
+
 def test_averaged_weights_and_target_critics_act() -> None:
     guidance = frozen_guidance(SEEDS)
     policy = make_policy(SEEDS, 3, 2, steps=20, batch_size=32)
@@ -1659,7 +1671,7 @@ def test_failed_write_keeps_the_old_file_and_leaves_nothing(
         raise error
 
     monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(MdptError, match=f"^{path}: cannot write the bundle .*; choose another --out$"):
+    with pytest.raises(MdptError, match=f"^{path}: cannot be written .*; choose another --out$"):
         save_bundle(path, {"a": 2})
     assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["b.pt"]
 
@@ -1685,8 +1697,7 @@ def test_write_replaces_and_makes_the_folder(tmp_path: Path) -> None:
         save_bundle(tmp_path / "file" / "b.pt", {})
     where = tmp_path / "file" / "b.pt"
     assert str(caught.value) in (
-        f"{where}: cannot write the bundle ({reason}); choose another --out"
-        for reason in ("File exists", "Not a directory")
+        f"{where}: cannot be written ({reason}); choose another --out" for reason in ("File exists", "Not a directory")
     )
 
 
@@ -1778,7 +1789,7 @@ ALTERATIONS: dict[str, tuple[Sequence[Any], Any, str]] = {
     "beyond the last step": (["step"], 30, "step does not agree"),
     "unfinished": (["complete"], False, "step does not agree"),
     "other seeds": (["seeds"], [0, 5], "seeds does not agree"),
-    "wider": (["experiment", "guidance", "hidden"], [15_000, 32], "expected (4, 1, 15000)"),
+    "wider": (["experiment", "guidance", "hidden"], [10_000, 32], "expected (4, 1, 10000)"),
     "a row less": (WEIGHT, torch.zeros(1, 3, 32), "weights.value.layers.0.weight has shape (1, 3, 32)"),
     "doubles": (WEIGHT, torch.zeros(2, 3, 32, dtype=torch.float64), "weights.value.layers.0.weight has shape"),
     "not a number": (WEIGHT, torch.full((2, 3, 32), math.nan), "weights.value.layers.0.weight is not finite"),
