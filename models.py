@@ -1877,7 +1877,7 @@ class Account(Part):
     seconds: float
     seconds_per_1000_steps: float
     device: str
-    products: str
+    products: Literal["oneDNN", "default"]
 
 
 class RewardScale(Part):
@@ -2001,24 +2001,36 @@ def check_bundle(bundle: Bundle, outer: Bundle | None = None) -> None:
     inside = {"unguided": (0,), "joint": (1,)}.get(run.policy.scheme, range(257)) if kind == "policy" else (0,)
     learns = not bundle["complete"] and outer is None
     low, high = (np.array(spec[key]) for key in ("action_low", "action_high"))
+    pending = (bundle.get("training") or {"pending": []})["pending"]
+    ends = [0, *(entry["step"] for entry in bundle["history"])]
+    whole = ends[-1] + len(pending) == step or outer is not None  # a joint policy's guidance has none of its own
     agrees = {
+        "experiment": all(bundle["experiment"].get(name) == table for name, table in run.model_dump().items()),
         "kind": outer is None or kind == "guidance",
         "guidances": len(bundle["guidances"]) in inside,
         "seeds": set(seeds) <= set(run.seeds) and len(set(seeds)) == len(seeds),
         "step": step <= steps and (outer is not None or bundle["complete"] == (step == steps)),
-        "environment": low.shape == high.shape == (spec["action_dim"],) and bool((low < high).all()),
+        "environment": low.shape == high.shape == (spec["action_dim"],)
+        and bool(((low < high) & (high - low < 1e30)).all()),
         "reference": bundle["reference"] is None or bundle["reference"][0] != bundle["reference"][1],
-        "history": all(len(entry[key]) == len(seeds) for entry in bundle["history"] for key in entry.keys() - {"step"}),
+        "history": whole
+        and all(a < b for a, b in pairwise(ends))
+        and all(len(entry[key]) == len(seeds) for entry in bundle["history"] for key in entry.keys() - {"step"}),
+        "snapshots": all(1 <= at <= step for at in bundle["snapshots"]),
         "training": (bundle.get("training") is not None) == learns,
     }
     if wrong := [key for key, right in agrees.items() if not right]:
         raise MdptError(f"{ALTERED}: {wrong[0]} does not agree with the rest")
     check_tensors("normalizer", bundle["normalizer"], dict.fromkeys(("mean", "deviation"), (spec["observation_dim"],)))
-    if not (bundle["normalizer"]["deviation"] > 0).all():
+    if not (bundle["normalizer"]["deviation"] > 1e-30).all():
         raise MdptError(f"{ALTERED}: normalizer.deviation is not positive")
+    for loss, metrics in pending:
+        check_tensors("training.pending", {"loss": loss} | metrics, dict.fromkeys(("loss", *metrics), (len(seeds),)))
     for inner in bundle["guidances"]:
         check_bundle(inner, bundle)
         check_fit(bundle, inner)
+        if run.policy.scheme == "joint" and any(inner[key] != bundle[key] for key in ("experiment", "seeds", "step")):
+            raise MdptError(f"{ALTERED}: guidances.0 is of another run")
     module: Guidance | Policy
     if kind == "policy":
         module = build_policy(bundle, "meta", new=True)

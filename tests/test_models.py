@@ -1559,7 +1559,8 @@ def a_bundle(kind: str, seeds: Sequence[int], module: Guidance | Policy) -> Bund
     own = {"normalizer": normalizer, "weights": weights_of(module), "step": module.section.steps, "complete": True}
     learner = models.Learner([(module, module.section)], lambda batch, random, done: None)  # type: ignore[arg-type, return-value]
     account = models.Cost(torch.device("cpu"), "default", None).read(learner, module.section.steps)
-    return models.new_bundle(kind, experiment, noisy_dataset()) | own | {"accounting": account}
+    history = [{"step": module.section.steps, "loss": [0.0] * len(seeds)}]
+    return models.new_bundle(kind, experiment, noisy_dataset()) | own | {"accounting": account, "history": history}
 
 
 def guidance_bundle(guidance: Guidance, seeds: Sequence[int]) -> Bundle:
