@@ -420,7 +420,9 @@ def _override(content: dict[str, Any], override: str) -> None:
     keys, equals, text = override.partition("=")
     *tables, key = (part.strip() for part in keys.split("."))
     if not equals or not key or len(tables) > 1:
-        raise MdptError(f"--set {override}: expected table.key=value, such as policy.steps=5000")
+        raise MdptError(
+            f"--set {override}: expected table.key=value, such as policy.steps=5000 or data.environment_kwargs={{g=9.8}}"
+        )
     try:
         parsed = tomli.loads(f"value = {text}")
     except tomli.TOMLDecodeError:
@@ -435,7 +437,10 @@ def _override(content: dict[str, Any], override: str) -> None:
         target = target.setdefault(table, {})
         if not isinstance(target, dict):
             raise MdptError(f"--set {override}: {table} is a key, not a table")
-    target[key] = value
+    if text.strip():
+        target[key] = value
+    else:
+        target.pop(key, None)  # as if the file did not say it
 
 
 def _explain(path: str, error: ValidationError) -> str:
@@ -456,10 +461,21 @@ def _explain(path: str, error: ValidationError) -> str:
             message = "should be a table"
         elif problem["type"] == "extra_forbidden":
             known = list(section.model_fields)
-            near = difflib.get_close_matches(str(names[0]), known, n=1)
-            message = "unknown key; " + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}")
+            message = f"unknown key; {_hint(str(names[0]), known)}"
         lines.setdefault(where, []).append(message)
     return "\n".join(f"{where.removesuffix(':')}: {', or '.join(messages)}" for where, messages in lines.items())
+
+
+def _hint(key: str, known: Sequence[str]) -> str:
+    """Which key was meant by one that is unknown where it is."""
+    tables = {name: part for name, part in Experiment() if isinstance(part, Section)}
+    if near := difflib.get_close_matches(key, known, n=1):
+        return f"did you mean {near[0]!r}?"
+    if key == "extends" or key in Experiment.model_fields:
+        return "it belongs at the top of the file, before the first table"
+    if there := [name for name, part in tables.items() if key in type(part).model_fields]:
+        return f"it belongs into [{'] or ['.join(there)}]"
+    return f"known are {', '.join(known)}"
 
 
 def _shown(value: Any) -> str:

@@ -1482,7 +1482,11 @@ def as_argument(path: Path) -> str:
 ExperimentFile = Annotated[Path, typer.Argument(help="experiment file, TOML")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="TABLE.KEY=VALUE", help="override a field of the experiment file; repeatable"),
+    typer.Option(
+        "--set",
+        metavar="TABLE.KEY=VALUE",
+        help="override a field of the experiment file, or without VALUE leave it out; repeatable",
+    ),
 ]
 Seeds = Annotated[str | None, typer.Option(metavar="0,1,2", help="one member each, trained side by side")]
 Device = Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu or cuda")]
@@ -1521,7 +1525,11 @@ Json = Annotated[
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="evaluation.KEY=VALUE", help="override a field of [evaluation]; repeatable"),
+    typer.Option(
+        "--set",
+        metavar="evaluation.KEY=VALUE",
+        help="override a field of [evaluation], or without VALUE leave it out; repeatable",
+    ),
 ]
 Episodes = Annotated[int | None, typer.Option(metavar="N", help="episodes of each pair of members")]
 Candidates = Annotated[

@@ -1150,6 +1150,10 @@ def test_nothing_is_overwritten_unasked(folder: Path) -> None:
 EXPERIMENT_MISTAKES = [  # what stands in the file, or in --set; what the user learns
     ("policy.step=5", "[policy] step = 5", "unknown", "'steps'"),
     ("evaluation.zzz=5", "[evaluation] zzz = 5", "unknown", "episodes", "weight_temperature", "seed"),
+    ("source='d4rl'", "source = 'd4rl'", "unknown key; it belongs into [data]"),
+    ("eta=0.5", "eta = 0.5", "it belongs into [guidance] or [policy]"),
+    ("data.device='cpu'", "[data] device = 'cpu'", "at the top of the file"),
+    ("data.path=", "[data]", "path"),  # left out, as if the file did not say it
     ("policy.steps=2.5", "[policy] steps = 2.5", "integer"),
     ("policy.steps=0", "[policy] steps = 0", "equal to 1"),
     ("guidance.tau=nan", "[guidance] tau = nan", "finite"),
