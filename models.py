@@ -1957,6 +1957,8 @@ def read_bundle(path: Path) -> Bundle:
                 raise ValueError("an entry is packed, or not what was written")
             if sum(entry.file_size for entry in entries) > path.stat().st_size:
                 raise ValueError("it claims to hold more than it does")
+            if len({entry.filename for entry in entries}) < len(entries) or entries[0].header_offset:
+                raise ValueError("readers of zip files would not agree on what is in it")
         bundle = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise MdptError(f"{path}: cannot be read ({error.strerror})") from error

@@ -1524,6 +1524,16 @@ def test_a_bundle_with_a_flipped_bit_or_packed_entries_is_refused(tmp_path: Path
             archive.writestr(name, content)
     with pytest.raises(MdptError, match="damaged"):
         read_bundle(path)
+    with zipfile.ZipFile(path, "w") as archive:  # a second entry of a name: which one counts depends on the reader
+        for name, content in entries.items():
+            archive.writestr(name, content)
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr(largest.filename, bytes(largest.file_size))
+    with pytest.raises(MdptError, match="damaged"):
+        read_bundle(path)
+    path.write_bytes(b"x" * 64 + sound)
+    with pytest.raises(MdptError, match="damaged"):
+        read_bundle(path)
     path.write_bytes(sound)
     assert read_bundle(path)["seeds"] == list(SEEDS)
 
