@@ -1630,7 +1630,8 @@ def train_policy(experiment: Experiment, dataset: Dataset, teachers: Sequence[Bu
         parts.insert(0, (bundle["guidances"][0], joint))
     elif teachers:
         check_teachers(bundle, teachers, section.ensemble)
-        bundle["guidances"] = [teacher | {"snapshots": {}, "training": None} for teacher in teachers]  # what acts
+        bare: Bundle = {"snapshots": {}, "training": None}  # what acts, not how it got there
+        bundle["guidances"] = [each | bare | {"weights": acting_weights(each)} for each in teachers]
         frozen = [build_judge(teachers, section.ensemble, policy.members, run.device)]
     guidance = joint or next(iter(frozen), None)
 
@@ -1721,7 +1722,8 @@ def check_same_run(ours: Bundle, theirs: Bundle, extend: bool) -> None:
 
 
 def same_weights(first: Bundle, second: Bundle) -> bool:
-    ours, theirs = first["weights"], second["weights"]
+    """Whether two bundles act alike."""
+    ours, theirs = acting_weights(first), acting_weights(second)
     return ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
 
 
@@ -1818,12 +1820,7 @@ def new_bundle(kind: str, experiment: Experiment, dataset: Dataset) -> Bundle:
 
 def plain(tensor: Tensor) -> Tensor:
     """A tensor that holds what it claims to."""
-    if (
-        type(tensor) is not Tensor
-        or tensor.layout != torch.strided
-        or not tensor.is_contiguous()
-        or tensor.is_quantized
-    ):
+    if type(tensor) is not Tensor or tensor.layout != torch.strided or not tensor.is_contiguous():
         raise ValueError("should be a plain tensor")
     return tensor
 
@@ -2040,8 +2037,7 @@ def check_bundle(bundle: Bundle, outer: Bundle | None = None) -> None:
         module = build_guidance(bundle, "meta", new=True, companion=learns)
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     acting = {name: shape for name, shape in shapes.items() if name.startswith(ACTING)}
-    alone = outer is not None and bundle["weights"].keys() == acting.keys()  # a member chosen by its seed
-    check_tensors("weights", bundle["weights"], acting if alone else shapes)
+    check_tensors("weights", bundle["weights"], shapes if outer is None or along else acting)
     for at, weights in bundle["snapshots"].items():
         check_tensors(f"snapshots.{at}", weights, acting)
     if learns:

@@ -617,7 +617,7 @@ def test_several_guidances_judge_as_one(folder: Path) -> None:
     fail("policy toy.toml --set policy.scheme=joint --set policy.ensemble=mean", "ensemble mean", "guidance-first")
     run(f"{teach} --set policy.ensemble=mean --out taught.pt")
     (idql,), (dql,) = (models.read_guidances(Path(f"toy-{name}.guidance.pt")) for name in ("idql", "dql"))
-    assert equal(read("taught.pt")["guidances"], [each | {"snapshots": {}, "training": None} for each in (idql, dql)])
+    assert equal(read("taught.pt")["guidances"], [in_lineage(idql), in_lineage(dql)])
     cell = evaluate("taught.pt")
     assert cell["protocol"]["guidance"].startswith("the mean of all 4 members of its own dql + idql")
     same = f"taught.pt --infer-guidance {both} --set evaluation.ensemble=mean"
@@ -843,18 +843,31 @@ def test_collecting_through_the_command_line(tmp_path: Path, monkeypatch: pytest
 # ------------------------------------------------------------------------------------- modules that recombine
 
 
+def in_lineage(guidance: dict[str, Any]) -> dict[str, Any]:
+    """A guidance inside a policy that learned under it: what acts, not how it got there."""
+    return guidance | {"snapshots": {}, "training": None, "weights": models.acting_weights(guidance)}
+
+
+def test_a_policy_under_an_unfinished_guidance_is_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with interrupted_at(12, monkeypatch):
+        run("guidance toy.toml --set guidance.algorithm=dql --out half.pt", code=130)
+    assert "unfinished" in run("policy toy.toml --guidance half.pt --out p.pt").stderr
+    inside = read("p.pt")["guidances"][0]
+    assert inside["step"] == 13 and not inside["complete"] and equal(inside, in_lineage(read("half.pt")))
+
+
 def test_frozen_guidance_is_bit_identical_inside_the_policy(trained: Path) -> None:
     for name, guidance in UNDER.items():
         (inside,) = models.read_policy(trained / f"toy-{name}.policy.pt")["guidances"]
         (outside,) = models.read_guidances(trained / guidance)
-        assert equal(inside, outside | {"snapshots": {}, "training": None})
+        assert equal(inside, in_lineage(outside))
         assert not any(weight.requires_grad for weight in models.build_guidance(inside, "cpu").parameters())
 
 
 def test_a_joint_policy_serves_as_guidance(folder: Path) -> None:
     run("policy toy.toml --guidance toy-dql-joint.policy.pt --out under-joint.pt")
     joint, (inside,) = read("toy-dql-joint.policy.pt"), read("under-joint.pt")["guidances"]
-    assert equal(inside, joint["guidances"][0] | {"snapshots": {}, "training": None})  # what acts, not how it got there
+    assert equal(inside, in_lineage(joint["guidances"][0]))
     assert joint["guidances"][0]["complete"] and list(joint["guidances"][0]["snapshots"]) == [10, 20]
     assert joint["experiment"]["guidance"]["algorithm"] == "dql"
     assert not any(name.startswith("actor.") for name in joint["guidances"][0]["weights"])
