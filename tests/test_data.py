@@ -23,11 +23,24 @@ import h5py  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 from gymnasium.spaces import flatten
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 from toy_environment import Parted, Toy
 
 from mdpt import data
-from mdpt.data import Array, Columns, DataSection, Dataset, EnvironmentSpec, MdptError, Shard, Watch, Workers
+from mdpt.data import (
+    Array,
+    Columns,
+    DataSection,
+    Dataset,
+    EnvironmentSpec,
+    Experiment,
+    MdptError,
+    Shard,
+    Watch,
+    Workers,
+)
 
 HOPPER = "HopperBulletEnv-v0"
 TOY = "toy_environment:Toy-v0"
@@ -1802,6 +1815,59 @@ def holds_the_lock(task: int, watch: data.Watch) -> int:
 def test_a_worker_that_hangs_in_c_code_is_ended() -> None:
     with pytest.raises(MdptError, match=r"worker process ended.* hung.*--workers 1"):
         list(data.parallel(holds_the_lock, [0, 1], Workers(2, timeout=2.0), 2))
+
+
+FIELDS = ["extends", "nobody.knows", *(name for name, part in Experiment() if not isinstance(part, data.Section))] + [
+    f"{name}.{key}" for name, part in Experiment() if isinstance(part, data.Section) for key in type(part).model_fields
+]
+WORDS = [
+    "1",
+    "-1",
+    "0",
+    "0.5",
+    "1e400",
+    "nan",
+    "inf",
+    "9" * 30,
+    "''",
+    "'x'",
+    "'\\u0007'",
+    "[]",
+    "{}",
+    "[1, 'a']",
+    "{a = 1}",
+    "true",
+]
+WORDS += [
+    "1979-05-27",
+    "[[[]]]",
+    "[0, 1]",
+    "none",
+    "'idql'",
+    "'minari'",
+    "'d4rl'",
+    "'collect'",
+    "",
+    "= 1",
+    "1\n[policy]\nsteps = 2",
+]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(
+    pairs=st.lists(st.tuples(st.sampled_from(FIELDS), st.sampled_from(WORDS) | st.text(max_size=12)), max_size=4),
+    written=st.booleans(),
+)
+def test_any_experiment_is_read_or_refused(pairs: list[tuple[str, str]], written: bool, tmp_path_factory: Any) -> None:
+    """By a file or by --set: an experiment, or a `MdptError` of one line for each mistake."""
+    path = tmp_path_factory.getbasetemp() / "any.toml"
+    lines = [f"{key} = {text}" for key, text in pairs]
+    path.write_text("\n".join(lines) if written else "", encoding="utf-8")
+    try:
+        run = data.load_experiment(path, [] if written else [f"{key}={text}" for key, text in pairs])
+        assert isinstance(run, Experiment)
+    except MdptError as error:
+        assert str(error)
 
 
 def test_components_of_a_crossed_table_by_hand() -> None:

@@ -1538,18 +1538,6 @@ def test_a_bundle_with_a_flipped_bit_or_packed_entries_is_refused(tmp_path: Path
     assert read_bundle(path)["seeds"] == list(SEEDS)
 
 
-def test_a_run_cut_short_between_two_entries_of_its_history_ends_with_the_same() -> None:
-    settings: dict[str, Any] = {"steps": 600, "batch_size": 8, "snapshots": 1}  # an entry every third step
-    kept: list[Bundle] = []
-    countdown = iter(range(1, 999))
-    stop = Run(save=lambda bundle: kept.append(copy.deepcopy(bundle)), interrupted=lambda: next(countdown) == 292)
-    with pytest.raises(MdptError, match="after step 292"):
-        learn("guidance idql", run=stop, **settings)
-    assert kept[0]["history"][-1]["step"] == 291 and len(kept[0]["training"]["pending"]) == 1
-    resumed = learn("guidance idql", run=Run(begun=kept[0]), **settings)
-    assert resumed["history"] == learn("guidance idql", **settings)["history"]
-
-
 def test_averaged_weights_and_target_critics_act() -> None:
     guidance = frozen_guidance(SEEDS)
     policy = make_policy(SEEDS, 3, 2, steps=20, batch_size=32)
