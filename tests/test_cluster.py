@@ -69,7 +69,7 @@ def test_a_swap_on_a_cluster_is_the_swap_here_though_a_worker_is_lost() -> None:
         workers[0].kill()
         assert playing.wait(timeout=300) == 0
     here, there = (json.loads(Path(name).read_text()) for name in ("here.json", "there.json"))
-    assert here == there and len(here["cells"]) == 3
+    assert here == there and len(here["cells"]) == 4
 
 
 @pytest.mark.usefixtures("folder")
