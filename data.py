@@ -1034,25 +1034,31 @@ def open_hdf5(path: Path) -> Iterator[Columns]:
                 ) from error
         raise damaged(path, error) from error
     with file:
-        if "episode_0" in file:
-            raise MdptError(
-                f"{path}: is a Minari dataset; use source = 'minari' and its name as dataset, such as "
-                "'mujoco/hopper/medium-v0'."
-            )
-        arrays = {}
-        for key in KEYS:
-            try:
-                link = file.get(key, getlink=True)
-                if link is not None and not isinstance(link, h5py.HardLink):
-                    raise MdptError(f"{path}: {key!r} is a link; copy the data into the file.")
-                found = file.get(key)
-            except (RuntimeError, LookupError, OSError) as error:
-                raise damaged(path, error) from error
-            if isinstance(found, h5py.Dataset):
-                if problem := not_inside(found):
-                    raise MdptError(f"{path}: {key!r} {problem}")
-                arrays[key] = found
-        yield Columns(path.name, str(path), arrays, tuple(map(str, file)))
+        try:
+            columns = Columns(path.name, str(path), _arrays(path, file), tuple(map(str, file)))
+        except (RuntimeError, LookupError, OSError, TypeError, ValueError) as error:  # h5py, where tables are damaged
+            raise damaged(path, error) from error
+        yield columns
+
+
+def _arrays(path: Path, file: h5py.File) -> dict[str, h5py.Dataset]:
+    """The datasets under D4RL's keys. Raises: MdptError for what lies elsewhere."""
+    if "episode_0" in file:
+        raise MdptError(
+            f"{path}: is a Minari dataset; use source = 'minari' and its name as dataset, such as "
+            "'mujoco/hopper/medium-v0'."
+        )
+    arrays = {}
+    for key in KEYS:
+        link = file.get(key, getlink=True)
+        if link is not None and not isinstance(link, h5py.HardLink):
+            raise MdptError(f"{path}: {key!r} is a link; copy the data into the file.")
+        found = file.get(key)
+        if isinstance(found, h5py.Dataset):
+            if problem := not_inside(found):
+                raise MdptError(f"{path}: {key!r} {problem}")
+            arrays[key] = found
+    return arrays
 
 
 def not_inside(dataset: h5py.Dataset) -> str:

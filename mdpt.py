@@ -1453,7 +1453,7 @@ def fail(error: Exception) -> int:
     """Say it on stderr, whatever has become of the streams; returns the exit code."""
     text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
     with suppress(OSError):
-        print(f"mdpt: {printable(text)}", file=sys.stderr)
+        print(f"mdpt: {printable(text if len(text) < LONGEST else text[:LONGEST] + ' ...')}", file=sys.stderr)
     try:
         sys.stdout.flush()
     except (AttributeError, OSError, ValueError):  # Python would try once more at its end, and complain
@@ -1539,6 +1539,7 @@ Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="draw 
 EvaluationSeed = Annotated[int | None, typer.Option("--seed", metavar="N", help="of start states and sampling noise")]
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 LONG = 600.0  # seconds
+LONGEST = 4_000  # letters of what is told of a mistake, which may echo what it is about
 
 
 @app.callback(invoke_without_command=True)

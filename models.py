@@ -1963,11 +1963,11 @@ def read_bundle(path: Path) -> Bundle:
         raise MdptError(
             f"{path}: cannot be read as a bundle, it is damaged or something else; write it anew"
         ) from error
-    if not isinstance(bundle, dict) or bundle.get("format") != BUNDLE_FORMAT:
+    if not isinstance(bundle, dict) or str(bundle.get("format")) != BUNDLE_FORMAT:
         raise MdptError(f"{path}: is no mdpt bundle; expected a file written by `mdpt guidance` or `mdpt policy`")
-    if bundle.get("version") != BUNDLE_VERSION:
+    if (found := str(bundle.get("version"))) != str(BUNDLE_VERSION):
         raise MdptError(
-            f"{path}: bundle version {bundle.get('version')}, this mdpt reads version {BUNDLE_VERSION}; "
+            f"{path}: bundle version {found[:99]}, this mdpt reads version {BUNDLE_VERSION}; "
             "train it anew or use the mdpt that wrote it"
         )
     try:

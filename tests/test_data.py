@@ -550,6 +550,17 @@ def test_short_missing_foreign_and_truncated_files(tmp_path: Path) -> None:
     assert fails(minari).startswith("is a Minari dataset; use source = 'minari' and its name as dataset, such as ")
 
 
+def test_a_file_with_damaged_tables_is_told_or_read(tmp_path: Path) -> None:
+    sound, told = write(tmp_path / "a.hdf5", rows(40)).read_bytes(), set()
+    for place in range(8, 2400, 16):
+        (tmp_path / "a.hdf5").write_bytes(sound[:place] + bytes(8) + sound[place + 8 :])
+        try:
+            prepare(tmp_path / "a.hdf5")
+        except MdptError as error:
+            told.add("damaged" in str(error))
+    assert True in told
+
+
 @pytest.mark.parametrize("how", ["dangling", "soft", "other file", "external", "virtual"])
 def test_nothing_outside_the_file_is_read(tmp_path: Path, how: str) -> None:
     other = write(tmp_path / "other.hdf5", {"rewards": SOUND["rewards"]})

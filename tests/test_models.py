@@ -1855,6 +1855,7 @@ def set_in(value: Any, path: Sequence[Any], other: Any) -> Any:
 
 OTHERS = [
     DELETED,
+    torch.zeros(2),
     None,
     True,
     -1,
