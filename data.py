@@ -430,7 +430,7 @@ def _override(content: dict[str, Any], override: str) -> None:
     except (ValueError, RecursionError) as error:
         raise MdptError(f"--set {keys}: is not TOML: {error}") from error
     if parsed.keys() != {"value"}:
-        raise MdptError(f"--set {override}: more than one value; give each its own --set")
+        raise MdptError(f"--set {keys}: more than one value; give each its own --set")
     value = parsed["value"]
     target = content
     for table in tables:

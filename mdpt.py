@@ -1539,7 +1539,7 @@ Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="draw 
 EvaluationSeed = Annotated[int | None, typer.Option("--seed", metavar="N", help="of start states and sampling noise")]
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 LONG = 600.0  # seconds
-LONGEST = 4_000  # letters of what is told of a mistake, which may echo what it is about
+LONGEST = 1_500  # letters of what is told of a mistake, which may echo what it is about
 
 
 @app.callback(invoke_without_command=True)

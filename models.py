@@ -2011,7 +2011,7 @@ def check_bundle(bundle: Bundle, outer: Bundle | None = None) -> None:
         "step": step <= steps and (outer is not None or bundle["complete"] == (step == steps)),
         "environment": low.shape == high.shape == (spec["action_dim"],)
         and bool(((low < high) & (high - low < 1e30)).all()),
-        "reference": bundle["reference"] is None or bundle["reference"][0] != bundle["reference"][1],
+        "reference": bundle["reference"] is None or bundle["reference"][0] < bundle["reference"][1],
         "history": whole
         and all(a < b for a, b in pairwise(ends))
         and all(len(entry[key]) == len(seeds) for entry in bundle["history"] for key in entry.keys() - {"step"}),
