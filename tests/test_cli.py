@@ -1229,7 +1229,7 @@ MISTAKES = [  # command, what the user learns
     ("guidance deep.toml", "deep.toml", "not TOML"),
     ("guidance latin.toml", "latin.toml", "not TOML", "utf-8"),
     (f"guidance {'a' * 300}.toml", "aaa.toml", "File name too long"),
-    ("guidance toy.toml --set 'policy.steps=5\nx=1'", "--set policy.steps=5", "more than one value"),
+    ("guidance toy.toml --set 'policy.steps=5\nx=1'", "--set policy.steps: ", "more than one value"),
     (f"guidance toy.toml --set policy.hidden={'[' * 5000}", "--set policy.hidden: ", "not TOML"),
     (f"guidance toy.toml --set policy.steps={'9' * 5000}", "--set policy.steps: ", "not TOML", "digits"),
     ("guidance toy.toml --out never.pt --timeout inf", "--timeout inf", "seconds", "a million"),
