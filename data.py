@@ -380,7 +380,7 @@ def _read_tables(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         by = f", which {seen[-1]} extends" if seen else "; hopper.toml in the repository is one to start from"
         raise MdptError(problem + by)
     try:
-        content = tomli.loads(path.read_text(encoding="utf-8-sig"))
+        content = tomli.loads(path.read_text(encoding="utf-8").removeprefix("\ufeff"))
     except OSError as error:
         raise MdptError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:  # also of letters that are not UTF-8, and of endless numbers

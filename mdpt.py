@@ -186,10 +186,10 @@ def locked(path: Path, what: str) -> Iterator[None]:
                 gone = True
             if gone:  # its holder has removed it since it was opened
                 continue
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
             try:
+                file.truncate(0)
+                file.write(str(os.getpid()))
+                file.flush()
                 yield
             finally:
                 path.unlink(missing_ok=True)
