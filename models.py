@@ -330,7 +330,7 @@ class ValueNetwork(Stack):
     """Multilayer perceptron to one value: (S copies, B, inputs) -> (S copies, B).
 
     layer_norm: normalize before each activation, which keeps values of unseen inputs near seen ones (RLPD,
-    arXiv 2302.02948); "tanh": before the first alone, which is a tanh then, as in the critics of the authors of arXiv 2506.03154.
+    arXiv 2302.02948); "tanh": before the first alone, which is a tanh then (the critics of arXiv 2506.03154's authors).
     """
 
     def __init__(
@@ -1826,7 +1826,7 @@ def plain(tensor: Tensor) -> Tensor:
 
 
 Plain = Annotated[Tensor, AfterValidator(plain)]
-Words = dict[str, Plain]
+Tensors = dict[str, Plain]
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -1892,8 +1892,8 @@ class Versions(Part):
 class Training(Part):
     """What only going on needs: states as `Learner.state`, and what `History` has yet to average."""
 
-    optimizers: list[Words]
-    pending: list[tuple[Plain, Words]]
+    optimizers: list[Tensors]
+    pending: list[tuple[Plain, Tensors]]
 
 
 class Entry(Part):
@@ -1915,16 +1915,16 @@ class Schema(Part):
     environment: Environment
     reference: tuple[float, float] | None
     dataset: Data
-    normalizer: Words
+    normalizer: Tensors
     reward_scale: RewardScale
     versions: Versions
     step: Annotated[int, Field(ge=1)]
     complete: bool
     history: list[Entry]
-    snapshots: dict[int, Words]
+    snapshots: dict[int, Tensors]
     accounting: Account
     guidances: list[Schema]
-    weights: Words
+    weights: Tensors
     training: Training | None = None
     quality: list[dict[str, Any]] = []
 
@@ -2030,21 +2030,28 @@ def check_bundle(bundle: Bundle, outer: Bundle | None = None) -> None:
         check_fit(bundle, inner)
         if run.policy.scheme == "joint" and any(inner[key] != bundle[key] for key in ("experiment", "seeds", "step")):
             raise MdptError(f"{ALTERED}: guidances.0 is of another run")
+    check_shapes(bundle, outer is None or along, learns)
+
+
+def check_shapes(bundle: Bundle, whole: bool, learns: bool) -> None:
+    """Check the tensors of a bundle against modules that hold no numbers.
+
+    whole: it holds all its weights, not only those that act. learns: it is to go on, so has states of optimizers.
+    """
     module: Guidance | Policy
-    if kind == "policy":
+    if bundle["kind"] == "policy":
         module = build_policy(bundle, "meta", new=True)
     else:
         module = build_guidance(bundle, "meta", new=True, companion=learns)
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     acting = {name: shape for name, shape in shapes.items() if name.startswith(ACTING)}
-    check_tensors("weights", bundle["weights"], shapes if outer is None or along else acting)
+    check_tensors("weights", bundle["weights"], shapes if whole else acting)
     for at, weights in bundle["snapshots"].items():
         check_tensors(f"snapshots.{at}", weights, acting)
     if learns:
-        first = [build_guidance(each, "meta", new=True, companion=False) for each in bundle["guidances"]]
-        networks = [
-            network for part in (*first * (run.policy.scheme == "joint"), module) for network, _ in part.networks()
-        ]
+        joint = bundle["guidances"] if bundle["experiment"]["policy"]["scheme"] == "joint" else []
+        first = [build_guidance(each, "meta", new=True, companion=False) for each in joint]
+        networks = [network for part in (*first, module) for network, _ in part.networks()]
         states = bundle["training"]["optimizers"]
         for place, (network, state) in enumerate(zip_longest(networks, states)):
             shape = tuple(network.vector.shape) if network is not None else ()
