@@ -36,7 +36,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeAlias, TypeVar
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 import h5py  # type: ignore[import-untyped]
 import numpy as np
@@ -55,10 +60,18 @@ GENERATOR = 1  # version of the collected data: raise it when the same settings 
 SHARD = 5_000  # transitions that one worker collects at a time
 
 
+def printable(text: str) -> str:
+    """Text of files and names with what could steer a terminal, or cannot be encoded, written out."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 class MdptError(Exception):
     """A user's mistake: what, where, got and expected, what to do. Printed to stderr, exit code `code`."""
 
     code = 1
+
+    def __str__(self) -> str:
+        return printable(super().__str__())  # also where Python prints it
 
 
 class Interrupted(MdptError):
@@ -125,6 +138,53 @@ def temporary_beside(path: Path) -> Path:
     return temporary
 
 
+@contextlib.contextmanager
+def locked(path: Path, busy: Callable[[str], None]) -> Iterator[None]:
+    """Hold a lock on `path`, which need not exist: one that ends with this process, in a file that tells its number.
+
+    busy: told the number of the process that holds it, again and again until the lock is free, or `busy` raises.
+
+    Raises: OSError. Windows has no such locks: nothing is held there.
+    """
+    if fcntl is None:
+        yield
+        return
+    lock = path.with_name(f".{path.name}.lock")
+    while True:
+        with os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+") as file:
+            if number := _holder(file):
+                busy(number)
+                time.sleep(0.2)
+                continue
+            try:
+                gone = not os.path.samestat(os.fstat(file.fileno()), lock.stat())
+            except FileNotFoundError:
+                gone = True
+            if gone:  # its holder has removed it since it was opened
+                continue
+            try:
+                file.truncate(0)
+                file.write(str(os.getpid()))
+                file.flush()
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
+
+
+def _holder(file: TextIO) -> str:
+    """The number of the process that holds a lock file; empty: this one does, now."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return ""
+    except BlockingIOError:
+        return file.read() or "?"
+    except OSError:  # a file system without locks: all there is to know is what the file says
+        number = file.read()
+        file.seek(0)
+        return number if number.isdecimal() and int(number) != os.getpid() and is_alive(int(number)) else ""
+
+
 def is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)  # asks only
@@ -176,7 +236,7 @@ class DataSection(Section):
         None, description="gymnasium id; by default the source's own; where there is none, scores are offline"
     )
     environment_kwargs: dict[str, Any] = Field({}, description="what the environment is made with")
-    max_episode_steps: Positive | None = Field(None, description="time limit; by default the environment's")
+    max_episode_steps: Many | None = Field(None, description="time limit; by default the environment's")
     observation_columns: Positive | None = Field(None, description="use so many of the data's, from the first on")
     action_range: Pair = Field((-1.0, 1.0), description="bounds of actions where there is no environment")
     reference: str | Pair | None = Field(
@@ -233,7 +293,7 @@ class DataSection(Section):
 class TrainingSection(Section):
     """What guidance and policy training have in common."""
 
-    steps: Positive = Field(20_000, description="gradient steps")
+    steps: Annotated[int, Field(ge=1, le=10**9)] = Field(20_000, description="gradient steps")
     batch_size: Many = Field(256, description="transitions per step and member")
     learning_rate: Rate = Field(3e-4, description="of Adam at the start")
     decay: Literal["cosine", "none"] = Field("cosine", description="of the learning rate, to 0 at the last step")
@@ -455,7 +515,7 @@ def _explain(path: str, error: ValidationError) -> str:
         if names:  # what follows the key: the place in a list, or the branch of a union
             where += f" {names[0]}" + "".join(f"[{place}]" for place in names[1:] if isinstance(place, int))
         if not isinstance(problem["input"], dict):
-            where += f" = {_shown(problem['input'])}"
+            where += f" = {shown(problem['input'])}"
         message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
         if problem["type"] == "model_type":
             message = "should be a table"
@@ -478,9 +538,9 @@ def _hint(key: str, known: Sequence[str]) -> str:
     return f"known are {', '.join(known)}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     try:
-        text = repr(value)
+        text = " ".join(repr(value).split())  # arrays and tensors have lines
     except (RecursionError, ValueError):  # nested too deep, or a number of thousands of digits
         return "..."
     return text if len(text) < 200 else f"{text[:200]}..."
@@ -959,7 +1019,7 @@ SOURCES = {
     ),
     "d4rl": Source(
         lambda section: d4rl_facts(section.dataset or ""),
-        lambda section, workers, show: find_d4rl(section.dataset or "", _cache_folder(), partial(show, "download")),
+        lambda section, workers, show: find_d4rl(section.dataset or "", _cache_folder(), show),
     ),
     "minari": Source(
         lambda section: minari_facts(section.dataset or ""),
@@ -1186,10 +1246,8 @@ def d4rl_infos(otherwise: str) -> dict[str, Any]:
     return runpy.run_path(str(Path(found.submodule_search_locations[0], "infos.py")))
 
 
-def find_d4rl(dataset: str, cache: Path, show: Callable[[int, int], None]) -> Path:
+def find_d4rl(dataset: str, cache: Path, show: Show) -> Path:
     """The file of a D4RL dataset: as it lies in $D4RL_DATASET_DIR, ~/.d4rl/datasets or the cache, or downloaded there.
-
-    show: as for `download`.
 
     Raises: MdptError as `d4rl_facts` and `download` do.
     """
@@ -1200,7 +1258,9 @@ def find_d4rl(dataset: str, cache: Path, show: Callable[[int, int], None]) -> Pa
         if os.path.isfile(path):
             return path
     addresses = [re.sub("^http:", "https:", address), MIRROR + name]
-    download(addresses, path, ("observations", "actions", "rewards", "terminals"), show)
+    with making(path, show) as missing:
+        if missing:
+            download(addresses, path, ("observations", "actions", "rewards", "terminals"), partial(show, "download"))
     return path
 
 
@@ -1355,6 +1415,9 @@ def _minari_metadata(dataset: str) -> tuple[Path, dict[str, Any]]:
     return folder, metadata
 
 
+MORE_MEMORY = "it is read whole: choose a smaller dataset, or a machine with more memory"
+
+
 def read_minari(dataset: str) -> dict[str, Array]:
     """The columns of a Minari dataset in D4RL's form, episodes in the order of their numbers, as they are stored.
 
@@ -1393,7 +1456,8 @@ def read_minari(dataset: str) -> dict[str, Array]:
         raise MdptError(f"{folder}: incomplete or damaged; get it again. {_one_line(error)}") from error
     if not columns:
         raise MdptError(f"{folder}: it holds no episode.")
-    return {key: np.concatenate(arrays) for key, arrays in columns.items()}
+    check_memory(max(sum(array.nbytes for array in arrays) for arrays in columns.values()), MORE_MEMORY)
+    return {key: np.concatenate(columns.pop(key)) for key in [*columns]}
 
 
 def _minari_episodes(dataset: str, folder: Path, storage: str) -> Iterator[tuple[str, Any]]:
@@ -1440,6 +1504,7 @@ def _flatten(parent: Any, key: str, space: dict[str, Any] | None, rows: int, whe
     expected = (rows, *(space["shape"] if space else node.shape[1:]))
     if node.shape != expected:
         raise MdptError(f"{where} has shape {node.shape}, expected {expected}.")
+    check_memory(node.nbytes, MORE_MEMORY)
     return np.asarray(node[()]).reshape(rows, int(np.prod(expected[1:])))
 
 
@@ -1854,12 +1919,7 @@ def _fill(
 def _allocate(storage: str, count: int, width: int) -> Array:
     """Room for rows (count, width) float32: in memory, or in a file of the cache that goes with this process."""
     if storage == "memory":
-        needed, free = 4 * count * width, free_memory()
-        if needed > free:
-            raise MdptError(
-                f"{needed / 1e9:.1f} GB of transitions do not fit into {free / 1e9:.1f} GB of free memory; set [data] "
-                "storage = 'disk', or a smaller fraction"
-            )
+        check_memory(4 * count * width, "set [data] storage = 'disk', or a smaller fraction")
         return np.empty((count, width), dtype=np.float32)
     folder = _cache_folder()
     try:
@@ -1873,6 +1933,14 @@ def _allocate(storage: str, count: int, width: int) -> Array:
             f"{folder}: no room for {4 * count * width / 1e9:.1f} GB of transitions ({error.strerror}); set MDPT_CACHE to "
             "a folder on a larger disk"
         ) from error
+
+
+def check_memory(needed: int, remedy: str) -> None:
+    """Raises: MdptError where so many bytes of transitions are more than can be allocated."""
+    if needed > (free := free_memory()):
+        raise MdptError(
+            f"{needed / 1e9:.1f} GB of transitions do not fit into {free / 1e9:.1f} GB of free memory; {remedy}"
+        )
 
 
 def free_memory() -> float:
@@ -1968,14 +2036,17 @@ def _reward_scale(
 
 
 def collect_dataset(
-    section: DataSection, workers: Workers = Workers(), show: Show | None = None, cache: Path | None = None
+    section: DataSection,
+    workers: Workers = Workers(),
+    show: Show = lambda what, done, total: None,
+    cache: Path | None = None,
 ) -> Path:
     """Roll out PyBullet's bundled agent with perturbed weights into a D4RL-format file, or find it in the cache.
 
     The file depends on the environment and the settings only, not on `workers`. The cache is `cache`, else
     $MDPT_CACHE, else mdpt in $XDG_CACHE_HOME or ~/.cache. show: hears of transitions.
 
-    Raises: MdptError without an agent for this environment, a damaged cached file.
+    Raises: MdptError without an agent for this environment, for a damaged cached file, for more than memory holds.
     """
     share = section.transitions // len(section.levels)
     environment = section.environment or ""
@@ -1995,33 +2066,41 @@ def collect_dataset(
     spec = environment_spec(environment, *special)
     if (wide := (agent[0].shape[0], agent[-1].shape[0])) != (spec.observation_dim, spec.action_dim):
         raise MdptError(f"{spec.id}: its agent takes {wide[0]} observations and gives {wide[1]} actions.")
+    row = 4 * (spec.observation_dim + spec.action_dim + 1) + 2
+    check_memory(2 * row * section.transitions, "collect fewer [data] transitions")
     noise = np.broadcast_to(section.action_noise, len(section.levels)).tolist()
     shards = [
         Shard(spec, agent, sigma, noise[level], min(SHARD, share - start), (section.seed, level, index))
         for level, sigma in enumerate(section.levels)
         for index, start in enumerate(range(0, share, SHARD))
     ]
-    try:
-        make_writable_folder(path.parent)
-    except OSError as error:
-        raise MdptError(f"{path.parent}: cannot be written ({error.strerror}); {OTHER_CACHE}") from error
-    kept = [path.with_name(f".{path.stem}.{index}.part") for index in range(len(shards))]  # for a run cut short
+    versions = {name: importlib.metadata.version(name) for name in ("pybullet", "pybullet_envs_gymnasium", "numpy")}
+    with making(path, show) as missing:
+        if missing:
+            kept = [path.with_name(f".{path.stem}.{index}.part") for index in range(len(shards))]
+            parts = list(_collected_parts(kept, shards, workers, partial(show, "collect")))
+            arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+            arrays["infos/level"] = np.repeat(np.array(section.levels, dtype=np.float32), share)
+            _write_hdf5(path, arrays, made_by | versions)
+            for file in kept:
+                file.unlink(missing_ok=True)
+    return path
+
+
+def _collected_parts(
+    kept: Sequence[Path], shards: Sequence[Shard], workers: Workers, show: Callable[[int, int], None]
+) -> Iterator[dict[str, Array]]:
+    """Shard after shard, each kept in its file until all are there, so that a run cut short goes on."""
+    done, total = 0, sum(shard.size for shard in shards)
     old = list(itertools.takewhile(bool, map(_read_part, kept, shards)))
-    left, parts = shards[len(old) :], []
+    left = shards[len(old) :]
     with contextlib.closing(parallel(collect_shard, left, workers, len(left))) as found:
         for index, part in enumerate(itertools.chain(old, found)):
             if index >= len(old):
                 _write_hdf5(kept[index], part, {})
-            parts.append(part)
-            if show:
-                show("collect", sum(len(part["rewards"]) for part in parts), section.transitions)
-    arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    arrays["infos/level"] = np.repeat(np.array(section.levels, dtype=np.float32), share)
-    versions = {name: importlib.metadata.version(name) for name in ("pybullet", "pybullet_envs_gymnasium", "numpy")}
-    _write_hdf5(path, arrays, made_by | versions)
-    for file in kept:
-        file.unlink(missing_ok=True)
-    return path
+            done += len(part["rewards"])
+            show(done, total)
+            yield part
 
 
 @dataclass(frozen=True)
@@ -2044,26 +2123,30 @@ def collect_shard(shard: Shard, watch: Watch) -> dict[str, Array]:
     actions = np.empty((size, spec.action_dim), dtype=np.float32)
     rewards = np.empty(size, dtype=np.float32)
     terminals, timeouts = np.zeros(size, dtype=np.bool_), np.zeros(size, dtype=np.bool_)
-    row, doing = 0, f"collecting in {spec.id}"
+    row, before = 0, shard.seed[-1] * SHARD  # rows of this level that other shards hold
     seed_generators(*shard.seed)
-    with watch.over(doing):
+
+    def doing() -> contextlib.AbstractContextManager[None]:
+        return watch.over(f"collecting in {spec.id}: level {shard.sigma:g}, row {before + row + 1:,}")
+
+    with doing():
         environment = make_environment(spec)
     while row < size:
         weights = [w * (1 + np.float32(shard.sigma) * random.standard_normal(w.shape, np.float32)) for w in shard.agent]
         noise = random.standard_normal((spec.max_episode_steps, spec.action_dim), np.float32)
         noise *= np.float64(shard.noise)  # a float would round the factor first, and give other data
-        with watch.over(doing):
+        with doing():
             observation = reset(environment, spec, int(random.integers(2**31)))
         for step in range(min(spec.max_episode_steps, size - row)):
             observations[row] = observation
             actions[row] = action = np.clip(_agent_action(weights, observations[row]) + noise[step], *low_high)
-            with watch.over(doing):
+            with doing():
                 observation, rewards[row], terminals[row], timeout = take_step(environment, spec, action)
             row += 1
             if terminals[row - 1] or timeout:
                 break
         timeouts[row - 1] = not terminals[row - 1]
-    with watch.over(doing):
+    with doing():
         environment.close()
     return {
         "observations": observations,
@@ -2078,6 +2161,21 @@ def _agent_action(weights: list[Array], observation: Array) -> Array:
     hidden = np.maximum(observation @ weights[0] + weights[1], 0)
     hidden = np.maximum(hidden @ weights[2] + weights[3], 0)
     return np.asarray(hidden @ weights[4] + weights[5])
+
+
+@contextlib.contextmanager
+def making(path: Path, show: Show) -> Iterator[bool]:
+    """Whether a file of the cache is still to be made: by this process alone, since others wait for it meanwhile.
+
+    Raises: MdptError for a folder that cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            make_writable_folder(path.parent)
+            stack.enter_context(locked(path, lambda number: show(f"wait for process {number}", 0, 1)))
+        except OSError as error:
+            raise MdptError(f"{path.parent}: cannot be written ({error.strerror}); {OTHER_CACHE}") from error
+        yield not path.exists()
 
 
 def make_writable_folder(folder: Path) -> None:

@@ -22,11 +22,6 @@ from itertools import combinations, groupby, pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
-
 if __name__ == "mdpt":  # found as a file in the checkout before the installed package: be that package
     __path__ = [str(Path(__file__).parent)]
 
@@ -54,9 +49,11 @@ from mdpt.data import (
     imported_for,
     load_dataset,
     load_experiment,
+    locked,
     normalized_score,
     on_signals,
     parallel,
+    printable,
     probability_of_improvement,
     reference_returns,
     summarize,
@@ -128,7 +125,7 @@ def about(path: Path | str) -> Iterator[None]:
     try:
         yield
     except MdptError as error:
-        if str(path) not in str(error):
+        if printable(str(path)) not in str(error):
             error.args = (f"{path}: {error}",)
         raise
 
@@ -142,13 +139,17 @@ def claimed(overwrite: bool, outputs: dict[str, Path | None]) -> Iterator[None]:
     with ExitStack() as stack:
         for option, path in outputs.items():
             if path is not None:
+
+                def refuse(number: str, what: str = f"{option} {path}") -> None:
+                    raise MdptError(f"{what}: process {number} writes it now; wait for that, or choose another")
+
                 try:
                     if path.exists() and not path.is_file():
                         raise MdptError(
                             f"{option} {path}: is {'a folder' if path.is_dir() else 'a device or pipe'}; choose a file"
                         )
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    stack.enter_context(locked(path.with_name(f".{path.name}.lock"), f"{option} {path}"))
+                    stack.enter_context(locked(path, refuse))
                     if option not in GO_ON:
                         refuse_to_overwrite(path, overwrite)
                     temporary_beside(path).unlink()
@@ -160,40 +161,6 @@ def claimed(overwrite: bool, outputs: dict[str, Path | None]) -> Iterator[None]:
 
 
 GO_ON = ("--out", "--json")  # what is there may be a run's own that was cut short
-
-
-@contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock that ends with this process, in a file that tells its number. Raises: OSError, MdptError if it is held.
-
-    Where there are no such locks, nothing is held.
-    """
-    if fcntl is None:
-        yield
-        return
-    while True:
-        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                number = file.read() or "?"
-                raise MdptError(f"{what}: process {number} writes it now; wait for that, or choose another") from error
-            except OSError:
-                pass  # a file system without locks
-            try:
-                gone = not os.path.samestat(os.fstat(file.fileno()), path.stat())
-            except FileNotFoundError:
-                gone = True
-            if gone:  # its holder has removed it since it was opened
-                continue
-            try:
-                file.truncate(0)
-                file.write(str(os.getpid()))
-                file.flush()
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
 
 
 @contextmanager
@@ -804,11 +771,6 @@ def judge_algorithms(cells: Sequence[dict[str, Any]]) -> list[str]:
 
 
 # --- tables -----------------------------------------------------------------------------------------------------
-
-
-def printable(text: str) -> str:
-    """Text of files and names with what could steer a terminal, or cannot be encoded, written out."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def make_console(*, stderr: bool = False) -> Console:

@@ -45,6 +45,7 @@ from mdpt.data import (
     episode_bounds,
     reference_returns,
     rollout,
+    shown,
     unscale_actions,
     version,
     written_whole,
@@ -1965,9 +1966,9 @@ def read_bundle(path: Path) -> Bundle:
         ) from error
     if not isinstance(bundle, dict) or str(bundle.get("format")) != BUNDLE_FORMAT:
         raise MdptError(f"{path}: is no mdpt bundle; expected a file written by `mdpt guidance` or `mdpt policy`")
-    if (found := str(bundle.get("version"))) != str(BUNDLE_VERSION):
+    if (found := shown(bundle.get("version"))) != str(BUNDLE_VERSION):
         raise MdptError(
-            f"{path}: bundle version {found[:99]}, this mdpt reads version {BUNDLE_VERSION}; "
+            f"{path}: bundle version {found}, this mdpt reads version {BUNDLE_VERSION}; "
             "train it anew or use the mdpt that wrote it"
         )
     try:

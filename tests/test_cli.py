@@ -1225,6 +1225,7 @@ MISTAKES = [  # command, what the user learns
     (f"{TRAIN} data.reference=[5,5]", "reference", "[5.0, 5.0]", "min < max"),
     (f"{TRAIN} guidance.batch_size=1_000_000_000_000", "less than or equal to 1000000", "batch_size"),
     (f"{TRAIN} guidance.hidden=[{10**18}]", "less than or equal to 10000", "hidden"),
+    (f"{TRAIN} guidance.steps=9_000_000_000_000_000_000", "less than or equal to 1000000000", "steps"),
     (f"{TRAIN} guidance.batch_size=1000000 --set guidance.hidden=[10000]", "not enough memory", "hidden"),
     ("guidance deep.toml", "deep.toml", "not TOML"),
     ("guidance latin.toml", "latin.toml", "not TOML", "utf-8"),

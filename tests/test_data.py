@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -404,6 +407,7 @@ def test_normalized_score() -> None:
         ),
         ({"action_range": [1.0, -1.0]}, ("action_range [1.0, -1.0]", "low < high")),
         ({"observation_columns": 0}, ("observation_columns = 0", "greater than or equal to 1")),
+        ({"max_episode_steps": 10**9}, ("max_episode_steps = 1000000000", "less than or equal to 1000000")),
         ({"transitions": 1201, "levels": [0.1, 0.8]}, ("1201", "2 levels")),
         ({"levels": []}, ("levels = []", "at least 1")),
         ({"levels": [0.1, -0.8]}, ("levels[1] = -0.8", "greater than or equal to 0")),
@@ -1349,6 +1353,79 @@ def test_collecting_goes_on_where_it_was_cut_short(
     assert begun == [(4, 0, 1), (4, 0, 2), (4, 1, 0), (4, 1, 1), (4, 1, 2)]
     assert path.read_bytes() == collected.read_bytes()
     assert [file.name for file in tmp_path.iterdir()] == [collected.name]
+
+
+def test_two_runs_that_need_the_same_dataset_collect_it_once(
+    collected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[tuple[int, ...]] = []
+    collect = data.collect_shard
+    monkeypatch.setattr(data, "SHARD", 250)
+    monkeypatch.setattr(
+        data, "collect_shard", lambda shard, watch: (begun.append(shard.seed), collect(shard, watch))[1]
+    )
+    told, waits = set[str](), threading.Event()
+
+    def second_waits(what: str, done: int, total: int) -> None:
+        told.add(what)
+        waits.set()
+
+    def first_collects(what: str, done: int, total: int) -> None:
+        if not second.ident:
+            second.start()
+            assert waits.wait(60)
+
+    found: list[Path] = []
+    second = threading.Thread(
+        target=lambda: found.append(data.collect_dataset(SETTINGS, Workers(), second_waits, tmp_path))
+    )
+    path = data.collect_dataset(SETTINGS, Workers(), first_collects, tmp_path)
+    second.join(60)
+    assert found == [path] and path.read_bytes() == collected.read_bytes()
+    assert told == {f"wait for process {os.getpid()}"} and len(begun) == 6
+    assert [file.name for file in tmp_path.iterdir()] == [collected.name]
+
+
+@pytest.mark.parametrize(("holder", "free"), [(os.getppid(), False), (2**22 + 1, True), ("", True)])
+def test_without_locks_the_number_in_a_file_tells_whether_it_is_held(
+    holder: object, free: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_here(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def refuse(number: str) -> None:
+        raise MdptError(number)
+
+    monkeypatch.setattr("fcntl.flock", none_here)
+    lock = tmp_path / ".x.pt.lock"
+    lock.write_text(str(holder))
+    refused = contextlib.nullcontext() if free else pytest.raises(MdptError, match=f"^{holder}$")
+    with refused, data.locked(tmp_path / "x.pt", refuse):
+        assert lock.read_text() == str(os.getpid())
+    assert lock.exists() is not free
+
+
+def test_where_collecting_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = itertools.count(-10)  # the environment is tried first, twice for five steps
+
+    def step(*given: Any) -> Any:
+        if next(calls) == 300:
+            raise ValueError("lost")
+        return take_step(*given)
+
+    take_step = data.take_step
+    monkeypatch.setattr(data, "take_step", step)
+    monkeypatch.setattr(data, "SHARD", 250)
+    where = f"collecting in {HOPPER}: level 0.1, row 301: the environment failed. ValueError: lost"
+    with pytest.raises(MdptError, match=re.escape(where)):
+        data.collect_dataset(SETTINGS, cache=tmp_path)
+
+
+def test_no_more_is_collected_than_memory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "free_memory", lambda: 150_000.0)  # 1,200 rows of 20 numbers, twice, are more
+    with pytest.raises(MdptError, match=r"0\.0 GB of transitions do not fit .* collect fewer \[data\] transitions"):
+        data.collect_dataset(SETTINGS, cache=tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_collected_rows(collected: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,6 +142,10 @@ def dead() -> str:
         return f"http://127.0.0.1:{taken.getsockname()[1]}/nobody"
 
 
+def unseen(what: str, so_far: int, total: int) -> None:
+    pass
+
+
 def failing(addresses: list[str], path: Path, show: Callable[[int, int], None] = nothing) -> str:
     """What a download that fails says, having left nothing behind."""
     with pytest.raises(MdptError) as caught:
@@ -305,7 +309,7 @@ def test_a_file_that_is_there_is_used(tmp_path: Path, monkeypatch: pytest.Monkey
     there = tmp_path / place
     there.parent.mkdir(parents=True)
     there.write_bytes(b"anything")
-    assert data.find_d4rl("walker2d-medium-replay-v0", tmp_path / "cache", nothing) == there
+    assert data.find_d4rl("walker2d-medium-replay-v0", tmp_path / "cache", unseen) == there
 
 
 def test_a_file_that_is_not_there_comes_into_the_cache(
@@ -317,7 +321,7 @@ def test_a_file_that_is_not_there_comes_into_the_cache(
     server.address("hopper_mixed.hdf5", Answer())
     urls = {"hopper-medium-replay-v0": dead().replace("nobody", "hopper_mixed.hdf5")}
     monkeypatch.setattr(data, "d4rl_infos", lambda otherwise: {"DATASET_URLS": urls})
-    found = data.find_d4rl("hopper-medium-replay-v0", tmp_path, nothing)
+    found = data.find_d4rl("hopper-medium-replay-v0", tmp_path, unseen)
     assert found == tmp_path / "d4rl" / "hopper_mixed.hdf5"
     assert found.read_bytes() == BODY
 
@@ -327,7 +331,7 @@ def test_d4rl_s_server_comes_first_then_the_mirror(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("D4RL_DATASET_DIR", "")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(data, "download", lambda addresses, *rest: tried.extend(addresses))
-    data.find_d4rl("hopper-medium-v2", tmp_path, nothing)
+    data.find_d4rl("hopper-medium-v2", tmp_path, unseen)
     assert tried == [
         "https://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/hopper_medium-v2.hdf5",
         "https://huggingface.co/datasets/imone/D4RL/resolve/main/hopper_medium-v2.hdf5",
@@ -370,7 +374,7 @@ def test_ant_moves_otherwise_in_a_newer_mujoco(
     assert data.d4rl_facts("hopper-medium-v2")[2] == data.d4rl_facts("antmaze-umaze-v2")[2] == ()
 
 
-@pytest.mark.parametrize("use", [data.d4rl_facts, lambda name: data.find_d4rl(name, Path("none"), nothing)])
+@pytest.mark.parametrize("use", [data.d4rl_facts, lambda name: data.find_d4rl(name, Path("none"), unseen)])
 def test_a_name_that_cannot_be_used(use: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, said in {
         "hopper-medium-v3": "unknown to D4RL. Nearest: hopper-medium-v",

@@ -285,6 +285,14 @@ def test_unsound_episodes(store: Path, changed: dict[str, Any], spaces: dict[str
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("free", [20.0, 100.0])  # too little for an episode; for all of them side by side
+def test_more_than_memory_holds(store: Path, free: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(store, [episode(number) for number in range(5)])
+    monkeypatch.setattr("mdpt.data.free_memory", lambda: free)
+    with pytest.raises(MdptError, match=r"transitions do not fit .* free memory; it is read whole: choose a smaller"):
+        read_minari(ID)
+
+
 def test_damaged_files(store: Path) -> None:
     folder = write(store, [episode(0)])
     with h5py.File(folder / "main_data.hdf5", "a") as file:

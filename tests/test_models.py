@@ -1749,6 +1749,17 @@ BAD_FILES: dict[str, tuple[Callable[..., Any], Callable[[Path], Any], str]] = {
         lambda path: torch.save({"format": "mdpt bundle", "version": 99}, path),
         f"bundle version 99, this mdpt reads version {models.BUNDLE_VERSION}; train it anew or use the mdpt that wrote it",
     ),
+    "a table as version": (
+        read_bundle,
+        lambda path: torch.save({"format": "mdpt bundle", "version": torch.zeros(2, 2)}, path),
+        f"bundle version tensor([[0., 0.], [0., 0.]]), this mdpt reads version {models.BUNDLE_VERSION}; train it anew or use "
+        "the mdpt that wrote it",
+    ),
+    "a key that steers a terminal": (
+        read_bundle,
+        lambda path: save_bundle(path, guidance_bundle(make_guidance(SEEDS, 3, 2), SEEDS) | {"\x1b[31m": 0}),
+        r"is no bundle as mdpt writes it; write it anew: \x1b[31m: Extra inputs are not permitted",
+    ),
     "of a foreign algorithm": (
         read_bundle,
         lambda path: save_bundle(path, foreign_algorithm()),
