@@ -1186,7 +1186,7 @@ EXPERIMENT_MISTAKES = [  # what stands in the file, or in --set; what the user l
     ("policy.eta=inf", "[policy] eta = inf", "finite"),
     ("data.reference=[nan, 1]", "[data] reference[0] = nan", "finite"),
     (f"seeds=[{2**64}]", f"seeds[0] = {2**64}", "9.2e18"),
-    (f"guidance.steps={10**30}", f"[guidance] steps = {10**30}", "9.2e18"),
+    (f"guidance.target_every={10**30}", f"[guidance] target_every = {10**30}", "9.2e18"),
     (f"policy.hidden=0x{'f' * 5000}", "[policy] hidden = ...", "list"),
     (f"name='{'a' * 300}'", "name = 'aaa", "aaa...", "at most 100"),
     ("name=a\x1b", "name = 'a\\x1b'", "[A-Za-z0-9]"),

@@ -1728,6 +1728,7 @@ def foreign_algorithm() -> Bundle:
     return bundle | {"experiment": experiment, "versions": versions}
 
 
+ANOTHER = f"this mdpt reads version {models.BUNDLE_VERSION}; train it anew or use the mdpt that wrote it"
 DAMAGED = "cannot be read as a bundle, it is damaged or something else; write it anew"
 UNFOLLOWED = "written by mdpt 9.9, which this mdpt does not follow"
 FOREIGN = "is no mdpt bundle; expected a file written by `mdpt guidance` or `mdpt policy`"
@@ -1747,13 +1748,12 @@ BAD_FILES: dict[str, tuple[Callable[..., Any], Callable[[Path], Any], str]] = {
     "other version": (
         read_bundle,
         lambda path: torch.save({"format": "mdpt bundle", "version": 99}, path),
-        f"bundle version 99, this mdpt reads version {models.BUNDLE_VERSION}; train it anew or use the mdpt that wrote it",
+        f"bundle version 99, {ANOTHER}",
     ),
     "a table as version": (
         read_bundle,
         lambda path: torch.save({"format": "mdpt bundle", "version": torch.zeros(2, 2)}, path),
-        f"bundle version tensor([[0., 0.], [0., 0.]]), this mdpt reads version {models.BUNDLE_VERSION}; train it anew or use "
-        "the mdpt that wrote it",
+        f"bundle version tensor([[0., 0.], [0., 0.]]), {ANOTHER}",
     ),
     "a key that steers a terminal": (
         read_bundle,
