@@ -841,8 +841,8 @@ def implicit_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor:
 def diffusion_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Sampler | None) -> Loss:
     """The critics of Diffusion-QL (arXiv 2208.06193, eq. 4), bootstrapped by the actor, or else by a companion.
 
-    Of `bootstrap_candidates` next actions the best by each critic counts, and of the critics the lower. V regresses to Q at the data's actions. The companion
-    learns along by the loss of "dql".
+    Of `bootstrap_candidates` next actions the best by each critic counts, and of the critics the lower. V regresses to
+    Q at the data's actions. The companion learns along by the loss of "dql".
     """
     companion = guidance.actor if actor is None else None
     if companion is not None:
@@ -877,7 +877,6 @@ GUIDANCES = {
 
 
 # --- policies ---------------------------------------------------------------------------------------------------
-
 
 Judge = Guidance | Ensemble
 
@@ -1260,7 +1259,8 @@ class Agent:
     """One policy member in numbered episodes that run side by side, perhaps under a guidance member each.
 
     judges: the position of each episode's guidance member, ascending; by default the first serves all, or an ensemble
-    of all members of all guidances. What an episode draws depends on the policy member's seed, the episode's number, the step and `seed` alone.
+    of all members of all guidances. What an episode draws depends on the policy member's seed, the episode's number, the
+    step and `seed` alone.
     """
 
     def __init__(
@@ -1432,7 +1432,8 @@ class Run:
     """How a training run meets the world: what it goes on from, and what hears of it.
 
     begun: an unfinished bundle of the same run. extend: it may have more steps now. save: keeps the bundle. show: hears
-    each new entry of the history. interrupted: the number of the signal to end after this step for, or 0. tell: hears what is noteworthy.
+    each new entry of the history. interrupted: the number of the signal to end after this step for, or 0. tell: hears
+    what is noteworthy.
     """
 
     device: str = "cpu"
@@ -1948,6 +1949,10 @@ def read_bundle(path: Path) -> Bundle:
         return _at_step(read_bundle(path.with_name(name)), path, step)
     if not path.is_file():
         raise MdptError(f"{path}: no such bundle; `mdpt guidance` and `mdpt policy` write them")
+    if path.suffix == ".toml":
+        raise MdptError(
+            f"{path}: is an experiment file; expected a bundle, which `mdpt guidance` and `mdpt policy` write"
+        )
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()

@@ -1787,6 +1787,15 @@ def test_bad_files(read: Callable[..., Any], write: Callable[[Path], Any], messa
     assert str(caught.value) == f"{path}: {message}"
 
 
+def test_an_experiment_is_no_bundle(tmp_path: Path) -> None:
+    path = tmp_path / "hopper.toml"
+    path.write_text("[data]")
+    with pytest.raises(
+        MdptError, match=r"hopper\.toml: is an experiment file; expected a bundle, which `mdpt guidance`"
+    ):
+        read_bundle(path)
+
+
 DELETED = object()
 WEIGHT = ("weights", "value.layers.0.weight")
 ALTERATIONS: dict[str, tuple[Sequence[Any], Any, str]] = {
