@@ -786,14 +786,13 @@ class Ensemble:
         return self._judge(Guidance.advantage, observations, actions)
 
     def one_q(self, observations: Tensor, actions: Tensor, twin: Tensor) -> Tensor:
-        """As `Guidance.one_q`: all members judge by the twin that a policy member drew, (S,)."""
-        found = []
-        for guidance in self.guidances:
-            members = torch.arange(guidance.members, device=twin.device).repeat_interleave(len(twin))  # (K S,)
-            states, chosen = (tensor.repeat(guidance.members, 1, 1) for tensor in (observations, actions))
-            values = guidance.one_q(states, chosen, twin.repeat(guidance.members), members)
-            found.append(values.view(guidance.members, len(twin), -1))
-        return ENSEMBLES[self.rule](torch.cat(found), self.candidates)
+        """As `Guidance.one_q`: all members judge by the twin that a policy member drew, (S,); one by one, for the cache."""
+        found = [
+            guidance.one_q(observations, actions, twin, torch.full_like(twin, member))
+            for guidance in self.guidances
+            for member in range(guidance.members)
+        ]
+        return ENSEMBLES[self.rule](torch.stack(found), self.candidates)
 
     def _judge(self, ask: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         found = []
