@@ -2094,6 +2094,7 @@ def _collected_parts(
     done, total = 0, sum(shard.size for shard in shards)
     old = list(itertools.takewhile(bool, map(_read_part, kept, shards)))
     left = shards[len(old) :]
+    show(done, total)
     with contextlib.closing(parallel(collect_shard, left, workers, len(left))) as found:
         for index, part in enumerate(itertools.chain(old, found)):
             if index >= len(old):
@@ -2172,7 +2173,7 @@ def making(path: Path, show: Show) -> Iterator[bool]:
     with contextlib.ExitStack() as stack:
         try:
             make_writable_folder(path.parent)
-            stack.enter_context(locked(path, lambda number: show(f"wait for process {number}", 0, 1)))
+            stack.enter_context(locked(path, lambda number: show(f"wait for process {number}", 0, 0)))
         except OSError as error:
             raise MdptError(f"{path.parent}: cannot be written ({error.strerror}); {OTHER_CACHE}") from error
         yield not path.exists()
@@ -2383,12 +2384,12 @@ def summarize(table: Array) -> dict[str, Any]:
     return {
         "members": len(table),
         "median": float(np.median(values)),
-        "iqr": float(iqr),
+        "iqr": None if np.isnan(iqr) else float(iqr),
         "iqm": float(interquartile_mean(scores)),
         "iqm_interval": None if interval is None else interval.tolist(),
         "range": [float(values.min()), float(values.max())],
         "mean": float(values.mean()),
-        "std": float(std) if len(values) > 1 else None,
+        "std": None if np.isnan(std) else float(std),
     }
 
 
@@ -2406,7 +2407,7 @@ def spread(table: Array) -> tuple[Any, Any]:
     Policy member i is paired with guidance member (i + k) modulo K, and what these S scores show is averaged over
     k = 0 .. K - 1: so crossed members are judged on as many scores at a time, and as independent ones, as members
     paired once; where K < S some of the S share a guidance member. nan is left out. Quartiles are interpolated
-    linearly, as numpy does.
+    linearly, as numpy does. A k with a single pair shows no spread and is left out; nan: there is no other.
     """
     ordered = np.sort(shift(table), axis=-2)  # (..., S, K), nan last
     # numpy's nanpercentile goes through a bootstrap's tables one by one, twenty times slower than this
@@ -2421,7 +2422,8 @@ def spread(table: Array) -> tuple[Any, Any]:
     with warnings.catch_warnings():  # of a k without any pair, or with one alone
         warnings.simplefilter("ignore", RuntimeWarning)
         deviation = np.nanstd(ordered, axis=-2, ddof=1)
-        return np.nanmean(quantile(0.75) - quantile(0.25), axis=-1), np.nanmean(deviation, axis=-1)
+        between = np.where(last[..., 0, :] > 0, quantile(0.75) - quantile(0.25), np.nan)
+        return np.nanmean(between, axis=-1), np.nanmean(deviation, axis=-1)
 
 
 def bootstrap(statistic: Callable[..., Any], *tables: Array) -> Array | None:
@@ -2473,6 +2475,7 @@ def compare(own: Array, swapped: Array) -> dict[str, Any]:
     half (arXiv 2108.13264); spread_p as in `pitman_morgan`; range of a pair's change. Intervals as in `bootstrap`; a
     policy member's own and swapped scores are drawn together.
     """
+    own, swapped = own.round(6), swapped.round(6)  # what batches of another size round otherwise is no change
     mine, others = own.mean(-1)[:, None], swapped.mean(-1)  # (S, 1), (S, K)
 
     def changes(mine: Array, others: Array) -> Array:
@@ -2486,12 +2489,15 @@ def compare(own: Array, swapped: Array) -> dict[str, Any]:
     if len(own) < 2:
         return {"median": float(np.nanmedian(gaps)), **shown}
     names = ("median", "iqr", "std", "improvement")
-    found = dict(zip(names, changes(mine, others).tolist(), strict=True))
+    found = {
+        name: None if np.isnan(value) else float(value)
+        for name, value in zip(names, changes(mine, others), strict=True)
+    }
     base, ends = float(spread(mine)[0]), bootstrap(changes, own[:, None], swapped)
     return {
         **found,
         **shown,
-        "iqr_percent": 100 * found["iqr"] / base if base > 0 else None,
+        "iqr_percent": None if found["iqr"] is None or base == 0 else 100 * found["iqr"] / base,
         "iqr_percent_by_chance": list(by_chance(len(own), correlate(mine[:, 0], others))) if base > 0 else None,
         "spread_p": pitman_morgan(mine[:, 0], others),
         "intervals": None if ends is None else dict(zip(names, ends.T.tolist(), strict=True)),
@@ -2546,10 +2552,16 @@ def by_chance(members: int, correlation: float) -> tuple[float, float]:
 def tabulate(pairs: Sequence[dict[str, Any]], members: int, reference: tuple[float, float]) -> Array:
     """Scores of each episode by policy member and guidance seed, (S, K, E), nan where there is no such pair.
 
-    Where members are paired one to one, K = 1: they are drawn as pairs, not apart.
+    Where members are paired one to one, K = 1: they are drawn as pairs, not apart. Else the guidance that grew from the
+    seed of policy member i is in column i, so that the shifts of `spread` have either all pairs of one seed or none.
     """
     crossed = len(pairs) > len({pair["policy_member"] for pair in pairs})
     columns = list(dict.fromkeys(pair["guidance_seed"] if crossed else None for pair in pairs))
+    for pair in pairs if crossed else ():
+        seed, place = pair["policy_seed"], pair["policy_member"]
+        if seed in columns and place < len(columns):
+            at = columns.index(seed)
+            columns[at], columns[place] = columns[place], seed
     table = np.full((members, len(columns), len(pairs[0]["returns"])), np.nan)
     for pair in pairs:
         column = columns.index(pair["guidance_seed"]) if crossed else 0

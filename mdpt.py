@@ -235,16 +235,17 @@ def load_data(section: DataSection, workers: Workers, spec: EnvironmentSpec | No
 
     spec: of the environment, where it is known already and need not be made.
     """
-    with ExitStack() as stack:
+    with going_on(section.source == "collect"), ExitStack() as stack:
         bars: dict[str, Callable[[int, str], None]] = {}
 
         def show(what: str, done: int, total: int) -> None:
             if what not in bars:
                 stack.close()  # of what came before: Rich draws one at a time
+                if not (done or total):  # there is no more to tell of it
+                    say(f"{what} ...", stderr=True)
                 bars[what] = stack.enter_context(progress(what, max(1, total)))
             bars[what](done, "")
 
-        stack.enter_context(going_on(section.source == "collect"))
         dataset = load_dataset(section, workers, show, spec=spec)
     for warning in dataset.warnings:
         warn(warning)
@@ -355,8 +356,9 @@ def read_guide(names: Sequence[str]) -> Guide | None:
         if len(names) > 1:
             raise MdptError(f"--infer-guidance {', '.join(names)}: none is no guidance beside others; leave it out")
         return NONE
-    bundles = [bundle for name in names for bundle in read_guidances(Path(name))]
-    return Guide(", ".join(names), bundles, tuple(names)) if bundles else None
+    files = tuple(dict.fromkeys(names))
+    bundles = [bundle for name in files for bundle in read_guidances(Path(name))]
+    return Guide(", ".join(files), bundles, files) if bundles else None
 
 
 def read_cell(path: Path, guide: Guide | None, settings: Sequence[str]) -> Cell:
@@ -458,11 +460,12 @@ def judge_cells(cells: Sequence[Cell], data_file: Path | None) -> dict[str, Any]
         data = repr((bundle["experiment"]["data"], bundle["environment"], bundle["dataset"]["hash"]))
         if data not in known:  # the steps of a curve share theirs
             known[data] = find_held_out(cell, data_file)
-        own = bundle["guidances"], bundle["experiment"]["policy"]["ensemble"]
-        judges = {OWN: own, cell.guide.name: (cell.guide.bundles, cell.how.ensemble)}
+        rule = bundle["experiment"]["policy"]["ensemble"]
+        ranker = OWN if (cell.guide.name, cell.how.ensemble) == (OWN, rule) else guidance_name(cell)
+        judges = {OWN: (bundle["guidances"], rule), ranker: (cell.guide.bundles, cell.how.ensemble)}
         there = {name: judge for name, judge in judges.items() if judge[0] and judge[1] != "rank"}  # ranks: no values
         found = models.judge_offline(bundle, cell.guide.bundles, cell.how, known[data], cell.section.seed, there)
-        names = {"policy": cell.policy, "guidance": cell.guide.name, "step": bundle["step"]}
+        names = {"policy": cell.policy, "guidance": ranker, "step": bundle["step"]}
         results.append(names | {"seeds": bundle["seeds"], **asdict(cell.how), **found})
     return {"cells": results, "offline": True}
 
@@ -630,7 +633,7 @@ def plan_swap(
                 cells.append(make_cell(name, bundle, own, settings))
             guides = [
                 Guide(file, each, (file,), "none", crossed) for file, each in named.items() if len(each) == 1
-            ] + ensembles(named, alone.section.ensemble)
+            ] + ensembles(named, alone.section, bundle["experiment"]["policy"]["ensemble"])
             cells += [alone, *(make_cell(name, bundle, guide, settings) for guide in guides)]
         return cells
 
@@ -643,15 +646,22 @@ def plan_swap(
     return cells
 
 
-def ensembles(named: Mapping[str, Sequence[Bundle]], rule: str | None) -> list[Guide]:
-    """All members of each guidance as one, and of all of them; by default by their mean, or where scales differ by rank."""
+def ensembles(named: Mapping[str, Sequence[Bundle]], section: EvaluationSection, learned: str) -> list[Guide]:
+    """All members of each guidance as one, and of all of them, by the rule of [evaluation].
+
+    By default it is the one under which the policy learned, else their mean, or where scales differ the mean rank; where
+    that is needed and has no gradient, there is no such ensemble.
+    """
     from mdpt.models import values_scale
 
     groups = [(file,) for file in named] + [tuple(named)] * (len(named) > 1)
     found = []
-    for files in groups if rule != "none" else ():
+    for files in groups if section.ensemble != "none" else ():
         guide = Guide("", [bundle for file in files for bundle in named[file]], files)
-        way = rule or ("mean" if len(set(map(values_scale, guide.bundles))) == 1 else "rank")
+        apart = len(set(map(values_scale, guide.bundles))) > 1
+        way = section.ensemble or ("rank" if apart else learned.replace("none", "mean"))
+        if apart and not section.ensemble and section.guide != "rank":
+            continue
         name = files[0] if len(files) == 1 else "all"
         found += [replace(guide, name=f"{name} ({way} of {guide.members})", ensemble=way)] * (guide.members > 1)
     return found
@@ -997,7 +1007,8 @@ def change_cells(change: dict[str, Any]) -> list[str]:
     cells = {}
     for key in ("median", "iqr", "std", "improvement"):
         form, ends = ".2f" if key == "improvement" else "+.1f", (change["intervals"] or {}).get(key)
-        cells[key] = f"{change[key]:{form}}" + ("" if ends is None else f" ({between(ends, form)})")
+        figure = "-" if change[key] is None else f"{change[key]:{form}}"
+        cells[key] = figure + ("" if ends is None else f" ({between(ends, form)})")
     chance = between(change["iqr_percent_by_chance"], "+.0f")
     percent = "-" if change["iqr_percent"] is None else f"{change['iqr_percent']:+.0f} % (by chance {chance})"
     p = number(change["spread_p"], 3)
@@ -1120,7 +1131,9 @@ def plot_scores(path: Path, report: dict[str, Any]) -> None:
     """Score of each member, an episode a dot, beside the median of a policy's members and the dataset."""
     results = report["cells"]
     names = ", ".join(cell["policy"] for cell in results)
-    title = f"{names}: {protocol_line(results[0]['protocol'], len(results[0]['pairs']))}"
+    judges = list(dict.fromkeys(cell["protocol"]["guidance"] for cell in results))
+    how = results[0]["protocol"] | {"guidance": judges[0] if len(judges) == 1 else " or ".join(map(str, judges))}
+    title = f"{names}: {protocol_line(how, len(results[0]['pairs']))}"
     ticks: dict[float, str] = {}
     with picture(path, title, max(7, 0.4 * sum(len(cell["pairs"]) + 1 for cell in results)), 4.5) as figure:
         axes = figure.add_subplot()
@@ -1203,7 +1216,7 @@ def plot_swap(path: Path, report: dict[str, Any]) -> None:
         for (row, p), (column, g) in product(enumerate(policies), enumerate(guidances)):
             if (p, g) in scores:
                 mark = " *" if cells[p, g]["warnings"] else ""
-                text = f"{middle[row, column]:.1f}{mark}\nIQR {found[p, g]['iqr']:.1f}"
+                text = f"{middle[row, column]:.1f}{mark}\nIQR {number(found[p, g]['iqr'])}"
                 ink = "black" if middle[row, column] > middling else "white"
                 matrix.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
         columns, lines = ([textwrap.fill(name, 20) for name in names] for names in (guidances, policies))
@@ -1560,6 +1573,23 @@ def guidance(
     say(f"next: {shlex.join(command)}")
 
 
+def read_teachers(files: Sequence[Path], run: Experiment) -> list[Bundle]:
+    """The guidances that teach the policy of an experiment. Raises: MdptError where they cannot, before data are there."""
+    from mdpt.models import check_teachers, pair_members, read_guidances
+
+    teachers: list[Bundle] = []
+    for file in dict.fromkeys(files):
+        teachers += (found := read_guidances(file))
+        for teacher in found:
+            if not teacher["complete"]:
+                warn(f"{file}: this guidance is unfinished, at step {teacher['step']}")
+    if teachers:
+        check_teachers(teachers[0], teachers, run.policy.ensemble)
+        if run.policy.ensemble == "none":
+            pair_members(len(run.seeds), len(teachers[0]["seeds"]))
+    return teachers
+
+
 @app.command()
 def policy(
     experiment: ExperimentFile,
@@ -1580,7 +1610,7 @@ def policy(
     timeout: Timeout = LONG,
 ) -> None:
     """Train a diffusion policy under a frozen guidance."""
-    from mdpt.models import check_teachers, learns_under_guidance, read_guidances, schedule_problem, train_policy
+    from mdpt.models import check_teachers, learns_under_guidance, schedule_problem, train_policy
 
     run = load_run(experiment, overrides, seeds, device)
     scheme = run.policy.scheme
@@ -1593,12 +1623,7 @@ def policy(
         raise MdptError(f"scheme {scheme} takes no --guidance; leave it out, or --set policy.scheme=guidance-first")
     suffix = "" if scheme == "guidance-first" else f"-{scheme}"
     path = out or Path(f"{run.name}-{run.policy.algorithm}{suffix}.policy.pt")
-    teachers = []
-    for file in guidance_files or ():
-        teachers += (found := read_guidances(file))
-        for teacher in found:
-            if not teacher["complete"]:
-                warn(f"{file}: this guidance is unfinished, at step {teacher['step']}")
+    teachers = read_teachers(guidance_files or [], run)
     if scheme != "unguided" and not learns_under_guidance(run.policy):
         section = run.policy
         warn(

@@ -795,11 +795,13 @@ class Ensemble:
         return ENSEMBLES[self.rule](torch.stack(found), self.candidates)
 
     def _judge(self, ask: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        found = []
-        for guidance in self.guidances:
-            shared = (tensor.flatten(0, 1).expand(guidance.members, -1, -1) for tensor in inputs)  # (K, S B, .)
-            found.append(ask(guidance, *shared).view(-1, *inputs[0].shape[:2]))
-        return ENSEMBLES[self.rule](torch.cat(found), self.candidates)
+        found = [
+            torch.cat(
+                [ask(guidance, *(row.expand(guidance.members, -1, -1) for row in rows)) for guidance in self.guidances]
+            )
+            for rows in zip(*inputs, strict=True)  # of one policy member after another: together they fill the memory
+        ]
+        return ENSEMBLES[self.rule](torch.stack(found, dim=1), self.candidates)  # of (K, S, B)
 
 
 def median(values: Tensor) -> Tensor:
@@ -809,9 +811,17 @@ def median(values: Tensor) -> Tensor:
 
 
 def mean_rank(values: Tensor, candidates: int) -> Tensor:
-    """(K, S, B) -> (S, B): the place of each row among its N of one state, 0 the lowest and 1 the highest, mean over K."""
-    ranks = values.view(*values.shape[:2], -1, candidates).argsort(-1).argsort(-1)  # (K, S, B / N, N)
-    return ranks.float().flatten(-2).mean(0) / max(1, candidates - 1)
+    """(K, S, B) -> (S, B): the place of each row among its N of one state, 0 the lowest and 1 the highest, mean over K.
+
+    Equal ones share the mean of their places.
+    """
+
+    def places(each: Tensor) -> Tensor:  # of equal ones the first is the lowest
+        return each.argsort(dim=-1, stable=True).argsort(dim=-1).float()
+
+    states = values.view(*values.shape[:2], -1, candidates)  # (K, S, B / N, N)
+    ranks: Tensor = (places(states) + places(states.flip(-1)).flip(-1)) / 2
+    return ranks.flatten(-2).mean(0) / max(1, candidates - 1)
 
 
 ENSEMBLES: dict[str, Callable[[Tensor, int], Tensor]] = {
@@ -1172,7 +1182,7 @@ def pick_inference(run: Experiment, guided: bool) -> tuple[Inference, dict[str, 
     ensemble = (section.ensemble or run.policy.ensemble) if guided else "none"
     if steered and ensemble == "rank":
         raise MdptError(
-            f"evaluation.ensemble = 'rank' has no gradient for guide {section.guide!r}; use another, or rank"
+            f"evaluation.ensemble = 'rank' has no gradient for guide {section.guide!r}; use another, 'none', or guide 'rank'"
         )
     how = Inference(
         candidates=section.candidates if ranked else 1,
@@ -1618,6 +1628,10 @@ def train_policy(experiment: Experiment, dataset: Dataset, teachers: Sequence[Bu
     """
     experiment, run = check_algorithms(experiment), replace(run, device=pick_device(run.device))
     section = experiment.policy
+    if bool(teachers) != (section.scheme == "guidance-first"):
+        raise MdptError(
+            f"scheme {section.scheme}: got {len(teachers)} teachers; guidance-first alone has any, one or more"
+        )
     bundle = new_bundle("policy", experiment, dataset)
     transitions = Transitions(dataset.rows, dataset.sizes, run.device, dataset.section.storage == "disk")
     cost = Cost(transitions.device, run.choose_products(), run.begun)
@@ -1629,7 +1643,7 @@ def train_policy(experiment: Experiment, dataset: Dataset, teachers: Sequence[Bu
         bundle["guidances"] = [new_bundle("guidance", experiment, dataset)]
         joint = build_guidance(bundle["guidances"][0], run.device, new=True, companion=False)
         parts.insert(0, (bundle["guidances"][0], joint))
-    elif teachers:
+    if teachers:
         check_teachers(bundle, teachers, section.ensemble)
         bare: Bundle = {"snapshots": {}, "training": None}  # what acts, not how it got there
         bundle["guidances"] = [each | bare | {"weights": acting_weights(each)} for each in teachers]
@@ -1947,6 +1961,8 @@ def read_bundle(path: Path) -> Bundle:
     if at and name and not path.exists():
         return _at_step(read_bundle(path.with_name(name)), path, step)
     if not path.is_file():
+        if path.with_name(path.name.rpartition("#")[0] or path.name).is_file():
+            raise MdptError(f"{path}: #SEED names a member of a guidance; expected a whole bundle")
         raise MdptError(f"{path}: no such bundle; `mdpt guidance` and `mdpt policy` write them")
     if path.suffix == ".toml":
         raise MdptError(
@@ -2001,7 +2017,8 @@ def check_bundle(bundle: Bundle, outer: Bundle | None = None) -> None:
         raise MdptError(f"written by mdpt {written}, which this mdpt does not follow: {error}") from error
     kind, seeds, spec, step = bundle["kind"], bundle["seeds"], bundle["environment"], bundle["step"]
     along = outer is not None and outer["experiment"]["policy"]["scheme"] == "joint"
-    steps = (run.policy if along else getattr(run, kind)).steps
+    grew_along = outer is not None and run.policy.scheme == "joint"  # beside that policy or another
+    steps = max(getattr(run, kind).steps, run.policy.steps * grew_along)
     inside = {"unguided": (0,), "joint": (1,)}.get(run.policy.scheme, range(257)) if kind == "policy" else (0,)
     learns = not bundle["complete"] and outer is None
     low, high = (np.array(spec[key]) for key in ("action_low", "action_high"))
@@ -2146,18 +2163,21 @@ def check_teachers(bundle: Bundle, teachers: Sequence[Bundle], rule: str) -> lis
 
     Raises: MdptError where they do not fit, or cannot judge as one.
     """
+    warnings = list(dict.fromkeys(warning for teacher in teachers for warning in check_fit(bundle, teacher)))
     if rule == "none" and len(teachers) > 1:
         raise MdptError(
-            f"{len(teachers)} guidances act together only as an ensemble; set ensemble to mean, median or min"
+            f"{len(teachers)} guidances act together only as an ensemble; set policy.ensemble, under which a policy learns, "
+            "or evaluation.ensemble, by which it acts, to mean, median or min, the latter also to rank"
         )
     if rule != "rank":
         scales = [values_scale(teacher) for teacher in teachers]
         for other in scales[1:]:
             if other != scales[0]:
                 raise MdptError(
-                    f"values of {scales[0]} and of {other} have no {rule} together; evaluation.ensemble=rank knows no scale"
+                    f"values of {scales[0]} and of {other} have no {rule} together; leave one out (only "
+                    "evaluation.ensemble=rank knows no scale)"
                 )
-    return list(dict.fromkeys(warning for teacher in teachers for warning in check_fit(bundle, teacher)))
+    return warnings
 
 
 def values_scale(guidance: Bundle) -> str:
@@ -2239,7 +2259,7 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
 def load_agent(
     path: Path | str,
-    guidance: Path | str | Sequence[Path | str] = (),
+    guidance: Path | str | Sequence[Path | str] | None = None,
     *,
     member: int = 0,
     seed: int = 0,
@@ -2247,15 +2267,17 @@ def load_agent(
 ) -> Callable[[Array], Array]:
     """A policy for other programs: observations (O,) or (E, O) -> actions (A,) or (E, A), in the environment's unit.
 
-    guidance: another bundle to act under than what is inside, or several. member: by position. evaluation: fields of
-    [evaluation], such as candidates or ensemble, over those of the policy's experiment.
+    guidance: another bundle to act under than what is inside, several, or "none". member: by position. evaluation: fields
+    of [evaluation], such as candidates or ensemble, over those of the policy's experiment.
 
     Raises: MdptError, as for `mdpt evaluate`.
     """
     bundle = read_policy(Path(path))
-    paths = [guidance] if isinstance(guidance, str | Path) else guidance
-    teachers = [each for name in paths for each in read_guidances(Path(name))] or bundle["guidances"]
-    if not 0 <= member < (count := len(bundle["seeds"])):
+    paths = [guidance] if isinstance(guidance, str | Path) else guidance or ()
+    teachers = [each for name in paths for each in read_guidances(Path(name))] if guidance != "none" else []
+    if guidance is None:
+        teachers = bundle["guidances"]
+    if member not in range(count := len(bundle["seeds"])):
         raise MdptError(f"{path}: has no member {member}; there are 0 to {count - 1}")
     table = bundle["experiment"] | {"evaluation": bundle["experiment"]["evaluation"] | evaluation}
     how, _ = pick_inference(check_experiment(str(path), table), bool(teachers))

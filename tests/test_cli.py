@@ -505,7 +505,7 @@ def test_swap_crosses_all_members(folder: Path) -> None:
     for entry in report["summary"]:
         start = rf"{re.escape(entry['guidance'])} │ +{entry['seeds']} │ +{entry['pairs']} │"
         (row,) = [line for line in stdout.splitlines() if re.search(start, line)]
-        assert all(f" {entry['summary'][key]:.1f} " in row for key in ("median", "iqr", "iqm", "mean")), row
+        assert all(f" {cli.number(entry['summary'][key])} " in row for key in ("median", "iqr", "iqm", "mean")), row
     assert "…" not in stdout
     scores = np.array(pair_scores(three)).reshape(2, 3)
     parts, best = report["components"][1], int(scores.mean(0).argmax())
@@ -610,9 +610,23 @@ def test_several_guidances_judge_as_one(folder: Path) -> None:
     assert "the rank of all 4" in evaluate(f"{mixed}rank")["protocol"]["guidance"]
     report, _ = play("swap toy-dql.policy.pt --guidance toy-idql.guidance.pt --guidance scaled.pt")
     assert report["cells"][-1]["guidance"] == "all (rank of 4)"
+    gradient = "--episodes 1 --set evaluation.guide=gradient"
+    report, _ = play(f"swap toy-dql.policy.pt --guidance toy-idql.guidance.pt --guidance scaled.pt {gradient}")
+    assert [cell["guidance"] for cell in report["cells"][-2:]] == [
+        f"{name} (mean of 2)" for name in ("toy-idql.guidance.pt", "scaled.pt")
+    ]
+    twice = "--infer-guidance toy-idql.guidance.pt " * 2 + "--set evaluation.ensemble=median"
+    assert "the median of all 2 members" in evaluate(f"toy-dql.policy.pt {twice}")["protocol"]["guidance"]
 
     teach = "policy toy.toml --guidance toy-idql.guidance.pt --guidance toy-dql.guidance.pt"
-    fail(f"{teach} --out p.pt", "2 guidances", "ensemble")
+    with pytest.MonkeyPatch.context() as patch:  # before hours of collecting
+        patch.setattr(cli, "load_data", lambda *_: pytest.fail("loaded data"))
+        fail(f"{teach} --out p.pt", "2 guidances", "policy.ensemble", "to mean, median or min")
+        scales = f"{teach} --guidance scaled.pt --set policy.ensemble=mean --out p.pt"
+        fail(scales, "x 3 +", "have no mean together; leave one out")
+        fail(
+            "policy toy.toml --guidance toy-idql.guidance.pt --seeds 0,1,2 --out p.pt", "3 policy members", "2 guidance"
+        )
     fail(f"{teach} --set policy.ensemble=rank --out p.pt", "[policy] ensemble", "'rank'")
     fail("policy toy.toml --set policy.scheme=joint --set policy.ensemble=mean", "ensemble mean", "guidance-first")
     run(f"{teach} --set policy.ensemble=mean --out taught.pt")
@@ -624,9 +638,21 @@ def test_several_guidances_judge_as_one(folder: Path) -> None:
     assert returns(evaluate(same)) == returns(cell)
     described = run("evaluate taught.pt --describe").stdout
     assert "idql guidance, step 20, seeds 0, 1" in described and "dql guidance, step 20" in described
+    run(f"{teach} --set policy.ensemble=min --out least.pt")
+    report, _ = play("swap least.pt --guidance toy-idql.guidance.pt --episodes 1")  # by the rule of its training
+    assert report["cells"][-1]["guidance"] == "toy-idql.guidance.pt (min of 2)"
     report, _ = play("swap taught.pt --episodes 1")  # what it learned under are two guidances, never paired
     assert [cell["guidance"] for cell in report["cells"]] == ["its own", "none", "taught.pt (mean of 4)"]
     assert returns(report["cells"][0]) == returns(report["cells"][2])
+
+
+def test_a_guidance_that_grew_longer_beside_a_policy_teaches(folder: Path) -> None:
+    """Its steps are those of that policy."""
+    run("policy toy.toml --set policy.scheme=joint --set policy.steps=30 --out long.pt")
+    run("policy toy.toml --guidance long.pt --out taught.pt")
+    run("policy toy.toml --guidance long.pt#1 --out one.pt")
+    assert [read(name)["guidances"][0]["step"] for name in ("taught.pt", "one.pt")] == [30, 30]
+    play("evaluate taught.pt")
 
 
 def test_swap_takes_the_policies_own_guidance_by_default(folder: Path) -> None:
@@ -687,6 +713,20 @@ CUT = [
 
 
 INTERRUPTED = "\nmdpt: interrupted; the same command goes on\n"
+
+
+def test_what_getting_data_tells(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def collect(section: object, workers: object, show: data.Show, **_: Any) -> None:
+        for _ in range(2):
+            show("wait for process 7", 0, 0)
+        show("collect", 1, 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load_dataset", collect)
+    with pytest.raises(data.Interrupted, match="^interrupted; the same command goes on$"):
+        cli.load_data(data.DataSection(), data.Workers())
+    waits, collects = capsys.readouterr().err.splitlines()
+    assert waits == "wait for process 7 ..." and collects.startswith("collect: 1/2")
 
 
 @pytest.mark.parametrize(("command", "how"), [(CUT[0], signal.SIGTERM), (CUT[1], signal.SIGHUP)])
@@ -1508,11 +1548,18 @@ def test_without_an_environment_a_policy_is_judged_offline(folder: Path) -> None
     assert result.stderr.startswith("warning: alone-dql.policy.pt: cannot be scored: [data] names no environment\n")
     (found,) = json.loads(Path("offline.json").read_text())["cells"]
     assert list(found["values"]) == ["its own", "alone-idql.guidance.pt"]
+    assert found["guidance"] == "alone-idql.guidance.pt"
     own, named = found["values"].values()
     assert own == named and all(0 <= share <= 1 for share in own["higher"])
     for i, seed in enumerate((0, 1)):
         row = next(line for line in result.stdout.splitlines() if line.startswith(f"│ {seed} "))
         assert f"{found['distance'][i]:.3f}" in row and f"{own['policy'][i]:.2f}" in row
+    by = {"mean": ["its own", "the mean of all 2 members of its own idql guidance"], "rank": ["its own"]}
+    for rule, judges in by.items():  # which judged is said, and ranks are no values
+        out = run(f"evaluate alone-dql.policy.pt --set evaluation.ensemble={rule} --json {rule}.json").stdout
+        (found,) = json.loads(Path(f"{rule}.json").read_text())["cells"]
+        assert list(found["values"]) == judges and found["values"]["its own"]["data"] == own["data"]
+        assert f"Ranked by the {rule} of all 2 members" in " ".join(out.split())
     fail("evaluate alone-dql.policy.pt --json offline.json", "offline.json", "exists already", "--overwrite")
     fail("evaluate alone-dql.policy.pt --plot a.png", "--plot")
     fail("evaluate alone-dql.policy.pt --video a.gif", "--video")

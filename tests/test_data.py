@@ -1329,7 +1329,7 @@ def test_collecting_does_not_depend_on_the_workers(
     path = data.collect_dataset(SETTINGS, Workers(2), lambda what, done, total: calls.append((what, done, total)))
     assert path == tmp_path / collected.name
     assert path.read_bytes() == collected.read_bytes()
-    assert calls == [("collect", done, 1200) for done in (250, 500, 600, 850, 1100, 1200)]
+    assert calls == [("collect", done, 1200) for done in (0, 250, 500, 600, 850, 1100, 1200)]
     assert [file.name for file in tmp_path.iterdir()] == [collected.name]  # nothing temporary is left
 
 
@@ -1884,13 +1884,33 @@ def test_probability_of_improvement_against_a_loop() -> None:
 
 def test_scores_in_a_table() -> None:
     def pair(member: int, seed: int, *returns: float) -> dict[str, Any]:
-        return {"policy_member": member, "guidance_seed": seed, "returns": returns}
+        return {"policy_member": member, "policy_seed": 10 + member, "guidance_seed": seed, "returns": returns}
 
     crossed = data.tabulate([pair(0, 7, 1.0, 3.0), pair(0, 3, 2.0, 2.0), pair(1, 3, 4.0, 0.0)], 3, (0, 100))
     none = [np.nan, np.nan]
     assert np.array_equal(crossed, [[[1, 3], [2, 2]], [none, [4, 0]], [none, none]], equal_nan=True)
     paired = data.tabulate([pair(0, 7, 1.0, 3.0), pair(2, 3, 0.0, 6.0)], 3, (1, 3))
     assert np.array_equal(paired, [[[0, 100]], [none], [[-50, 250]]], equal_nan=True)
+    others = [pair(i, seed, 10.0 * i + seed) for i in range(3) for seed in (12, 7, 10, 11) if seed != 10 + i]
+    (table,) = np.moveaxis(data.tabulate(others, 3, (0, 100)), -1, 0)
+    assert np.array_equal(table, [[np.nan, 11, 12, 7], [20, np.nan, 22, 17], [30, 31, np.nan, 27]], equal_nan=True)
+
+
+def test_what_a_single_pair_shows_is_no_spread() -> None:
+    table = np.array([[[np.nan], [10.0]], [[30.0], [20.0]]])  # a policy of two members under the guidance of the first
+    found = data.summarize(table)  # one shift has 10 and 30, the other 20 alone
+    assert (found["iqr"], found["std"]) == (10, pytest.approx(200**0.5))
+    alone = np.array([[[np.nan]], [[30.0]]])
+    assert (data.summarize(alone)["iqr"], data.summarize(alone)["std"]) == (None, None)
+    change = data.compare(np.array([[10.0], [20.0]]), alone)
+    assert (change["iqr"], change["std"], change["iqr_percent"]) == (None, None, None)
+
+
+def test_what_is_rounded_otherwise_is_no_change() -> None:
+    random = np.random.default_rng(0)
+    own = random.normal(50, 20, (10, 3))
+    found = data.compare(own, own[:, None] + random.normal(0, 1e-9, (10, 1, 3)))
+    assert (found["spread_p"], found["improvement"]) == (None, 0.5)
 
 
 def holds_the_lock(task: int, watch: data.Watch) -> int:

@@ -143,6 +143,8 @@ def learn(kind: str, teacher: Bundle | None = None, run: Run | None = None, **se
     """`mdpt guidance` or `mdpt policy` on a tiny dataset; "joint NAME": a policy together with that guidance."""
     name, algorithm = kind.split()
     tables = {name: settings | {"algorithm": algorithm}}
+    if name == "policy" and teacher is None:
+        tables["policy"] |= {"scheme": "unguided"}
     if name == "joint":
         tables = {"guidance": {"algorithm": algorithm}, "policy": settings | {"scheme": "joint"}}
     experiment = make_experiment(**tables)
@@ -1787,6 +1789,12 @@ def test_bad_files(read: Callable[..., Any], write: Callable[[Path], Any], messa
     assert str(caught.value) == f"{path}: {message}"
 
 
+def test_a_member_is_no_policy(tmp_path: Path) -> None:
+    save_bundle(tmp_path / "p.pt", policy_bundle(SEEDS, None))
+    with pytest.raises(MdptError, match=r"p\.pt#1: #SEED names a member of a guidance; expected a whole bundle"):
+        read_bundle(tmp_path / "p.pt#1")
+
+
 def test_an_experiment_is_no_bundle(tmp_path: Path) -> None:
     path = tmp_path / "hopper.toml"
     path.write_text("[data]")
@@ -2186,6 +2194,7 @@ def test_the_figures_of_an_ensemble_by_hand() -> None:
     for rule, figures in expected.items():
         near(models.ENSEMBLES[rule](values, 2), [figures])
     near(models.ENSEMBLES["rank"](values, 4), [[5 / 12, 7 / 12, 7 / 12, 5 / 12]])  # 0312, 1032, 1230, 3201 by thirds
+    near(models.ENSEMBLES["rank"](torch.tensor([[[2.0, 1.0, 2.0, 2.0]]]), 4), [[2 / 3, 0, 2 / 3, 2 / 3]])  # equal ones
 
 
 def test_a_gradient_is_the_gradient_of_the_figure() -> None:
@@ -2224,6 +2233,15 @@ def test_a_policy_learns_under_all_members_at_once(algorithm: str, rule: str) ->
     for name, weight in single["weights"].items():
         near(repeated["weights"][name], weight, 1e-4)
     assert not same(single["weights"], other)
+
+
+@pytest.mark.parametrize(("scheme", "count"), [("guidance-first", 0), ("joint", 1), ("unguided", 1)])
+def test_teachers_and_scheme_agree(scheme: str, count: int) -> None:
+    experiment = make_experiment(policy={"scheme": scheme})
+    with pytest.raises(MdptError, match=f"scheme {scheme}: got {count} teachers; guidance-first alone has any"):
+        models.train_policy(
+            experiment, noisy_dataset(), [guidance_bundle(frozen_guidance(SEEDS), SEEDS)] * count, Run()
+        )
 
 
 def test_ranking_by_an_ensemble_takes_its_best_candidate() -> None:
@@ -2359,8 +2377,14 @@ def test_a_loaded_agent_acts_in_the_environments_unit(tmp_path: Path) -> None:
     scaled = agent(observations.astype(np.float32), np.arange(40))
     actions = load_agent(path, both, member=1, ensemble="min", **how)(observations)
     near(torch.from_numpy(actions), low + (scaled + 1) / 2 * (high - low), 1e-5)
+    scaled = Agent(member, [], Inference(), seed=4, episodes=range(40))(observations.astype(np.float32), np.arange(40))
+    actions = load_agent(path, "none", member=1, **how)(observations)
+    near(torch.from_numpy(actions), low + (scaled + 1) / 2 * (high - low), 1e-5)
     with pytest.raises(MdptError, match="2 guidances act together only as an ensemble"):
         load_agent(path, both)
+    for wrong in (2, "0", -1):
+        with pytest.raises(MdptError, match=f"has no member {wrong}; there are 0 to 1"):
+            load_agent(path, member=wrong)  # type: ignore[arg-type]
     save_bundle(tmp_path / "other.pt", teacher | {"environment": asdict(TOY) | {"id": "Other-v0"}})
     with pytest.raises(MdptError, match="do not fit together: id Toy-v0 against Other-v0"):
         load_agent(path, tmp_path / "other.pt")
