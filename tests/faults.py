@@ -318,18 +318,10 @@ def near(value: Any) -> list[Any]:
     if isinstance(value, torch.Tensor):
         value = torch.atleast_2d(value)
         return [
-            *(
-                value.double(),
-                value.long(),
-                value.half(),
-                value.to(torch.complex64),
-                value * NAN,
-                value * 1e38,
-                value.mT,
-            ),
-            *(value.flatten(), value[:0], value[..., :1], value[None], torch.cat([value, value])),
+            value.double(), value.long(), value.half(), value.to(torch.complex64), value * NAN, value * 1e38, value.mT,
+            value.flatten(), value[:0], value[..., :1], value[None], torch.cat([value, value]),
             value.flatten()[:1].expand(10**5, 10**5),
-        ]
+        ]  # fmt: skip
     if isinstance(value, str):
         return [value + " ", value.upper(), value[:-1], value + "\x1b[31m", f"[red]{value}", f"canary:{value}"]
     if isinstance(value, int):
@@ -553,17 +545,8 @@ OVERRIDES = [
     "x." * DEEP + "=1", "[/x]=1", "policy.\x1b[31m=1", "name=\x1b[31m", "data.path=/",
 ]  # fmt: skip
 BASES = [
-    '"x.toml"',
-    '""',
-    '"."',
-    '"nothing.toml"',
-    "5",
-    '["x.toml"]',
-    '"/dev/zero"',
-    '"\\u0000"',
-    '"[/x]"',
-    '"\\u001b[31m"',
-]
+    '"x.toml"', '""', '"."', '"nothing.toml"', "5", '["x.toml"]', '"/dev/zero"', '"\\u0000"', '"[/x]"', '"\\u001b[31m"',
+]  # fmt: skip
 LETTERS = "\x00\ufeff\u2028\r\x1b\"[]=é😀\n#\\.'\x85{"
 
 
