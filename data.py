@@ -352,8 +352,11 @@ class PolicySection(TrainingSection):
     )
     sampler: Literal["ddpm", "dpm-solver++"] = Field("ddpm", description="ancestral, or DPM-Solver++ 2M")
     variance: Literal["posterior", "beta"] = Field("posterior", description="of ddpm's steps; beta: wider (IDQL)")
-    sampling_steps: Few = Field(5, description="network calls of dpm-solver++, at most diffusion_steps")
-    eta: Amount = Field(1.0, description="weight of the guidance term (dac, dql, edp)")
+    sampling_steps: Few = Field(5, description="network calls of dpm-solver++, at most; and at most diffusion_steps")
+    eta: Amount = Field(
+        1.0,
+        description="weight of the guidance term (dql, edp: in units of mean abs Q; dac: 1 / Q, as rewards are scaled)",
+    )
     ema_decay: Fraction = Field(0.999, description="of the averaged weights that act, per update")
     ema_every: Positive = Field(1, description="gradient steps between such updates")
     ema_from: Whole = Field(0, description="gradient step of the first; until then it is a copy")
@@ -2475,7 +2478,7 @@ def compare(own: Array, swapped: Array) -> dict[str, Any]:
     half (arXiv 2108.13264); spread_p as in `pitman_morgan`; range of a pair's change. Intervals as in `bootstrap`; a
     policy member's own and swapped scores are drawn together.
     """
-    own, swapped = own.round(6), swapped.round(6)  # what batches of another size round otherwise is no change
+    swapped = np.where(np.abs(swapped - own[:, None]) < 1e-3, own[:, None], swapped)  # rounding of other batches
     mine, others = own.mean(-1)[:, None], swapped.mean(-1)  # (S, 1), (S, K)
 
     def changes(mine: Array, others: Array) -> Array:

@@ -15,7 +15,7 @@ import shlex
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, groupby, pairwise, product
@@ -131,14 +131,19 @@ def about(path: Path | str) -> Iterator[None]:
 
 
 @contextmanager
-def claimed(overwrite: bool, outputs: dict[str, Path | None]) -> Iterator[None]:
+def claimed(overwrite: bool, outputs: dict[str, Path | None], inputs: Iterable[object] = ()) -> Iterator[None]:
     """Files, by option, that can be written, and that no other run writes meanwhile; says at the end what was written.
 
-    Raises: MdptError before work begins, also for a file that would be lost, unless it is of an option in GO_ON.
+    inputs: files that are read, perhaps with @STEP and #SEED. Raises: MdptError before work begins, also for a file that
+    would be lost, unless it is of an option in GO_ON.
     """
+    used = {os.path.realpath(name): "read by" for name in plain_files({str(name) for name in inputs if name})}
     with ExitStack() as stack:
         for option, path in outputs.items():
             if path is not None:
+                if (place := os.path.realpath(path)) in used:
+                    raise MdptError(f"{option} {path}: is {used[place]} this command; choose another")
+                used[place] = "another output of"
 
                 def refuse(number: str, what: str = f"{option} {path}") -> None:
                     raise MdptError(f"{what}: process {number} writes it now; wait for that, or choose another")
@@ -254,12 +259,14 @@ def load_data(section: DataSection, workers: Workers, spec: EnvironmentSpec | No
 
 def load_run(path: Path, overrides: Sequence[str] | None, seeds: str | None, device: str | None) -> Experiment:
     """The experiment of a training command, checked whole before anything is loaded."""
-    from mdpt.models import check_algorithms
+    from mdpt.models import check_algorithms, pick_device
 
     options = {"seeds": None if seeds is None else f"[{seeds}]", "device": device}
     given = [f"{key}={value}" for key, value in options.items() if value is not None]
     with about(path):
-        return check_algorithms(load_experiment(path, [*(overrides or []), *given]))
+        run = check_algorithms(load_experiment(path, [*(overrides or []), *given]))
+    pick_device(run.device)  # where there is none, better now than after the data
+    return run
 
 
 # --- cells and results ------------------------------------------------------------------------------------------
@@ -333,7 +340,7 @@ def make_cell(policy: str, bundle: Bundle, guide: Guide, settings: Sequence[str]
     if guide.ensemble is not None:
         run = run.model_copy(update={"evaluation": run.evaluation.model_copy(update={"ensemble": guide.ensemble})})
     guide = guide if guide.bundles else NONE
-    how, acts = pick_inference(run, bool(guide.bundles))
+    how, acts = pick_inference(run, bool(guide.bundles), bundle["step"])
     given = {text.partition("=")[0].removeprefix("evaluation.").strip() for text in settings}
     idle = [key for key, does in acts.items() if key in given and not does]
     members = range(len(bundle["seeds"]))
@@ -373,6 +380,8 @@ def snapshots(path: Path) -> list[Path]:
     """The names of all snapshots of a policy bundle, in order. Raises: MdptError where there are none."""
     from mdpt.models import read_policy
 
+    if (mark := path.name.rfind("@")) > 0 and path.with_name(path.name[:mark]).is_file():
+        raise MdptError(f"{path}: --curve scores every snapshot; leave out {path.name[mark:]}")
     if not (steps := read_policy(path)["snapshots"]):
         raise MdptError(f"{path}: holds no snapshots yet; its training command goes on")
     return [path.with_name(f"{path.name}@{step}") for step in steps]
@@ -465,7 +474,12 @@ def judge_cells(cells: Sequence[Cell], data_file: Path | None) -> dict[str, Any]
         judges = {OWN: (bundle["guidances"], rule), ranker: (cell.guide.bundles, cell.how.ensemble)}
         there = {name: judge for name, judge in judges.items() if judge[0] and judge[1] != "rank"}  # ranks: no values
         found = models.judge_offline(bundle, cell.guide.bundles, cell.how, known[data], cell.section.seed, there)
-        names = {"policy": cell.policy, "guidance": ranker, "step": bundle["step"]}
+        names = {"policy": cell.policy, "guidance": ranker, "step": bundle["step"], "warnings": cell.warnings}
+        names |= {
+            "data": str(data_file or bundle["dataset"]["name"]),
+            "seed": cell.section.seed,
+            "guide": cell.section.guide,
+        }
         results.append(names | {"seeds": bundle["seeds"], **asdict(cell.how), **found})
     return {"cells": results, "offline": True}
 
@@ -591,10 +605,14 @@ def begin_report(cells: Sequence[Cell], products: str, file: Path | None, overwr
 
 
 def bundle_files(cells: Sequence[Cell]) -> set[str]:
-    """The files, without @STEP and #SEED, that cells come from."""
-    names = {name for cell in cells for name in (cell.policy, *cell.guide.files)}
+    """The files that cells come from."""
+    return plain_files({name for cell in cells for name in (cell.policy, *cell.guide.files)})
+
+
+def plain_files(names: set[str]) -> set[str]:
+    """Names of files without @STEP and #SEED; what is no file has none."""
     while gone := {name for name in names if not Path(name).exists()}:
-        names = names - gone | {name[: max(name.rfind("@"), name.rfind("#"))] for name in gone}
+        names = names - gone | {name[: place + 1 and place] for name in gone for place in [max(map(name.rfind, "@#"))]}
     return names
 
 
@@ -832,9 +850,10 @@ def between(ends: Sequence[float] | None, form: str = ".1f") -> str:
 def quality_table(bundle: Bundle) -> Table:
     """Held-out judgement of a guidance: each member as it is, then all of them as they were at each snapshot."""
     *earlier, last = bundle["quality"]
-    rule = bundle["reward_scale"]["rule"]
-    title = f"guidance on {last['rows']} held-out transitions (values in rewards scaled by '{rule}')"
-    table = make_table(title, "seed", "corr(V, return)", "corr(Q - V, return - V)", "mean V", "mean return")
+    scale = bundle["reward_scale"]
+    scaled = f"'{scale['rule']}', {scale_text(scale)}"
+    title = f"guidance on {last['rows']} held-out transitions (values in rewards scaled by {scaled})"
+    table = make_table(title, "seed", "corr(V, return)", "corr(Q gain, return - V)", "mean V", "mean return")
     keys = {"correlation": 3, "advantage_correlation": 3, "mean_v": 2, "mean_return": 2}
     for i, seed in enumerate(bundle["seeds"]):
         table.add_row(str(seed), *(number(last[key][i], digits) for key, digits in keys.items()))
@@ -849,15 +868,24 @@ def quality_table(bundle: Bundle) -> Table:
     spread = (
         f"spread of Q between members {number(last['q_spread_members'], 3)}, transitions {last['q_spread_rows']:.3f}"
     )
-    table.caption = f"return: {how}; {spread}"
+    gain = "Q gain: of the action taken, above the mean of others of the data in its state"
+    table.caption = f"return: {how}; {gain}; {spread}"
     return table
 
 
 def low_values(bundle: Bundle) -> list[int]:
-    """Seeds of members whose V lies below the returns on average, where an upper expectile lies above."""
-    last = bundle["quality"][-1]
+    """Seeds of members whose V has not come from 0 to the returns: it is nearer to 0, or below where it lies above.
+
+    Above is where an upper expectile lies of returns that are positive.
+    """
+    last, section = bundle["quality"][-1], bundle["experiment"]["guidance"]
+    above = section["algorithm"] == "idql" and (section["value_loss"] == "gumbel" or section["expectile"] > 0.5)
     pairs = zip(bundle["seeds"], last["mean_v"], last["mean_return"], strict=True)
-    return [seed for seed, value, known in pairs if value is not None and value < known]
+    return [
+        seed
+        for seed, value, known in pairs
+        if value is not None and (abs(value) < abs(value - known) or (above and 0 < value < known))
+    ]
 
 
 def score_table(cell: dict[str, Any], summary: dict[str, Any]) -> Table:
@@ -916,7 +944,7 @@ def data_table(dataset: Dataset) -> Table:
     if section.reference is not None:
         facts["scores"] = ", ".join(ends).format(*normalized_score(returns, reference_returns(section.reference)))
     facts |= {
-        "rewards": f"scaled by {dataset.reward_scale['rule']}, x {dataset.reward_scale['multiplier']:.4g}",
+        "rewards": f"scaled by {dataset.reward_scale['rule']}, {scale_text(dataset.reward_scale)}",
         "constant features": ", ".join(map(str, found["constant"])) or "none",
         "actions at a bound": ", ".join(f"{share:.0%}" for share in found["at_bounds"]),
         "duplicates": f"{found['duplicates']:.1%} of transitions repeat another's observation and action",
@@ -958,13 +986,21 @@ def of_policy(entry: dict[str, Any], curve: bool) -> str:
     return str(entry["policy"]).rpartition("@")[0] if curve else str(entry["policy"])
 
 
-def rivalry_table(results: Sequence[dict[str, Any]]) -> Table:
-    """How often one policy's member beats another's."""
+def rivals(results: Sequence[dict[str, Any]], curve: bool) -> list[dict[str, Any]]:
+    """How often one policy's member beats another's; of a curve the last steps."""
+    last = {of_policy(cell, curve): cell for cell in results}
+    found = []
+    for first, second in combinations(last.values(), 2):
+        value, interval = probability_of_improvement(episode_scores(first), episode_scores(second))
+        found.append({"first": first["policy"], "second": second["policy"], "improvement": value, "interval": interval})
+    return found
+
+
+def rivalry_table(rivalry: Sequence[dict[str, Any]]) -> Table:
     table = make_table("probability that a member of the first beats one of the second", "first", "second", "P", "95 %")
     table.columns[1].justify = "left"
-    for first, second in combinations(results, 2):
-        value, interval = probability_of_improvement(episode_scores(first), episode_scores(second))
-        table.add_row(first["policy"], second["policy"], f"{value:.2f}", between(interval, ".2f"))
+    for pair in rivalry:
+        table.add_row(pair["first"], pair["second"], f"{pair['improvement']:.2f}", between(pair["interval"], ".2f"))
     return table
 
 
@@ -973,8 +1009,8 @@ def show_evaluation(report: dict[str, Any], curve: bool) -> None:
     results, entries = report["cells"], overall(report["summary"])
     show_table(score_table(results[0], entries[0]["summary"]) if len(results) == 1 else policy_table(entries, curve))
     last = {of_policy(cell, curve): cell for cell in results}
-    if len(last) > 1:
-        show_table(rivalry_table(list(last.values())))
+    if report["rivalry"]:
+        show_table(rivalry_table(report["rivalry"]))
     for policy, cell in last.items():
         name = f"{policy}: " if len(last) > 1 else ""
         say(name + protocol_line(cell["protocol"] | ({"step": None} if curve else {}), len(cell["pairs"])))
@@ -1117,9 +1153,12 @@ def check_ending(option: str, path: Path | None, endings: Sequence[str]) -> None
         raise MdptError(f"{option} {path}: expected a {', '.join(others)}{' or ' if others else ''}{last} file")
 
 
-def draw_dataset(axes: Axes, dataset: dict[str, Any]) -> None:
+def draw_dataset(axes: Axes, results: Sequence[dict[str, Any]]) -> None:
+    """Lines for the dataset, where all policies learned from one."""
     for kind, style in zip(KINDS, (":", "--"), strict=True):
-        axes.axhline(dataset[f"{kind}_score"], color="0.5", linestyle=style, label=f"dataset {kind}")
+        scores = {result["dataset"][f"{kind}_score"] for result in results}
+        if len(scores) == 1:
+            axes.axhline(scores.pop(), color="0.5", linestyle=style, label=f"dataset {kind}")
 
 
 def draw_legend(figure: Figure) -> None:
@@ -1133,7 +1172,9 @@ def plot_scores(path: Path, report: dict[str, Any]) -> None:
     names = ", ".join(cell["policy"] for cell in results)
     judges = list(dict.fromkeys(cell["protocol"]["guidance"] for cell in results))
     how = results[0]["protocol"] | {"guidance": judges[0] if len(judges) == 1 else " or ".join(map(str, judges))}
-    title = f"{names}: {protocol_line(how, len(results[0]['pairs']))}"
+    if len({cell["step"] for cell in results}) > 1:
+        how["step"] = None
+    title = f"{names}: {protocol_line(how, *(len(cell['pairs']) for cell in results))}"
     ticks: dict[float, str] = {}
     with picture(path, title, max(7, 0.4 * sum(len(cell["pairs"]) + 1 for cell in results)), 4.5) as figure:
         axes = figure.add_subplot()
@@ -1146,11 +1187,10 @@ def plot_scores(path: Path, report: dict[str, Any]) -> None:
                 ticks[x] = str(pair["policy_seed"])
             label = "" if left else "median of members"
             axes.hlines(entry["summary"]["median"], left - 0.4, max(ticks) + 0.4, color=INK, linewidth=1, label=label)
-        draw_dataset(axes, results[0]["dataset"])
+        draw_dataset(axes, results)
         axes.set_xticks(list(ticks), list(ticks.values()))
-        axes.set(
-            xlabel="seed" if len(results) == 1 else f"seeds of {names}, from left to right", ylabel="normalized score"
-        )
+        below = "seed" if len(results) == 1 else f"seeds of {names}, from left to right"
+        axes.set(xlabel=textwrap.fill(printable(below), int(figure.get_figwidth() * 11)), ylabel="normalized score")
         draw_legend(figure)
 
 
@@ -1160,7 +1200,8 @@ def plot_curve(path: Path, report: dict[str, Any]) -> None:
     curves: dict[str, list[dict[str, Any]]] = {}
     for cell in results:
         curves.setdefault(of_policy(cell, True), []).append(cell)
-    title = f"{', '.join(curves)}: {protocol_line(results[0]['protocol'] | {'step': None}, len(results[0]['pairs']))}"
+    counts = [len(cell["pairs"]) for cell in results]
+    title = f"{', '.join(curves)}: {protocol_line(results[0]['protocol'] | {'step': None}, *counts)}"
     with picture(path, title, 7, 4.5) as figure:
         axes = figure.add_subplot()
         for (name, points), marker in zip(curves.items(), MARKERS * len(curves), strict=False):
@@ -1175,7 +1216,7 @@ def plot_curve(path: Path, report: dict[str, Any]) -> None:
             low, high = np.percentile(scores, [25, 75], axis=1)
             label = "interquartile range" if points is next(iter(curves.values())) else ""
             axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.12, label=label, linewidth=0)
-        draw_dataset(axes, results[0]["dataset"])
+        draw_dataset(axes, results)
         axes.set(xlabel="gradient steps", ylabel="normalized score")
         draw_legend(figure)
 
@@ -1234,6 +1275,7 @@ def plot_swap(path: Path, report: dict[str, Any]) -> None:
                 label = p if g == "none" else None
                 boxes.plot(spread, values, marker, color="0.4", markersize=3, markerfacecolor="white", label=label)
         boxes.set_xticks(range(len(guidances)), columns, fontsize=8)
+        boxes.set_xlim(-0.5, len(guidances) - 0.5)  # as the columns of the matrix
         boxes.set_title("score of every pair of members", fontsize=8)
         boxes.set(ylabel="normalized score")
         draw_legend(figure)
@@ -1277,6 +1319,14 @@ def film(cell: Cell, seed: int | None, path: Path, workers: Workers) -> None:
 NAMED_APART = ("algorithm", "scheme", "steps", "snapshots")  # settings with a line of their own
 
 
+def settings_line(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={settings[key]}" for key in settings if key not in NAMED_APART)
+
+
+def scale_text(scale: Mapping[str, Any]) -> str:
+    return f"x {scale['multiplier']:.4g}" + (f" {scale['offset']:+.4g}" if scale["offset"] else "")
+
+
 def describe(bundle: Bundle, path: Path, joint: bool = False) -> Iterator[Table]:
     """What a bundle is: experiment, lineage, data, cost, training history. joint: it grew along with a policy."""
     section = bundle["experiment"][bundle["kind"]]
@@ -1289,16 +1339,18 @@ def describe(bundle: Bundle, path: Path, joint: bool = False) -> Iterator[Table]
         "algorithm": section["algorithm"] + (f", {section['scheme']}" if "scheme" in section else ""),
         "experiment": bundle["experiment"]["name"],
         "seeds": ", ".join(map(str, bundle["seeds"])),
-        "settings": textwrap.fill(
-            ", ".join(f"{key}={settings[key]}" for key in settings if key not in NAMED_APART), 80
-        ),
+        "settings": textwrap.fill(settings_line(settings), 80),
         "steps": f"{bundle['step']} of {pace['steps']}" + ("" if bundle["complete"] else " (unfinished)"),
         "snapshots": "".join(f"@{step}, " for step in bundle["snapshots"]) + "@last",
         "environment": f"{bundle['environment']['id'] or 'none'}, O {bundle['environment']['observation_dim']}, "
         f"A {bundle['environment']['action_dim']}",
         "data": f"{data['source']} {data['name']}, {data['transitions']} transitions, {data['episodes']} episodes",
         "data hash": data["hash"][:16],
-        "reward scale": f"{bundle['reward_scale']['rule']}, x {bundle['reward_scale']['multiplier']:.4g}",
+        "reward scale": f"{bundle['reward_scale']['rule']}, {scale_text(bundle['reward_scale'])}",
+        "reference": "none"
+        if bundle["reference"] is None
+        else "{:g} is score 0, {:g} is 100".format(*bundle["reference"]),
+        "evaluation": textwrap.fill(settings_line(bundle["experiment"]["evaluation"]), 80),
         "training cost": account_line(account),
         "versions": ", ".join(f"{name} {text}" for name, text in bundle["versions"].items()),
         "trained under": describe_guidances(bundle["guidances"]) if bundle["kind"] == "policy" else "data alone",
@@ -1315,6 +1367,8 @@ def describe(bundle: Bundle, path: Path, joint: bool = False) -> Iterator[Table]
         for entry in [*history[: -1 : max(1, len(history) // 10)], history[-1]]:
             log.add_row(str(entry["step"]), *(f"{sum(v) / len(v):.4g}" if (v := entry.get(n)) else "-" for n in names))
         yield log
+    if bundle.get("quality"):
+        yield quality_table(bundle)
     for inner in bundle["guidances"]:
         yield from describe(inner, path, bundle["experiment"]["policy"]["scheme"] == "joint")
 
@@ -1469,7 +1523,13 @@ Out = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="bundle to write; named after the experiment, algorithm and scheme by default"),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="begin anew, and replace files that exist")]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="begin anew, and replace files that exist; results of the same bundles and settings are kept",
+    ),
+]
 Extend = Annotated[bool, typer.Option("--extend", help="let an unfinished run have more steps than it was begun with")]
 Board = Annotated[
     Path | None,
@@ -1552,7 +1612,7 @@ def guidance(
         show_table(data_table(load_data(run.data, Workers(workers, timeout))))
         return
     path = out or Path(f"{run.name}-{run.guidance.algorithm}.guidance.pt")
-    with claimed(overwrite, {"--out": path}):
+    with claimed(overwrite, {"--out": path}, [experiment, run.data.path]):
         begun = unfinished(path, board, overwrite, extend)
         dataset = load_data(run.data, Workers(workers, timeout))
         title = f"guidance {run.guidance.algorithm}"
@@ -1564,8 +1624,8 @@ def guidance(
             show_table(quality_table(bundle))
             if low := low_values(bundle):
                 warn(
-                    f"{path}: V of seed {', '.join(map(str, low))} lies below the returns: values have not spread over the "
-                    "episodes yet; raise steps, tau or learning_rate"
+                    f"{path}: V of seed {', '.join(map(str, low))} lies between 0 and the returns: values have not spread "
+                    "over the episodes yet; raise steps, tau or learning_rate"
                 )
     same = [part for override in overrides or [] for part in ("--set", override)]
     same += ["--seeds", seeds] if seeds else []
@@ -1633,10 +1693,11 @@ def policy(
         )
     if problem := schedule_problem(run.policy):
         warn(f"noise_schedule {run.policy.noise_schedule} with {run.policy.diffusion_steps} diffusion_steps: {problem}")
-    with claimed(overwrite, {"--out": path}):
+    with claimed(overwrite, {"--out": path}, [experiment, run.data.path, *(guidance_files or [])]):
         begun = unfinished(path, board, overwrite, extend)
         dataset = load_data(run.data, Workers(workers, timeout))
         ours = {"kind": "policy", "environment": asdict(dataset.environment), "dataset": dataset.identity}
+        ours["experiment"] = run.model_dump()
         for warning in check_teachers(ours, teachers, run.policy.ensemble):
             warn(warning)
         title = f"policy {run.policy.algorithm}"
@@ -1689,7 +1750,8 @@ def evaluate(
         raise MdptError(f"{'--describe' if describe_only else '--video'} takes one bundle, got {len(policies)}")
     if member is not None and video is None:
         raise MdptError(f"--member {member}: acts only with --video; leave the option out")
-    with claimed(overwrite, {"--json": json_file, "--plot": plot_file, "--video": video}):
+    outputs = {"--json": json_file, "--plot": plot_file, "--video": video}
+    with claimed(overwrite, outputs, [*policies, *(infer_guidance or []), data_file]):
         if describe_only:
             show_bundle(policies[0], plot_file)
             return
@@ -1709,6 +1771,7 @@ def evaluate(
             film(cells[0], member, video, where)
             return
         report = play_cells(cells, json_file, overwrite, where)
+        report["rivalry"] = rivals(report["cells"], curve)
         store_json(json_file, report)
         if plot_file is not None:
             (plot_curve if curve else plot_scores)(plot_file, report)
@@ -1772,7 +1835,7 @@ def swap(
     if pairs not in (None, "matched", "all"):
         raise MdptError(f"--pairs {pairs}: expected matched or all")
     check_ending("--plot", plot_file, PICTURES)
-    with claimed(overwrite, {"--json": json_file, "--plot": plot_file}):
+    with claimed(overwrite, {"--json": json_file, "--plot": plot_file}, [*policies, *(guidances or [])]):
         cells = plan_swap(policies, guidances or [], pairs, evaluation_settings(settings, episodes, candidates, seed))
         for cell in cells:
             if cell.bundle["environment"]["id"] is None:

@@ -557,7 +557,7 @@ class Diffusion:
         return self.clean(x, denoise(x, 0), 0)  # the last posterior is the clean action itself
 
     def solve(self, denoise: Denoise, noises: Tensor, steps: int) -> Tensor:
-        """DPM-Solver++ 2M (arXiv 2211.01095, Algorithm 2) in `steps` network calls: noises (S, 1, B, A).
+        """DPM-Solver++ 2M (arXiv 2211.01095, Algorithm 2) in at most `steps` network calls: noises (S, 1, B, A).
 
         They lie evenly over the diffusion steps, or where these are many, over their log signal-to-noise ratio.
         """
@@ -604,7 +604,7 @@ def quantile_loss(target_q: Tensor, v: Tensor, quantile: float) -> Loss:
 def gumbel_loss(target_q: Tensor, v: Tensor, temperature: float) -> Loss:
     """Gumbel regression of V towards target Q; shapes and units as for `expectile_loss`, temperature in the unit of Q.
 
-    The exponent is cut off at 7. Source: extreme Q-learning, arXiv 2301.02328, eq. 9.
+    From 7 temperatures above V on, a target teaches nothing (z is cut off). Source: extreme Q-learning, arXiv 2301.02328, eq. 9.
     """
     z = ((target_q.detach() - v) / temperature).clamp(max=7.0)
     loss = (z.exp() - z - 1.0).mean(-1)
@@ -655,7 +655,7 @@ def advantage_weights(advantage: Tensor, rule: str, expectile: float, inverse_te
 
     "expectile": |expectile - 1(advantage < 0)|; "exponential": exp(inverse_temperature * advantage), at most 100;
     "hard": 1(advantage >= 0).
-    Source: IDQL, arXiv 2304.10573, table 1.
+    Source: IDQL, arXiv 2304.10573, table 1; "exponential": implicit Q-learning, arXiv 2110.06169, eq. 7.
     """
     if rule == "expectile":
         return torch.where(advantage < 0, 1.0 - expectile, expectile)
@@ -924,7 +924,7 @@ class Policy(nn.Module):
 
     def follow(self, step: int) -> None:
         """Move the average after gradient step `step`; it forgets the initial weights faster than ema_decay."""
-        if step < self.section.ema_from:
+        if step < max(self.section.ema_from, self.section.ema_every - 1):
             self.average.follow(self.denoiser, 1.0)
         elif (step + 1) % self.section.ema_every == 0:
             self.average.follow(self.denoiser, 1.0 - min(self.section.ema_decay, (1 + step) / (10 + step)))
@@ -1135,15 +1135,16 @@ def check_algorithms(run: Experiment) -> Experiment:
     return run.model_copy(update={"policy": section.model_copy(update={"network": network})})
 
 
-def learns_under_guidance(section: PolicySection) -> bool:
-    """Whether anything of a guidance ever enters a policy's loss."""
-    guided = section.scheme != "unguided" and section.guidance_from < section.guidance_until
+def learns_under_guidance(section: PolicySection, step: int | None = None) -> bool:
+    """Whether anything of a guidance enters a policy's loss, until `step` or ever."""
+    first, end = (math.ceil(share * section.steps) for share in (section.guidance_from, section.guidance_until))
+    guided = section.scheme != "unguided" and first < (end if step is None else min(end, step))
     return guided and POLICIES[section.algorithm].guided(section)
 
 
-def learns_labels(section: PolicySection) -> bool:
-    """Whether a policy ever learns under a label."""
-    return POLICIES[section.algorithm].labels and learns_under_guidance(section)
+def learns_labels(section: PolicySection, step: int | None = None) -> bool:
+    """Whether a policy learns under a label, until `step` or ever."""
+    return POLICIES[section.algorithm].labels and learns_under_guidance(section, step)
 
 
 # --- acting -----------------------------------------------------------------------------------------------------
@@ -1167,12 +1168,14 @@ class Inference:
     ensemble: str = "none"
 
 
-def pick_inference(run: Experiment, guided: bool) -> tuple[Inference, dict[str, bool]]:
+def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference, dict[str, bool]]:
     """What [evaluation] asks of `act`, and which of its settings act. Without a guidance nothing can be ranked.
+
+    step: of the policy's weights.
 
     Raises: MdptError for a w that this policy cannot take, or a gradient of ranks.
     """
-    section, labels = run.evaluation, learns_labels(run.policy)  # a policy that saw none has nothing to weigh
+    section, labels = run.evaluation, learns_labels(run.policy, step)  # a policy that saw none has nothing to weigh
     if labels and section.w != 1 and run.policy.label_dropout == 0:
         raise MdptError(
             f"evaluation.w = {section.w:g}: this policy learned with label_dropout 0 and knows no noise without a label; "
@@ -1184,6 +1187,7 @@ def pick_inference(run: Experiment, guided: bool) -> tuple[Inference, dict[str, 
         raise MdptError(
             f"evaluation.ensemble = 'rank' has no gradient for guide {section.guide!r}; use another, 'none', or guide 'rank'"
         )
+    scaled = section.temperature_on != "steps" or run.policy.sampler != "dpm-solver++"  # whose only noise is the first
     how = Inference(
         candidates=section.candidates if ranked else 1,
         selection=section.selection,
@@ -1203,6 +1207,8 @@ def pick_inference(run: Experiment, guided: bool) -> tuple[Inference, dict[str, 
         "guidance_weight": steered,
         "jacobian": steered,
         "ensemble": guided,
+        "temperature": scaled,
+        "temperature_on": scaled and section.temperature != 1,
         "w": labels,
     }
 
@@ -1723,7 +1729,9 @@ def check_same_run(ours: Bundle, theirs: Bundle, extend: bool) -> None:
     fields["data (by content)"] = [bundle["dataset"]["hash"][:8] for bundle in (ours, theirs)]
     steps = f"[{ours['kind']}] steps"
     longer = fields[steps][0] > fields[steps][1]
-    if extend and longer:
+    section = ours["experiment"]["policy"]
+    movable = ours["kind"] != "policy" or (section["guidance_from"], section["guidance_until"]) == (0, 1)  # no window
+    if extend and longer and movable:
         del fields[steps]
     changed = {name: f"{name} was {was}, is {now}" for name, (now, was) in sorted(fields.items()) if now != was}
     if not joint and not (
@@ -1732,7 +1740,7 @@ def check_same_run(ours: Bundle, theirs: Bundle, extend: bool) -> None:
     ):
         changed["guidance"] = "the guidance has other weights"
     if changed:
-        hint = "; --extend lets it have more steps" if [*changed] == [steps] and longer else ""
+        hint = "; --extend lets it have more steps" if [*changed] == [steps] and longer and movable else ""
         raise MdptError(f"was begun as another run: {'; '.join(changed.values())}{hint}; --overwrite begins anew")
 
 
@@ -1752,23 +1760,34 @@ def judge_guidance(bundle: Bundle, held_out: HeldOut, device: str) -> list[dict[
     ]
 
 
+OTHERS = 4  # actions that an action is measured against
+
+
 @torch.no_grad()
 def guidance_quality(guidance: Guidance, held_out: HeldOut, discount: float) -> dict[str, Any]:
     """How far to trust a guidance, on held-out episodes; lists hold a figure per member.
 
-    correlation: Pearson's, of V and discounted Monte-Carlo returns; advantage_correlation: of Q - V and return - V, which
-    is about actions. Over rows whose return is known: the episode ended, or what a time limit cut off weighs at most 5 %.
+    correlation: Pearson's, of V and discounted Monte-Carlo returns; advantage_correlation: of return - V and what Q gives
+    to the row's action above the mean of OTHERS actions of other rows, which is about actions alone (not of Q - V: there
+    an error of V is on both sides, and correlates where actions matter to nothing). Over rows whose return is known: the episode ended, or what a time limit cut off weighs at most 5 %.
     Where none is, all rows count, and V at the limit stands for what came after it (bootstrapped). V is an upper
     expectile: it lies above the returns, unless values have not spread yet. q_spread: the deviation of Q over members,
     averaged, and over rows.
     """
     found = []
     device = guidance.value.vector.device
-    tensors = [torch.from_numpy(array) for array in (held_out.observations, held_out.actions)]
+    places = [
+        max(1, len(held_out.actions) * k // (OTHERS + 1)) for k in range(1, OTHERS + 1)
+    ]  # of other episodes, mostly
+    others = [np.roll(held_out.actions, place, axis=0) for place in places]
+    tensors = [torch.from_numpy(array) for array in (held_out.observations, held_out.actions, *others)]
     for block in zip(*(torch.split(tensor, 8192) for tensor in tensors), strict=True):
-        observations, actions = (part.to(device).expand(guidance.members, -1, -1) for part in block)
-        found.append(torch.stack([guidance.v(observations), guidance.q(observations, actions)]).cpu())
-    v, q = torch.cat(found, dim=-1).double().numpy()  # (S, rows)
+        observations, *actions = (part.to(device).expand(guidance.members, -1, -1) for part in block)
+        found.append(
+            torch.stack([guidance.v(observations), *(guidance.q(observations, each) for each in actions)]).cpu()
+        )
+    v, q, *theirs = torch.cat(found, dim=-1).double().numpy()  # (S, rows)
+    gains = q - np.mean(theirs, axis=0)
     rewards, terminals, timeouts = held_out.rewards, held_out.terminals, held_out.timeouts
     shared, known = discounted_returns(rewards, terminals, timeouts, discount)
     returns = np.broadcast_to(shared, v.shape)
@@ -1778,19 +1797,19 @@ def guidance_quality(guidance: Guidance, held_out: HeldOut, discount: float) -> 
         cut[stops - 1] = ~terminals[stops - 1]
         known, columns = ~cut, np.where(cut, v, rewards)  # (S, rows): a last V is a last reward
         returns = np.stack([discounted_returns(column, terminals, timeouts, discount)[0] for column in columns])
-    v, q_known, returns = v[:, known], q[:, known], returns[:, known]
+    v, gains, returns = v[:, known], gains[:, known], returns[:, known]
 
     def correlate(first: Array, second: Array) -> list[float | None]:
         return [
-            float(np.corrcoef(ours, theirs)[0, 1]) if known.sum() > 1 and ours.std() > 0 and theirs.std() > 0 else None
-            for ours, theirs in zip(first, second, strict=True)
+            float(np.corrcoef(one, other)[0, 1]) if known.sum() > 1 and one.std() > 0 and other.std() > 0 else None
+            for one, other in zip(first, second, strict=True)
         ]
 
     return {
         "rows": int(known.sum()),
         "bootstrapped": bootstrapped,
         "correlation": correlate(v, returns),
-        "advantage_correlation": correlate(q_known - v, returns - v),
+        "advantage_correlation": correlate(gains, returns - v),
         "mean_v": v.mean(1).tolist() if known.any() else [None] * len(v),
         "mean_return": returns.mean(1).tolist() if known.any() else [None] * len(v),
         "q_spread_members": float(q.std(0).mean()) if len(q) > 1 else None,
@@ -2152,9 +2171,14 @@ def check_fit(first: Bundle, second: Bundle) -> list[str]:
             f"the {first['kind']} and the {second['kind']} do not fit together: {'; '.join(mismatches)}; "
             "use bundles of one environment"
         )
+    both, known = (first, second), "swapping is known to hold only under one data distribution"
     if first["dataset"]["hash"] != second["dataset"]["hash"]:
-        names = [f"the {bundle['kind']} learned from {bundle['dataset']['name']}" for bundle in (first, second)]
-        return [f"{' and '.join(names)}: swapping is known to hold only under one data distribution"]
+        names = [f"the {bundle['kind']} learned from {bundle['dataset']['name']}" for bundle in both]
+        return [f"{' and '.join(names)}: {known}"]
+    shares = [tuple(bundle["experiment"]["data"][key] for key in ("fraction", "held_out", "seed")) for bundle in both]
+    if shares[0] != shares[1]:
+        names = [f"the {bundle['kind']} {share}" for bundle, share in zip(both, shares, strict=True)]
+        return [f"other episodes of one dataset, by fraction, held_out and seed: {' and '.join(names)}: {known}"]
     return []
 
 
@@ -2280,7 +2304,7 @@ def load_agent(
     if member not in range(count := len(bundle["seeds"])):
         raise MdptError(f"{path}: has no member {member}; there are 0 to {count - 1}")
     table = bundle["experiment"] | {"evaluation": bundle["experiment"]["evaluation"] | evaluation}
-    how, _ = pick_inference(check_experiment(str(path), table), bool(teachers))
+    how, _ = pick_inference(check_experiment(str(path), table), bool(teachers), bundle["step"])
     check_teachers(bundle, teachers, how.ensemble)
     if how.ensemble == "none":
         teachers = [select_members(each, [pair_members(count, len(each["seeds"]))[member]]) for each in teachers]
@@ -2288,6 +2312,11 @@ def load_agent(
 
     def choose(observations: Array) -> Array:
         rows = np.atleast_2d(np.asarray(observations, dtype=np.float32))
+        if rows.ndim != 2 or rows.shape[1] != spec.observation_dim or not np.isfinite(rows).all():
+            raise MdptError(
+                f"{path}: observations of shape {np.shape(observations)}; expected ({spec.observation_dim},) or "
+                f"(E, {spec.observation_dim}), finite"
+            )
         if len(rows) not in agents:
             agents[len(rows)] = Agent(one, teachers, how, seed=seed, episodes=range(len(rows)))
         actions = unscale_actions(agents[len(rows)](rows, np.arange(len(rows))).clip(-1, 1), spec)

@@ -621,6 +621,8 @@ def test_several_guidances_judge_as_one(folder: Path) -> None:
     teach = "policy toy.toml --guidance toy-idql.guidance.pt --guidance toy-dql.guidance.pt"
     with pytest.MonkeyPatch.context() as patch:  # before hours of collecting
         patch.setattr(cli, "load_data", lambda *_: pytest.fail("loaded data"))
+        if not torch.cuda.is_available():
+            fail("guidance toy.toml --out g.pt --device cuda", "device cuda", "--device cpu")
         fail(f"{teach} --out p.pt", "2 guidances", "policy.ensemble", "to mean, median or min")
         scales = f"{teach} --guidance scaled.pt --set policy.ensemble=mean --out p.pt"
         fail(scales, "x 3 +", "have no mean together; leave one out")
@@ -1070,6 +1072,30 @@ def test_extend_gives_an_unfinished_run_more_steps(folder: Path, monkeypatch: py
     fail(f"{command} --set policy.steps=80 --extend", "cut.pt", "complete", "learning rate", "--overwrite")
     run(f"{command} --extend --overwrite")
     assert read("cut.pt")["step"] == 20
+    window = f"{UNDER_IDQL} --set policy.guidance_until=0.5 --out window.pt"
+    with interrupted_at(12, monkeypatch):
+        run(window, code=130)
+    told = fail(
+        f"{window} --set policy.steps=40 --extend", "window.pt: was begun as another run: [policy] steps was 20"
+    )
+    assert "--extend" not in told  # which would move the window over steps that are done
+
+
+@pytest.mark.parametrize(
+    ("expectile", "values", "returns", "low"),
+    [
+        (0.7, [5.0, 9.0, 11.0, -1.0], 10.0, [0, 1, 3]),  # an upper expectile lies above
+        (0.5, [4.0, 9.0, 11.0, -1.0], 10.0, [0, 3]),
+        (0.7, [-1.0, -6.0, -11.0, 0.5], -10.0, [0, 3]),  # of negative returns it begins above
+    ],
+)
+def test_values_that_have_not_spread_are_told(
+    expectile: float, values: list[float], returns: float, low: list[int]
+) -> None:
+    section = {"algorithm": "idql", "value_loss": "expectile", "expectile": expectile}
+    quality = {"mean_v": values, "mean_return": [returns] * 4}
+    bundle = {"seeds": [0, 1, 2, 3], "quality": [quality], "experiment": {"guidance": section}}
+    assert cli.low_values(bundle) == low
 
 
 @pytest.mark.slow
@@ -1186,12 +1212,22 @@ def test_nothing_is_overwritten_unasked(folder: Path) -> None:
     for command, file in (
         ("guidance toy.toml", "toy-idql.guidance.pt"),
         (UNDER_IDQL, "toy-dql.policy.pt"),
-        (f"{UNDER_IDQL} --out toy-idql.guidance.pt", "toy-idql.guidance.pt"),
+        (f"{UNDER_IDQL} --out toy-dql.guidance.pt", "toy-dql.guidance.pt"),
         ("evaluate toy-dql.policy.pt --json report.json", "report.json"),
         ("evaluate toy-dql.policy.pt --curve --plot curve.png", "curve.png"),
         ("swap toy-dql.policy.pt --json report.json", "report.json"),
     ):
         fail(command, f"{file}: exists already", "choose another", "--overwrite")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    for command, option in (  # what is read is never written, asked or unasked
+        (f"{UNDER_IDQL} --out toy-idql.guidance.pt", "--out"),
+        (f"{UNDER_IDQL}#1 --out ./toy-idql.guidance.pt", "--out"),
+        ("guidance toy.toml --out toy.hdf5", "--out"),
+        ("evaluate toy-dql.policy.pt@20 --json toy-dql.policy.pt", "--json"),
+        ("swap toy-dql.policy.pt --guidance toy-idql.guidance.pt --json toy-idql.guidance.pt", "--json"),
+    ):
+        fail(f"{command} --overwrite", f"{option} ", "is read by this command; choose another")
+    fail("evaluate toy-dql.policy.pt --json a.svg --plot a.svg", "--plot a.svg: is another output of this command")
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     run("guidance toy.toml --seeds 8 --overwrite")
     assert read("toy-idql.guidance.pt")["seeds"] == [8]
@@ -1293,7 +1329,8 @@ MISTAKES = [  # command, what the user learns
         for option, ending in (("--json", ""), ("--plot", ".png"))
     ),
     ("guidance toy.toml --out toy.toml/g.pt", "--out toy.toml/g.pt", "cannot be written", "choose another"),
-    (f"{UNDER_IDQL} --out toy.hdf5", "toy.hdf5", "cannot be read as a bundle"),
+    (f"{UNDER_IDQL} --out bad.hdf5", "bad.hdf5", "cannot be read as a bundle"),
+    ("evaluate toy-dql.policy.pt@20 --curve", "--curve scores every snapshot; leave out @20"),
     ("policy toy.toml", "guidance-first", "--guidance FILE", "mdpt guidance", "scheme=joint", "unguided"),
     *((f"{UNDER_IDQL} --set policy.scheme={name}", name, "--guidance", "guidance-first") for name in SCHEMES),
     ("policy toy.toml --guidance none.pt --out p.pt", "none.pt", "no such bundle", "mdpt guidance"),

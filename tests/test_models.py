@@ -1977,7 +1977,13 @@ def test_a_policy_bundle_serves_as_guidance(tmp_path: Path) -> None:
 def test_bundles_that_do_not_fit() -> None:
     ours = {"kind": "policy", "environment": asdict(TOY), "dataset": {"name": "one", "hash": "abc"}}
     theirs = {"kind": "guidance", "environment": asdict(TOY), "dataset": {"name": "two", "hash": "abc"}}
+    ours["experiment"], theirs["experiment"] = make_experiment().model_dump(), make_experiment().model_dump()
     assert check_fit(ours, theirs) == []
+    theirs["experiment"]["data"]["fraction"] = 0.3
+    (warning,) = check_fit(ours, theirs)
+    assert warning.startswith(
+        "other episodes of one dataset, by fraction, held_out and seed: the policy (1.0, 0.05, 0)"
+    )
     theirs["dataset"]["hash"] = "def"
     assert check_fit(ours, theirs) == [
         (
@@ -2293,8 +2299,10 @@ def test_the_judgement_of_a_guidance_by_hand() -> None:
     returns, states = np.array([2.5, 3, 4, 1.5, 3, 2]), held_out.observations[:, 0]
     assert (found["rows"], found["bootstrapped"]) == (6, False)
     assert found["correlation"] == pytest.approx([np.corrcoef(states, returns)[0, 1]] * 2)
-    against_half = np.corrcoef(-held_out.actions[:, 0], returns - states / 2)[0, 1]
-    assert found["advantage_correlation"] == pytest.approx([1.0, against_half])
+    actions = held_out.actions[:, 0]
+    gains = actions - np.mean([np.roll(actions, k) for k in (1, 2, 3, 4)], axis=0)
+    expected = [np.corrcoef(*pair)[0, 1] for pair in ((gains, returns - states), (-gains, returns - states / 2))]
+    assert found["advantage_correlation"] == pytest.approx(expected)
     assert found["mean_v"] == pytest.approx([1.5, 0.75]) and found["mean_return"] == pytest.approx([16 / 6] * 2)
 
     found = models.guidance_quality(KnownValues(), held_out_rows(terminal=False), 0.9)  # type: ignore[arg-type]
@@ -2343,6 +2351,31 @@ def test_judging_offline_by_hand() -> None:
                 near(torch.tensor(found["values"][name][key][i]), expected, 1e-5)
 
 
+def test_labels_act_once_they_are_learned() -> None:
+    window = {"algorithm": "cfg", "steps": 100, "guidance_from": 0.5}
+    for step, w in ((50, 0.0), (51, 1.0), (100, 1.0)):
+        how, acts = models.pick_inference(make_experiment(policy=window), True, step)
+        assert (how.w, acts["w"]) == (w, bool(w))
+    late = make_experiment(policy=window | {"guidance_from": 0.995}).policy
+    assert not models.learns_under_guidance(late)  # no step lies in it
+
+
+@pytest.mark.parametrize(
+    ("sampler", "temperature", "on", "act"),
+    [
+        ("ddpm", 0.5, "steps", (True, True)),
+        ("ddpm", 1.0, "steps", (True, False)),
+        ("dpm-solver++", 0.5, "steps", (False, False)),  # whose only noise is the first
+        ("dpm-solver++", 0.5, "start", (True, True)),
+    ],
+)
+def test_a_temperature_of_no_noise_does_not_act(sampler: str, temperature: float, on: str, act: Any) -> None:
+    run = make_experiment(policy={"sampler": sampler})
+    evaluation = run.evaluation.model_copy(update={"temperature": temperature, "temperature_on": on})
+    _, acts = models.pick_inference(run.model_copy(update={"evaluation": evaluation}), True, 1)
+    assert (acts["temperature"], acts["temperature_on"]) == act
+
+
 def test_a_loaded_agent_acts_in_the_environments_unit(tmp_path: Path) -> None:
     path, teacher = tmp_path / "p.pt", guidance_bundle(frozen_guidance(SEEDS), SEEDS)
     bundle = policy_bundle(SEEDS, teacher)
@@ -2385,6 +2418,9 @@ def test_a_loaded_agent_acts_in_the_environments_unit(tmp_path: Path) -> None:
     for wrong in (2, "0", -1):
         with pytest.raises(MdptError, match=f"has no member {wrong}; there are 0 to 1"):
             load_agent(path, member=wrong)  # type: ignore[arg-type]
+    for broken in (np.zeros(2), np.zeros((2, 2, 3)), np.full(3, np.nan)):
+        with pytest.raises(MdptError, match=r"observations of shape .*; expected \(3,\) or \(E, 3\), finite"):
+            single(broken)
     save_bundle(tmp_path / "other.pt", teacher | {"environment": asdict(TOY) | {"id": "Other-v0"}})
     with pytest.raises(MdptError, match="do not fit together: id Toy-v0 against Other-v0"):
         load_agent(path, tmp_path / "other.pt")
