@@ -474,13 +474,17 @@ def judge_cells(cells: Sequence[Cell], data_file: Path | None) -> dict[str, Any]
         judges = {OWN: (bundle["guidances"], rule), ranker: (cell.guide.bundles, cell.how.ensemble)}
         there = {name: judge for name, judge in judges.items() if judge[0] and judge[1] != "rank"}  # ranks: no values
         found = models.judge_offline(bundle, cell.guide.bundles, cell.how, known[data], cell.section.seed, there)
-        names = {"policy": cell.policy, "guidance": ranker, "step": bundle["step"], "warnings": cell.warnings}
-        names |= {
+        what = {
+            "policy": cell.policy,
+            "guidance": ranker,
+            "step": bundle["step"],
+            "warnings": cell.warnings,
             "data": str(data_file or bundle["dataset"]["name"]),
             "seed": cell.section.seed,
             "guide": cell.section.guide,
+            "seeds": bundle["seeds"],
         }
-        results.append(names | {"seeds": bundle["seeds"], **asdict(cell.how), **found})
+        results.append(what | asdict(cell.how) | found)
     return {"cells": results, "offline": True}
 
 
@@ -612,7 +616,7 @@ def bundle_files(cells: Sequence[Cell]) -> set[str]:
 def plain_files(names: set[str]) -> set[str]:
     """Names of files without @STEP and #SEED; what is no file has none."""
     while gone := {name for name in names if not Path(name).exists()}:
-        names = names - gone | {name[: place + 1 and place] for name in gone for place in [max(map(name.rfind, "@#"))]}
+        names = names - gone | {name[: max(0, name.rfind("@"), name.rfind("#"))] for name in gone}
     return names
 
 
@@ -677,7 +681,7 @@ def ensembles(named: Mapping[str, Sequence[Bundle]], section: EvaluationSection,
     for files in groups if section.ensemble != "none" else ():
         guide = Guide("", [bundle for file in files for bundle in named[file]], files)
         apart = len(set(map(values_scale, guide.bundles))) > 1
-        way = section.ensemble or ("rank" if apart else learned.replace("none", "mean"))
+        way = section.ensemble or ("rank" if apart else "mean" if learned == "none" else learned)
         if apart and not section.ensemble and section.guide != "rank":
             continue
         name = files[0] if len(files) == 1 else "all"
@@ -1624,8 +1628,8 @@ def guidance(
             show_table(quality_table(bundle))
             if low := low_values(bundle):
                 warn(
-                    f"{path}: V of seed {', '.join(map(str, low))} lies between 0 and the returns: values have not spread "
-                    "over the episodes yet; raise steps, tau or learning_rate"
+                    f"{path}: V of seed {', '.join(map(str, low))} has not come from 0 to the returns: values have not "
+                    "spread over the episodes yet; raise steps, tau or learning_rate"
                 )
     same = [part for override in overrides or [] for part in ("--set", override)]
     same += ["--seeds", seeds] if seeds else []
@@ -1696,8 +1700,8 @@ def policy(
     with claimed(overwrite, {"--out": path}, [experiment, run.data.path, *(guidance_files or [])]):
         begun = unfinished(path, board, overwrite, extend)
         dataset = load_data(run.data, Workers(workers, timeout))
-        ours = {"kind": "policy", "environment": asdict(dataset.environment), "dataset": dataset.identity}
-        ours["experiment"] = run.model_dump()
+        known = {"environment": asdict(dataset.environment), "dataset": dataset.identity}
+        ours = {"kind": "policy", "experiment": run.model_dump(), **known}
         for warning in check_teachers(ours, teachers, run.policy.ensemble):
             warn(warning)
         title = f"policy {run.policy.algorithm}"

@@ -604,7 +604,8 @@ def quantile_loss(target_q: Tensor, v: Tensor, quantile: float) -> Loss:
 def gumbel_loss(target_q: Tensor, v: Tensor, temperature: float) -> Loss:
     """Gumbel regression of V towards target Q; shapes and units as for `expectile_loss`, temperature in the unit of Q.
 
-    From 7 temperatures above V on, a target teaches nothing (z is cut off). Source: extreme Q-learning, arXiv 2301.02328, eq. 9.
+    From 7 temperatures above V on, a target teaches nothing: z is cut off there.
+    Source: extreme Q-learning, arXiv 2301.02328, eq. 9.
     """
     z = ((target_q.detach() - v) / temperature).clamp(max=7.0)
     loss = (z.exp() - z - 1.0).mean(-1)
@@ -2297,9 +2298,9 @@ def load_agent(
     Raises: MdptError, as for `mdpt evaluate`.
     """
     bundle = read_policy(Path(path))
-    paths = [guidance] if isinstance(guidance, str | Path) else guidance or ()
-    teachers = [each for name in paths for each in read_guidances(Path(name))] if guidance != "none" else []
-    if guidance is None:
+    names = [guidance] if isinstance(guidance, str | Path) else guidance or ()
+    teachers = [each for name in names if name != "none" for each in read_guidances(Path(name))]
+    if not names:
         teachers = bundle["guidances"]
     if member not in range(count := len(bundle["seeds"])):
         raise MdptError(f"{path}: has no member {member}; there are 0 to {count - 1}")
