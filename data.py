@@ -306,11 +306,12 @@ class TrainingSection(Section):
 class GuidanceSection(TrainingSection):
     """[guidance]: the value estimator."""
 
+    learning_rate: Rate = Field(1e-3, description="of Adam at the start")
     algorithm: str = Field("idql", description="how values are learned, see below")
     hidden: Widths = Field([256, 256], description="hidden units of each layer")
     activation: Activation = Field("relu", description="of critics, V and companion actor")
     layer_norm: bool | Literal["tanh"] = Field(
-        False, description="before each activation of critics and V; tanh: before the first alone, which is a tanh then"
+        True, description="before each activation of critics and V; tanh: before the first alone, which is a tanh then"
     )
     discount: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="per environment step")
     value_loss: Literal["expectile", "quantile", "gumbel"] = Field("expectile", description="idql: of V")
