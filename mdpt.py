@@ -1674,7 +1674,7 @@ def policy(
     timeout: Timeout = LONG,
 ) -> None:
     """Train a diffusion policy under a frozen guidance."""
-    from mdpt.models import check_teachers, learns_under_guidance, schedule_problem, train_policy
+    from mdpt.models import check_teachers, learns_labels, learns_under_guidance, schedule_problem, train_policy
 
     run = load_run(experiment, overrides, seeds, device)
     scheme = run.policy.scheme
@@ -1694,6 +1694,11 @@ def policy(
             f"the guidance never enters the loss of {section.algorithm} with eta {section.eta:g}, advantage_weight "
             f"{section.advantage_weight}, label_dropout {section.label_dropout:g}, guidance_from {section.guidance_from:g} "
             f"and guidance_until {section.guidance_until:g}: this policy learns as without it"
+        )
+    elif learns_labels(run.policy) and run.policy.guidance_until < 1:
+        warn(
+            f"labels are learned until guidance_until {run.policy.guidance_until:g} of the steps alone and grow stale "
+            "after it, but still act: evaluation.w = 0 leaves them out"
         )
     if problem := schedule_problem(run.policy):
         warn(f"noise_schedule {run.policy.noise_schedule} with {run.policy.diffusion_steps} diffusion_steps: {problem}")

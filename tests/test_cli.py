@@ -1435,6 +1435,7 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
         ("algorithm=dql", True),
         ("algorithm=edp --set policy.eta=0", False),
         ("algorithm=cfg", True),
+        ("algorithm=cfg --set policy.guidance_until=0.5", True),
         ("algorithm=dql --set policy.guidance_until=0", False),
     ],
 )
@@ -1445,6 +1446,7 @@ def test_a_policy_that_its_guidance_never_touches_says_so(folder: Path, settings
     under, alone = (models.read_bundle(Path(name))["weights"] for name in ("under.pt", "alone.pt"))
     assert equal(under, alone) is not guided
     assert ("never enters the loss" in told) is not guided
+    assert ("grow stale" in told) is ("until=0.5" in settings)
 
 
 def test_an_output_that_cannot_be_written_to_ends_in_a_line() -> None:
