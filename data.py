@@ -330,12 +330,6 @@ class GuidanceSection(TrainingSection):
     diffusion_steps: Few = Field(5, description="dql: of the companion actor")
     ema_decay: Fraction = Field(0.999, description="dql: of the companion actor's averaged weights, per step")
 
-    @model_validator(mode="after")
-    def _targets_move(self) -> GuidanceSection:
-        if self.target_every > self.steps:
-            raise ValueError(f"target_every {self.target_every} is more than steps {self.steps}: no target would move")
-        return self
-
 
 class PolicySection(TrainingSection):
     """[policy]: the diffusion model over actions."""

@@ -1269,7 +1269,6 @@ EXPERIMENT_MISTAKES = [  # what stands in the file, or in --set; what the user l
     ("data.environment_kwargs={day=1979-05-27}", "[data]", "environment_kwargs", "numbers"),
     ("policy.algorithm='idql'\npolicy.hidden=[8, 16]", "[policy] hidden = [8, 16]", "'resnet'", "one width"),
     ("policy.sampler='dpm-solver++'\npolicy.sampling_steps=9", "[policy]", "sampling_steps 9", "diffusion_steps 5"),
-    ("guidance.steps=4\nguidance.target_every=5", "[guidance]", "target_every 5", "steps 4"),
     ("policy.guidance_from=0.5\npolicy.guidance_until=0.2", "[policy]", "guidance_from 0.5", "guidance_until 0.2"),
 ]
 
