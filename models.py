@@ -1271,6 +1271,15 @@ def act(
     return actions.gather(2, best).squeeze(2)
 
 
+SMALL = 16**3  # multiplications; torch multiplies matrices another way where there are no more than these
+
+
+def fewest_rows(*parts: nn.Module) -> int:
+    """Rows from which on no product of these modules is SMALL: what a row gives then depends on no other, by oneDNN."""
+    sizes = [layer.weight[0].numel() for part in parts for layer in part.modules() if isinstance(layer, Linear)]
+    return 1 + SMALL // min(sizes, default=SMALL + 1)
+
+
 class Agent:
     """One policy member in numbered episodes that run side by side, perhaps under a guidance member each.
 
@@ -1294,20 +1303,29 @@ class Agent:
             apart = [[select_members(each, [member])] for each in guidances for member in range(len(each["seeds"]))]
         self.guidances = [build_judge(each, how.ensemble, 1, "cpu", how.candidates) for each in apart]
         self.judges = np.array(judges or [0] * len(episodes))
+        critics = [
+            one for judge in self.guidances for one in (judge.guidances if isinstance(judge, Ensemble) else [judge])
+        ]
+        self.fewest, self.fewest_apart = fewest_rows(self.policy), math.ceil(fewest_rows(*critics) / how.candidates)
         (member,) = policy["seeds"]
         self.random = Randomness([f"{member} episode {episode}" for episode in episodes], f"evaluate {seed}")
 
     def __call__(self, observations: Array, running: Array) -> Array:
         """Actions (R, A) in [-1, 1], from observations (R, O) of the episodes at the places `running` (R,)."""
-        count, rows = self.how.candidates, torch.from_numpy(running)
+        judges, count = self.judges[running], self.how.candidates
+        shares = [np.flatnonzero(judges == judge) for judge in np.unique(judges)]
+        places = np.concatenate([np.resize(share, max(len(share), self.fewest_apart)) for share in shares])
+        places = np.pad(places, (0, max(0, self.fewest - len(places))), "edge")  # where states are few, some act twice
+        rows = torch.from_numpy(running[places])
         noises = self.policy.noises(self.random, "act", count)[rows]  # (R, T, N, A)
         uniform = self.random.uniform("selection", count)[rows]  # (R, N)
         self.random.step += 1
-        states = torch.from_numpy(observations)[None]
+        states = torch.from_numpy(observations[places])[None]
         noises = noises.transpose(0, 1).flatten(1, 2)[None]  # (1, T, R N, A)
-        sizes = count * np.bincount(self.judges[running], minlength=len(self.guidances))
+        sizes = count * np.bincount(judges[places], minlength=len(self.guidances))
         ranker = RowsApart(self.guidances, sizes.tolist()) if self.guidances else None
-        actions: Array = act(self.policy, ranker, states, noises, uniform[None], self.how)[0].numpy()
+        actions = np.empty((len(running), noises.shape[-1]), np.float32)
+        actions[places] = act(self.policy, ranker, states, noises, uniform[None], self.how)[0].numpy()
         return actions
 
 

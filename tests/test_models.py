@@ -2049,6 +2049,23 @@ def test_select_members_keeps_and_repeats_whole_members() -> None:
 
 # ---------------------------------------------------------------------------------------------------- agents
 
+
+@pytest.mark.usefixtures("fresh_products")
+@pytest.mark.parametrize("hidden", [[256, 256], [32, 32]])
+@pytest.mark.parametrize("how", [Inference(), Inference(10), Inference(guidance_weight=0.1)])
+def test_through_onednn_no_bit_of_an_episode_depends_on_how_many_there_are(hidden: list[int], how: Inference) -> None:
+    if models.choose_products("oneDNN") != "oneDNN":
+        pytest.skip("this processor's products are left to MKL")
+    teacher = guidance_bundle(make_guidance((5, 6, 7), 3, 2, hidden=hidden), (5, 6, 7))
+    member = select_members(policy_bundle(SEEDS, None, hidden=[256, 256]), [1])
+    states = np.random.default_rng(0).standard_normal((40, 3)).astype(np.float32)
+    judges = np.repeat([0, 1, 2], [5, 34, 1])
+    chosen = Agent(member, [teacher], how, seed=0, episodes=range(40), judges=judges.tolist())(states, np.arange(40))
+    for few in ([0], [39], [2, 3], [7, 38], [*range(1, 20)], [3, 6, 39]):
+        agent = Agent(member, [teacher], how, seed=0, episodes=few, judges=judges[few].tolist())
+        assert np.array_equal(agent(states[few], np.arange(len(few))), chosen[few])
+
+
 HOW = {
     "plain": Inference(),
     "best of four": Inference(candidates=4),
