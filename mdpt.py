@@ -340,18 +340,18 @@ def make_cell(policy: str, bundle: Bundle, guide: Guide, settings: Sequence[str]
     if guide.ensemble is not None:
         run = run.model_copy(update={"evaluation": run.evaluation.model_copy(update={"ensemble": guide.ensemble})})
     guide = guide if guide.bundles else NONE
-    how, acts = pick_inference(run, bool(guide.bundles), bundle["step"])
-    given = {text.partition("=")[0].removeprefix("evaluation.").strip() for text in settings}
-    idle = [key for key, does in acts.items() if key in given and not does]
     members = range(len(bundle["seeds"]))
     pairs: Pairs = [(i, None) for i in members]
     try:
+        how, acts = pick_inference(run, bool(guide.bundles), bundle["step"])
         warnings = check_teachers(bundle, guide.bundles, how.ensemble)
         if guide.bundles and how.ensemble == "none":
             crosses, by_place = product(members, range(guide.members)), pair_members
             pairs = list(crosses if guide.crossed else enumerate(by_place(len(members), guide.members)))
     except MdptError as error:
         raise MdptError(f"{policy}, {guide.name}: {error}") from error
+    given = {text.partition("=")[0].removeprefix("evaluation.").strip() for text in settings}
+    idle = [key for key, does in acts.items() if key in given and not does]
     return Cell(policy, guide, bundle, run.evaluation, how, idle, warnings, pairs)
 
 
@@ -641,8 +641,8 @@ def plan_swap(
     named = {str(path): read_guidances(path) for path in guidances}
     for name, bundle in bundles.items() if not guidances else ():
         known = [each for others in named.values() for each in others]
-        if new := [inner for inner in bundle["guidances"] if not any(same_weights(inner, other) for other in known)]:
-            named[name] = new
+        if not all(any(same_weights(inner, other) for other in known) for inner in bundle["guidances"]):
+            named[name] = bundle["guidances"]
     if not named:
         raise MdptError(f"{', '.join(bundles)}: no guidance inside; name one with --guidance FILE")
 
@@ -910,6 +910,7 @@ def score_table(cell: dict[str, Any], summary: dict[str, Any]) -> Table:
 
 def offline_table(result: dict[str, Any]) -> Table:
     """What was found of a policy without playing: each member's distance to the data's actions, and values."""
+    ranker = result["guidance"]
     title = f"{result['policy']}, step {result['step']}: offline, on {result['states']} held-out states"
     heads = [f"{what} ({name})" for name in result["values"] for what in ("Q", "Q of data", "higher")]
     table = make_table(title, "seed", "distance", *heads)
@@ -920,8 +921,9 @@ def offline_table(result: dict[str, Any]) -> Table:
         table.add_row(str(seed), *cells)
     table.caption = (
         f"distance: root mean square to the data's actions, in [-1, 1]; {result['chance']:.3f} between two of the data's. "
-        f"Q: of its actions, by the guidance in brackets; higher: in how many states than that of the data's. Ranked by "
-        f"{result['guidance']}, best of {result['candidates']}; a guidance values what it ranks first."
+        f"Q: of its actions, by the guidance in brackets; higher: in how many states than that of the data's. How "
+        f"it acts: {', '.join(choice(result | {'guidance': None if ranker == 'none' else ranker}))}; a guidance values "
+        "what it ranks first."
     )
     return table
 
@@ -974,14 +976,15 @@ def policy_table(entries: Sequence[dict[str, Any]], curve: bool) -> Table:
 
 def far_below_the_data(cell: Cell, result: dict[str, Any], median: float) -> str:
     """What to say where a policy that its guidance has taught scores far below the data's mean, else ""."""
-    from mdpt.models import learns_under_guidance
+    from mdpt.models import POLICIES, learns_under_guidance, weighed_by_eta
 
     mean, section = result["dataset"]["mean_score"], PolicySection(**cell.bundle["experiment"]["policy"])
-    if median > mean - 10 or not learns_under_guidance(section) or not section.eta:
+    if median > mean - 10 or not learns_under_guidance(section, cell.bundle["step"]):
         return ""
+    weighed = POLICIES[section.algorithm].guided is weighed_by_eta
     return (
         f"{cell.policy}: median {median:.1f}, far below the data's mean, {mean:.1f}: what it does may have left the data; "
-        f"train it longer, or with a smaller [policy] eta, now {section.eta:g}"
+        f"train it longer{f', or with a smaller [policy] eta, now {section.eta:g}' * weighed}"
     )
 
 
@@ -1017,7 +1020,10 @@ def show_evaluation(report: dict[str, Any], curve: bool) -> None:
         show_table(rivalry_table(report["rivalry"]))
     for policy, cell in last.items():
         name = f"{policy}: " if len(last) > 1 else ""
-        say(name + protocol_line(cell["protocol"] | ({"step": None} if curve else {}), len(cell["pairs"])))
+        weights = {other["step"]: other["protocol"]["w"] for other in results if of_policy(other, curve) == policy}
+        early = [step for step, w in weights.items() if w != cell["protocol"]["w"]]  # no label was learned before
+        told = f", but w 0 until step {max(early)}" if early else ""
+        say(name + protocol_line(cell["protocol"] | ({"step": None} if curve else {}), len(cell["pairs"])) + told)
         say(f"{name}training cost: {account_line(cell['accounting'])}")
 
 
@@ -1091,10 +1097,9 @@ def summary_cells(summary: dict[str, Any]) -> dict[str, str]:
 TEMPERATURES = {"all": "", "start": " of the first noise", "steps": " of all but the first noise"}
 
 
-def protocol_line(how: dict[str, Any], *members: int) -> str:
-    """The protocol of an evaluation in one line. members: how many a policy has, or each of several."""
-    counts = " or ".join(map(str, sorted(set(members))))
-    parts = [f"{how['environment']}, {counts} members x {how['episodes']} episodes, seed {how['seed']}"]
+def choice(how: dict[str, Any]) -> list[str]:
+    """What a guidance, or none, has to do with an action, in the words of a protocol."""
+    parts = []
     if how["guidance"] is None:
         parts.append("ranked by none, 1 candidate")
     elif how["guide"] != "gradient":
@@ -1102,6 +1107,13 @@ def protocol_line(how: dict[str, Any], *members: int) -> str:
         parts.append(f"{how['selection']}{softmax} of {how['candidates']} by {how['guidance']}")
     if how["guidance_weight"] > 0:
         parts.append(f"{how['guidance_weight']:g} x gradient of {how['guidance']}")
+    return parts
+
+
+def protocol_line(how: dict[str, Any], *members: int) -> str:
+    """The protocol of an evaluation in one line. members: how many a policy has, or each of several."""
+    counts = " or ".join(map(str, sorted(set(members))))
+    parts = [f"{how['environment']}, {counts} members x {how['episodes']} episodes, seed {how['seed']}", *choice(how)]
     if how["w"] > 0:
         parts.append(f"w {how['w']:g}")
     parts.append(f"temperature {how['temperature']:g}" + TEMPERATURES[how.get("temperature_on", "all")])

@@ -1090,12 +1090,16 @@ def label_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Ran
     return loss, metrics | {"better": better.float().mean(-1)}
 
 
+def weighed_by_eta(section: PolicySection) -> bool:
+    return section.eta > 0
+
+
 @dataclass(frozen=True)
 class PolicyAlgorithm:
     """A line of the registry: how a policy learns, when a guidance enters its loss, its network, whether it has labels."""
 
     loss: Callable[[Policy, Batch, Judge | None, Randomness], Loss]
-    guided: Callable[[PolicySection], bool] = lambda section: section.eta > 0
+    guided: Callable[[PolicySection], bool] = weighed_by_eta
     network: str = "mlp"
     labels: bool = False
 
@@ -1177,7 +1181,10 @@ def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference,
     Raises: MdptError for a w that this policy cannot take, or a gradient of ranks.
     """
     section, labels = run.evaluation, learns_labels(run.policy, step)  # a policy that saw none has nothing to weigh
-    if labels and section.w != 1 and run.policy.label_dropout == 0:
+    always = (
+        run.policy.guidance_from == 0 and run.policy.guidance_until * run.policy.steps >= step
+    )  # else it cloned, too
+    if labels and section.w != 1 and run.policy.label_dropout == 0 and always:
         raise MdptError(
             f"evaluation.w = {section.w:g}: this policy learned with label_dropout 0 and knows no noise without a label; "
             "only 1 is possible"
@@ -2154,6 +2161,8 @@ def read_guidances(path: Path) -> list[Bundle]:
     if mark and name and not path.exists():
         bundles = read_guidances(path.with_name(name))
         seeds = [str(known) for bundle in bundles for known in bundle["seeds"]]
+        if "@" in seed:
+            raise MdptError(f"{path}: a member of a snapshot is named FILE@STEP#SEED")
         if seeds.count(seed) != 1:
             raise MdptError(f"{path}: there is not one member of this seed; the seeds are {', '.join(seeds)}")
         return [
@@ -2305,39 +2314,42 @@ def load_agent(
     guidance: Path | str | Sequence[Path | str] | None = None,
     *,
     member: int = 0,
-    seed: int = 0,
     **evaluation: Any,
 ) -> Callable[[Array], Array]:
     """A policy for other programs: observations (O,) or (E, O) -> actions (A,) or (E, A), in the environment's unit.
 
     guidance: another bundle to act under than what is inside, several, or "none". member: by position. evaluation: fields
-    of [evaluation], such as candidates or ensemble, over those of the policy's experiment.
+    of [evaluation], such as candidates, ensemble or seed, over those of the policy's experiment.
 
     Raises: MdptError, as for `mdpt evaluate`.
     """
     bundle = read_policy(Path(path))
-    names = [guidance] if isinstance(guidance, str | Path) else guidance or ()
+    names = [guidance] if isinstance(guidance, str | Path) else list(guidance or ())
+    if "none" in names and len(names) > 1:
+        raise MdptError(f"{path}: none is no guidance beside others; leave it out")
     teachers = [each for name in names if name != "none" for each in read_guidances(Path(name))]
     if not names:
         teachers = bundle["guidances"]
     if member not in range(count := len(bundle["seeds"])):
         raise MdptError(f"{path}: has no member {member}; there are 0 to {count - 1}")
     table = bundle["experiment"] | {"evaluation": bundle["experiment"]["evaluation"] | evaluation}
-    how, _ = pick_inference(check_experiment(str(path), table), bool(teachers), bundle["step"])
+    run = check_experiment(str(path), table)
+    how, _ = pick_inference(run, bool(teachers), bundle["step"])
     check_teachers(bundle, teachers, how.ensemble)
     if how.ensemble == "none":
         teachers = [select_members(each, [pair_members(count, len(each["seeds"]))[member]]) for each in teachers]
     one, spec, agents = select_members(bundle, [member]), EnvironmentSpec(**bundle["environment"]), {}
+    choose_products()  # as where it is scored
 
     def choose(observations: Array) -> Array:
         rows = np.atleast_2d(np.asarray(observations, dtype=np.float32))
-        if rows.ndim != 2 or rows.shape[1] != spec.observation_dim or not np.isfinite(rows).all():
+        if rows.ndim != 2 or not len(rows) or rows.shape[1] != spec.observation_dim or not np.isfinite(rows).all():
             raise MdptError(
                 f"{path}: observations of shape {np.shape(observations)}; expected ({spec.observation_dim},) or "
                 f"(E, {spec.observation_dim}), finite"
             )
         if len(rows) not in agents:
-            agents[len(rows)] = Agent(one, teachers, how, seed=seed, episodes=range(len(rows)))
+            agents[len(rows)] = Agent(one, teachers, how, seed=run.evaluation.seed, episodes=range(len(rows)))
         actions = unscale_actions(agents[len(rows)](rows, np.arange(len(rows))).clip(-1, 1), spec)
         return actions if np.ndim(observations) == 2 else actions[0]
 

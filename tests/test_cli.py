@@ -601,6 +601,7 @@ def test_several_guidances_judge_as_one(folder: Path) -> None:
     alone = evaluate("toy-dql.policy.pt --infer-guidance toy-dql.guidance.pt --set evaluation.ensemble=min")
     assert returns(alone) == returns(part) != returns(two)
     fail("policy toy.toml --guidance toy-idql.guidance.pt#7 --out p.pt", "#7", "the seeds are 0, 1")
+    fail("evaluate toy-dql.policy.pt --infer-guidance toy-idql.guidance.pt#1@10", "#1@10", "FILE@STEP#SEED")
 
     run("guidance toy.toml --set data.reward_scale=3 --out scaled.pt")  # values of two units have no mean
     mixed = (
@@ -638,6 +639,9 @@ def test_several_guidances_judge_as_one(folder: Path) -> None:
     assert cell["protocol"]["guidance"].startswith("the mean of all 4 members of its own dql + idql")
     same = f"taught.pt --infer-guidance {both} --set evaluation.ensemble=mean"
     assert returns(evaluate(same)) == returns(cell)
+    for policies in ("taught.pt toy-dql.policy.pt", "toy-dql.policy.pt taught.pt"):  # that holds a part of the other's
+        report, _ = play(f"swap {policies} --episodes 1")
+        assert ("toy-dql.policy.pt", "taught.pt (mean of 4)") in {(c["policy"], c["guidance"]) for c in report["cells"]}
     described = run("evaluate taught.pt --describe").stdout
     assert "idql guidance, step 20, seeds 0, 1" in described and "dql guidance, step 20" in described
     run(f"{teach} --set policy.ensemble=min --out least.pt")
@@ -939,7 +943,10 @@ def test_labels_that_were_not_trained_do_not_act(folder: Path) -> None:
     assert returns(evaluate("tampered.pt")) == returns(cell)
     options = "--set policy.algorithm=cfg --set policy.label_dropout=0 --out all.pt"
     run(f"{UNDER_IDQL} {options}")
-    fail("evaluate all.pt --set evaluation.w=3", "w = 3", "label_dropout 0", "only 1")
+    fail("evaluate all.pt --set evaluation.w=3", "all.pt", "w = 3", "label_dropout 0", "only 1")
+    run(f"{UNDER_IDQL} --set policy.guidance_from=0.5 {options.replace('all', 'late')}")  # it cloned before
+    said = run("evaluate late.pt --curve --set evaluation.w=3 --episodes 1 --workers 1").stdout
+    assert "w 3" in said and "but w 0 until step 10" in said
 
 
 def test_an_algorithm_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1598,7 +1605,7 @@ def test_without_an_environment_a_policy_is_judged_offline(folder: Path) -> None
         out = run(f"evaluate alone-dql.policy.pt --set evaluation.ensemble={rule} --json {rule}.json").stdout
         (found,) = json.loads(Path(f"{rule}.json").read_text())["cells"]
         assert list(found["values"]) == judges and found["values"]["its own"]["data"] == own["data"]
-        assert f"Ranked by the {rule} of all 2 members" in " ".join(out.split())
+        assert f"How it acts: max of 4 by the {rule} of all 2 members" in " ".join(out.split())
     fail("evaluate alone-dql.policy.pt --json offline.json", "offline.json", "exists already", "--overwrite")
     fail("evaluate alone-dql.policy.pt --plot a.png", "--plot")
     fail("evaluate alone-dql.policy.pt --video a.gif", "--video")
@@ -1616,7 +1623,7 @@ def test_without_an_environment_a_policy_is_judged_offline(folder: Path) -> None
 
 def test_a_policy_with_an_environment_is_judged_offline_on_request(folder: Path) -> None:
     out = run("evaluate toy-bc.policy.pt --data toy.hdf5 --infer-guidance none").stdout
-    assert "offline" in out and "Q of data (its own)" in out and "Ranked by none, best of 1" in out
+    assert "offline" in out and "Q of data (its own)" in out and "How it acts: ranked by none, 1 candidate" in out
 
 
 def test_the_data_are_described_before_anything_is_trained(folder: Path) -> None:
@@ -1666,11 +1673,15 @@ def test_a_result_says_that_it_is_not_repeatable(folder: Path) -> None:
 
 def test_a_policy_far_below_its_data_is_told_of_eta(folder: Path) -> None:
     far, options = "far below the data's mean", "--workers 1 --episodes 1 --set evaluation.candidates=1"
-    for name, told in (("toy-dql", True), ("toy-bc", False)):  # the second its guidance never taught
+    for name, told, eta in (
+        ("toy-dql", 1, 1),
+        ("toy-cfg", 1, 0),
+        ("toy-bc", 0, 0),
+    ):  # the last its guidance never taught
         bundle = read(f"{name}.policy.pt")
         models.save_bundle(Path("p.pt"), bundle | {"dataset": bundle["dataset"] | {"mean_return": 1000.0}})
         said = run(f"evaluate p.pt {options}").stderr
-        assert (far in said) == told == ("smaller [policy] eta, now 1" in said)
+        assert ((far in said), ("smaller [policy] eta, now 1" in said)) == (told, eta)
     models.save_bundle(Path("p.pt"), bundle | {"dataset": bundle["dataset"] | {"mean_return": 0.0}})
     assert far not in run(f"evaluate p.pt {options}").stderr
 

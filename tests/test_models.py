@@ -2432,10 +2432,19 @@ def test_a_loaded_agent_acts_in_the_environments_unit(tmp_path: Path) -> None:
     near(torch.from_numpy(actions), low + (scaled + 1) / 2 * (high - low), 1e-5)
     with pytest.raises(MdptError, match="2 guidances act together only as an ensemble"):
         load_agent(path, both)
+    with pytest.raises(MdptError, match="none is no guidance beside others"):
+        load_agent(path, ["none", path])
+    with pytest.raises(MdptError, match="seed = -1"):
+        load_agent(path, seed=-1)
+    held = bundle["experiment"] | {"evaluation": bundle["experiment"]["evaluation"] | how}
+    save_bundle(tmp_path / "held.pt", bundle | {"experiment": held})  # its own settings act, the seed among them
+    assert np.array_equal(
+        load_agent(tmp_path / "held.pt", member=1)(observations), load_agent(path, member=1, **how)(observations)
+    )
     for wrong in (2, "0", -1):
         with pytest.raises(MdptError, match=f"has no member {wrong}; there are 0 to 1"):
             load_agent(path, member=wrong)  # type: ignore[arg-type]
-    for broken in (np.zeros(2), np.zeros((2, 2, 3)), np.full(3, np.nan)):
+    for broken in (np.zeros(2), np.zeros((2, 2, 3)), np.zeros((0, 3)), np.full(3, np.nan)):
         with pytest.raises(MdptError, match=r"observations of shape .*; expected \(3,\) or \(E, 3\), finite"):
             single(broken)
     save_bundle(tmp_path / "other.pt", teacher | {"environment": asdict(TOY) | {"id": "Other-v0"}})
