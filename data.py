@@ -36,7 +36,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeAlias, TypeVar, cast
 
 try:
     import fcntl
@@ -577,20 +577,27 @@ class EnvironmentSpec:
 
 
 def environment_spec(
-    environment_id: str, kwargs: dict[str, Any] | None = None, max_episode_steps: int | None = None
+    environment_id: str,
+    kwargs: dict[str, Any] | None = None,
+    max_episode_steps: int | None = None,
+    timeout: float = 600.0,
 ) -> EnvironmentSpec:
     """What a gymnasium environment is, tried for a few steps; PyBullet's are known, too. max_episode_steps: its own.
 
-    Raises: MdptError for an unknown id, spaces that are no boxes, actions that cannot be scaled from their bounds, no
-    time limit, or one that breaks gymnasium's contract: by what.
+    timeout: seconds that a step may take, as of `Workers`. Raises: MdptError for an unknown id, spaces that are no boxes,
+    actions that cannot be scaled from their bounds, no time limit, or one that breaks gymnasium's contract: by what.
     """
-    kwargs = kwargs or {}
-    options = {} if max_episode_steps is None else {"max_episode_steps": max_episode_steps}
+    options = (kwargs or {}) | ({} if max_episode_steps is None else {"max_episode_steps": max_episode_steps})
+
+    def find(environment_id: str, watch: Watch) -> EnvironmentSpec:
+        with watch.over(f"{environment_id}: the environment"):
+            environment = _make(environment_id, **options)
+            environment.close()
+        spec = _describe(environment, environment_id, kwargs or {})
+        return replace(spec, repeatable=_try(spec, watch))
+
     with _quiet(1):  # PyBullet writes there at each connection
-        environment = _make(environment_id, **kwargs, **options)
-        environment.close()
-        spec = _describe(environment, environment_id, kwargs)
-        return replace(spec, repeatable=_try(spec))
+        return _watched(find, environment_id, timeout)
 
 
 def _describe(environment: gymnasium.Env[Any, Any], environment_id: str, kwargs: dict[str, Any]) -> EnvironmentSpec:
@@ -630,9 +637,9 @@ def _layers(environment: Any) -> Iterator[Any]:
         environment = environment.env
 
 
-def _try(spec: EnvironmentSpec, steps: int = 5) -> bool:
+def _try(spec: EnvironmentSpec, watch: Watch, steps: int = 5) -> bool:
     """Whether two episodes that should be the same are, for a few steps. Raises: MdptError for a broken contract."""
-    watch, seen = Watch(float("inf")), []
+    seen: list[list[Array]] = []
     actions = unscale_actions(np.random.default_rng(0).uniform(-0.1, 0.1, (steps, spec.action_dim)), spec)
     for _ in range(2):
         seed_generators(0)
@@ -704,9 +711,16 @@ def scale_actions(actions: Array, spec: EnvironmentSpec) -> Array:
 
 
 def unscale_actions(actions: Array, spec: EnvironmentSpec) -> Array:
-    """Actions (..., A) from [-1, 1] to the environment's bounds, float32."""
+    """Actions (..., A) from [-1, 1] to the environment's bounds, float32; what is outside comes to a bound."""
     center, half = _center_and_half(spec)
-    return np.asarray(actions * half + center, dtype=np.float32)
+    low, high = (
+        np.array(spec.action_low),
+        np.array(spec.action_high),
+    )  # perhaps no float32 themselves: then the next within
+    least, most = _bounds(spec)
+    least = np.where(least < low, np.nextafter(least, most), least)
+    most = np.where(most > high, np.nextafter(most, least), most)
+    return np.clip(np.asarray(actions * half + center, dtype=np.float32), least, most)
 
 
 def _center_and_half(spec: EnvironmentSpec) -> tuple[Array, Array]:
@@ -1119,24 +1133,29 @@ def _arrays(path: Path, file: h5py.File) -> dict[str, h5py.Dataset]:
             raise MdptError(f"{path}: {key!r} is a link; copy the data into the file.")
         found = file.get(key)
         if isinstance(found, h5py.Dataset):
-            if problem := not_inside(found):
+            if problem := not_inside(found, key in FLAGS):
                 raise MdptError(f"{path}: {key!r} {problem}")
             arrays[key] = found
+        elif found is not None:
+            raise MdptError(f"{path}: {key!r} is a group; expected an array.")
     return arrays
 
 
-def not_inside(dataset: h5py.Dataset) -> str:
-    """Why the rows of a dataset are not in its file, "" where they are."""
+def not_inside(dataset: h5py.Dataset, blank: bool = False) -> str:
+    """Why the rows of a dataset are not in its file, "" where they are. blank: some may be left unwritten, if not many."""
     if dataset.external or dataset.is_virtual:
         return "lies in other files; copy the data into this one."
-    if not dataset.size:
+    if not dataset.size or (blank and dataset.size <= MANY):
         return ""
     if dataset.chunks is None:
         held, claimed = dataset.id.get_storage_size(), dataset.nbytes
     else:
         held = dataset.id.get_num_chunks()
         claimed = math.prod(-(-size // chunk) for size, chunk in zip(dataset.shape, dataset.chunks, strict=True))
-    return "" if held >= claimed else f"claims {dataset.shape[0]} rows, more than the file holds; write it anew."
+    return "" if held >= claimed else f"claims {dataset.shape[0]} rows, but not all were written; write it anew."
+
+
+MANY = 10**8  # numbers
 
 
 MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main/"  # raw files under D4RL's names
@@ -1357,9 +1376,9 @@ def minari_facts(dataset: str) -> tuple[dict[str, Any], str, tuple[str, ...]]:
     """
     folder, metadata = _minari_metadata(dataset)
     facts: dict[str, Any] = {}
-    reference = tuple(metadata.get(key) for key in ("ref_min_score", "ref_max_score"))
-    if all(isinstance(score, (int, float)) and abs(score) < 1e300 for score in reference):
-        facts["reference"] = reference
+    low, high = (cast(Any, metadata.get(key)) for key in ("ref_min_score", "ref_max_score"))
+    if type(low) in (int, float) and type(high) in (int, float) and -1e300 < low < high < 1e300:
+        facts["reference"] = (low, high)
     try:
         spec = json.loads(metadata.get("eval_env_spec") or metadata.get("env_spec") or '{"id": null}')
         environment, kwargs, steps = spec["id"], {**(spec.get("kwargs") or {})}, spec.get("max_episode_steps")
@@ -1709,7 +1728,9 @@ def load_dataset(
             "that are to be scores 0 and 100."
         )
     if spec is None and section.environment is not None:
-        spec = environment_spec(section.environment, section.environment_kwargs, section.max_episode_steps)
+        spec = environment_spec(
+            section.environment, section.environment_kwargs, section.max_episode_steps, workers.timeout
+        )
         if not spec.repeatable:
             warnings += (f"{spec.id}: two episodes with the same seed and actions differ; no score is repeatable.",)
     found: Path | Mapping[str, Array] = source.read(section, workers, show) if arrays is None else arrays
@@ -1750,7 +1771,12 @@ def prepare(
         told += (f"{where}: a single episode, so none is held out.",)
     returns = np.add.reduceat(episodes.rewards.astype(np.float64), episodes.starts)[whole]
     scale = _reward_scale(section.reward_scale or "none", returns, spec.max_episode_steps)
-    scaled = (episodes.rewards * float(scale["multiplier"]) + float(scale["offset"])).astype(np.float32)
+    with np.errstate(over="ignore"):
+        scaled = (episodes.rewards * float(scale["multiplier"]) + float(scale["offset"])).astype(np.float32)
+    if not np.isfinite(scaled).all():
+        raise MdptError(
+            f"{where}: rewards x {scale['multiplier']:.4g} are no finite float32; choose another reward_scale."
+        )
     aside = np.repeat(held, episodes.lengths)  # (n,)
     kept = transition_rows(episodes.timeouts, "next_observations" in columns.arrays) & np.repeat(
         train, episodes.lengths
@@ -1762,6 +1788,15 @@ def prepare(
     rows = _allocate(section.storage, int(kept.sum()), 2 * widths[0] + widths[1] + 2)
     observations, actions, digest, clipped = _fill(rows, columns, spec, episodes, scaled, kept, aside, show)
     mean, deviation, constant = moments(rows, widths[0])
+    far = np.flatnonzero(constant & (np.abs(mean) > 1e4)).tolist()
+    if far:
+        told += (
+            f"{where}: observation columns {far} do not vary, as float32 and so far from 0; take off what they share.",
+        )
+    if faint := np.flatnonzero(~constant & (deviation < 1.1e-3)).tolist():
+        told += (
+            f"{where}: observation columns {faint} vary by less than 0.0001, too little to be seen; use another unit.",
+        )
     if section.normalization == "none":
         mean, deviation = np.zeros_like(mean), np.ones_like(deviation)
     return Dataset(
@@ -2067,7 +2102,7 @@ def collect_dataset(
         _check_cached(path, section.transitions)
         return path
 
-    spec = environment_spec(environment, *special)
+    spec = environment_spec(environment, *special, workers.timeout)
     if (wide := (agent[0].shape[0], agent[-1].shape[0])) != (spec.observation_dim, spec.action_dim):
         raise MdptError(f"{spec.id}: its agent takes {wide[0]} observations and gives {wide[1]} actions.")
     row = 4 * (spec.observation_dim + spec.action_dim + 1) + 2
@@ -2296,7 +2331,7 @@ def rollout(
         if not np.isfinite(actions).all():
             raise MdptError("the policy chose an action that is not finite; its training has diverged.")
         ended = np.zeros(len(running), dtype=np.bool_)
-        scaled = unscale_actions(actions.clip(-1, 1), spec)
+        scaled = unscale_actions(actions, spec)
         for i, (place, action) in enumerate(zip(running.tolist(), scaled, strict=True)):
             with watch.over(f"{spec.id}: episode {episodes[place]}, step {lengths[place] + 1}"):
                 observations[place], reward, terminal, timeout = take_step(environments[place], spec, action)

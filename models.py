@@ -1964,6 +1964,20 @@ class Entry(Part):
     step: Count
 
 
+class Quality(Part):
+    """As `guidance_quality` finds it, at a step: lists hold a number per member, None where no return is known."""
+
+    step: Count
+    rows: Count
+    bootstrapped: bool
+    correlation: list[float | None]
+    advantage_correlation: list[float | None]
+    mean_v: list[float | None]
+    mean_return: list[float | None]
+    q_spread_members: float | None
+    q_spread_rows: float
+
+
 class Schema(Part):
     """A bundle."""
 
@@ -1986,7 +2000,7 @@ class Schema(Part):
     guidances: list[Schema]
     weights: Tensors
     training: Training | None = None
-    quality: list[dict[str, Any]] = []
+    quality: list[Quality] = []
 
 
 def save_bundle(path: Path, bundle: Bundle) -> None:
@@ -2002,6 +2016,8 @@ def read_bundle(path: Path) -> Bundle:
 
     Raises: MdptError for a file that is missing, damaged, no bundle, of another version, or without that snapshot.
     """
+    if path.is_dir():
+        raise MdptError(f"{path}: is a folder; expected a bundle")
     name, at, step = path.name.rpartition("@")
     if at and name and not path.exists():
         return _at_step(read_bundle(path.with_name(name)), path, step)
@@ -2069,16 +2085,23 @@ def check_bundle(bundle: Bundle, outer: Bundle | None = None) -> None:
     low, high = (np.array(spec[key]) for key in ("action_low", "action_high"))
     pending = (bundle.get("training") or {"pending": []})["pending"]
     ends = [0, *(entry["step"] for entry in bundle["history"])]
+    qualities = bundle.get("quality", [])
     whole = ends[-1] + len(pending) == step or outer is not None  # a joint policy's guidance has none of its own
     agrees = {
         "experiment": all(bundle["experiment"].get(name) == table for name, table in run.model_dump().items()),
+        "format": (bundle["format"], bundle["version"]) == (BUNDLE_FORMAT, BUNDLE_VERSION),
         "kind": outer is None or kind == "guidance",
         "guidances": len(bundle["guidances"]) in inside,
         "seeds": set(seeds) <= set(run.seeds) and len(set(seeds)) == len(seeds),
         "step": step <= steps and (outer is not None or bundle["complete"] == (step == steps)),
         "environment": low.shape == high.shape == (spec["action_dim"],)
         and bool(((low < high) & (high - low < 1e30)).all()),
-        "reference": bundle["reference"] is None or bundle["reference"][0] < bundle["reference"][1],
+        "reference": spec["id"] is None
+        if bundle["reference"] is None
+        else 0 < bundle["reference"][1] - bundle["reference"][0] < math.inf,
+        "quality": all(
+            len(found) == len(seeds) for entry in qualities for found in entry.values() if type(found) is list
+        ),
         "history": whole
         and all(a < b for a, b in pairwise(ends))
         and all(len(entry[key]) == len(seeds) for entry in bundle["history"] for key in entry.keys() - {"step"}),
@@ -2192,7 +2215,8 @@ def check_fit(first: Bundle, second: Bundle) -> list[str]:
     Raises: MdptError listing each environment property in which they differ, by value.
     """
     ours, theirs = first["environment"], second["environment"]
-    facts = [key for key in ours if key != "repeatable"]
+    own = {"repeatable"} | ({"max_episode_steps"} if ours["id"] is None else set())  # without one the data's longest
+    facts = [key for key in ours if key not in own]
     mismatches = [f"{key} {ours[key]} against {theirs[key]}" for key in facts if ours[key] != theirs[key]]
     if mismatches:
         raise MdptError(
@@ -2260,6 +2284,11 @@ def select_members(bundle: Bundle, members: Sequence[int]) -> Bundle:
 
     weights = {name: rows(tensor) for name, tensor in acting_weights(bundle).items()}
     bare: Bundle = {"history": [], "snapshots": {}, "training": None, "guidances": []}
+    if "quality" in bundle:
+        bare["quality"] = [
+            {key: [found[i] for i in members] if isinstance(found, list) else found for key, found in entry.items()}
+            for entry in bundle["quality"]
+        ]
     return bundle | bare | {"weights": weights, "seeds": [bundle["seeds"][member] for member in members]}
 
 
@@ -2343,14 +2372,16 @@ def load_agent(
 
     def choose(observations: Array) -> Array:
         rows = np.atleast_2d(np.asarray(observations, dtype=np.float32))
-        if rows.ndim != 2 or not len(rows) or rows.shape[1] != spec.observation_dim or not np.isfinite(rows).all():
+        if rows.ndim != 2 or rows.shape[1] != spec.observation_dim or not np.isfinite(rows).all():
             raise MdptError(
                 f"{path}: observations of shape {np.shape(observations)}; expected ({spec.observation_dim},) or "
                 f"(E, {spec.observation_dim}), finite"
             )
+        if not len(rows):
+            return np.empty((0, spec.action_dim), np.float32)
         if len(rows) not in agents:
             agents[len(rows)] = Agent(one, teachers, how, seed=run.evaluation.seed, episodes=range(len(rows)))
-        actions = unscale_actions(agents[len(rows)](rows, np.arange(len(rows))).clip(-1, 1), spec)
+        actions = unscale_actions(agents[len(rows)](rows, np.arange(len(rows))), spec)
         return actions if np.ndim(observations) == 2 else actions[0]
 
     return choose

@@ -177,6 +177,29 @@ def test_actions_scale_to_the_bounds_and_back() -> None:
     assert data.unscale_actions(scaled, plain).dtype == np.float32
 
 
+def test_no_action_leaves_the_bounds() -> None:
+    """Not by the rounding of its scale, nor where a bound lies between two numbers of float32."""
+    low, high = np.sort(np.random.default_rng(0).integers(-99, 99, (2, 2000)) / 10, axis=0) + [[0.0], [0.1]]
+    for kind in (np.float32, np.float64):
+        spec = EnvironmentSpec("Any-v0", 3, 2000, *(tuple(end.astype(kind).tolist()) for end in (low, high)), 5)
+        for action in (-1.0, 1.0, -1.5, 1.5):
+            found = data.unscale_actions(np.full(2000, action, np.float32), spec)
+            assert found.dtype == np.float32
+            assert (spec.action_low <= found.astype(np.float64)).all() and (
+                found.astype(np.float64) <= spec.action_high
+            ).all()
+            assert np.allclose(found, high if action > 0 else low, atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["__init__", "reset", "step"])
+def test_an_environment_that_hangs_is_told_before_anything_is_trained(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Toy, what, lambda *args, **options: time.sleep(3))
+    with pytest.raises(MdptError, match=r"toy_environment:Toy-v0: .*: took longer than 0\.4 s; --timeout"):
+        data.environment_spec(TOY, timeout=0.4)
+
+
 @pytest.mark.parametrize("environment_id", [HOPPER, "AntBulletEnv-v0"])
 def test_an_episode_does_not_depend_on_what_came_before(environment_id: str) -> None:
     def play(environment: Any, seed: int, steps: int) -> list[Any]:
@@ -585,6 +608,40 @@ def test_nothing_outside_the_file_is_read(tmp_path: Path, how: str) -> None:
         prepare(path)
 
 
+def test_what_was_never_written_is_zero_where_it_says_how_rows_end(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.hdf5", rows(terminals=None))
+    with h5py.File(path, "a") as file:
+        file.create_dataset("terminals", (10,), "i1")
+    assert np.array_equal(prepare(path).rows, prepare(write(tmp_path / "b.hdf5", rows())).rows)
+
+
+@pytest.mark.parametrize("key", ["observations", "timeouts", "next_observations"])
+def test_a_group_is_no_array(tmp_path: Path, key: str) -> None:
+    path = write(tmp_path / "a.hdf5", rows(**{key: None}))
+    with h5py.File(path, "a") as file:
+        file[f"{key}/0"] = np.zeros(10)
+    with pytest.raises(MdptError, match=rf"a\.hdf5: '{key}' is a group; expected an array"):
+        prepare(path)
+
+
+def test_columns_that_float32_or_the_normalizer_hides_are_told(tmp_path: Path) -> None:
+    sound = rows()["observations"]
+    hidden = sound.astype(np.float64) * [1, 1e-5, 1] + [1.7e9, 0, 0]
+    assert prepare(write(tmp_path / "a.hdf5", rows())).warnings == ()
+    far, faint = prepare(write(tmp_path / "b.hdf5", rows(observations=hidden))).warnings
+    assert "columns [0] do not vary, as float32" in far and "columns [1] vary by less than 0.0001" in faint
+
+
+def test_rewards_that_no_float32_holds_are_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.hdf5", rows())
+    section = DataSection(source="hdf5", path=str(path), held_out=0.0, reward_scale=1e39)
+    with (
+        data.open_hdf5(path) as columns,
+        pytest.raises(MdptError, match=r"rewards x 1e\+39 .*; choose another reward_scale"),
+    ):
+        data.prepare(columns, section, SPEC, "", (), lambda *_: None)
+
+
 @pytest.mark.parametrize("chunks", [None, (1000,)])
 def test_a_small_file_with_large_claims_is_refused(tmp_path: Path, chunks: tuple[int] | None) -> None:
     path = write(tmp_path / "a.hdf5", rows(rewards=None))
@@ -592,7 +649,7 @@ def test_a_small_file_with_large_claims_is_refused(tmp_path: Path, chunks: tuple
         claim = file.create_dataset("rewards", (10**9,), "f4", chunks=chunks)
         if chunks:
             claim[:10] = 1.0
-    with pytest.raises(MdptError, match=r"'rewards' claims 1000000000 rows, more than the file holds"):
+    with pytest.raises(MdptError, match=r"'rewards' claims 1000000000 rows, but not all were written"):
         prepare(path)
 
 

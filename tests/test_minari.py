@@ -368,6 +368,8 @@ def test_facts(store: Path) -> None:
         {"ref_min_score": float("nan"), "ref_max_score": 1.0},
         {"ref_min_score": 0, "ref_max_score": 10**400},
         {"ref_min_score": "0", "ref_max_score": 1.0},
+        {"ref_min_score": 0, "ref_max_score": 0},
+        {"ref_min_score": False, "ref_max_score": True},
     ],
 )
 def test_facts_without_references(store: Path, scores: dict[str, Any]) -> None:

@@ -1690,9 +1690,10 @@ def test_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_write_replaces_and_makes_the_folder(tmp_path: Path) -> None:
     path = tmp_path / "new" / "b.pt"
-    for value in (1, 2):
-        save_bundle(path, guidance_bundle(make_guidance(SEEDS, 3, 2), SEEDS) | {"quality": [{"step": value}]})
-        assert read_bundle(path)["quality"] == [{"step": value}]
+    for value in ("one", "two"):
+        bundle = guidance_bundle(make_guidance(SEEDS, 3, 2), SEEDS)
+        save_bundle(path, bundle | {"versions": bundle["versions"] | {"torch": value}})
+        assert read_bundle(path)["versions"]["torch"] == value
     assert [entry.name for entry in path.parent.iterdir()] == ["b.pt"]
     (tmp_path / "file").write_text("")
     with pytest.raises(MdptError) as caught:
@@ -1736,12 +1737,8 @@ UNFOLLOWED = "written by mdpt 9.9, which this mdpt does not follow"
 FOREIGN = "is no mdpt bundle; expected a file written by `mdpt guidance` or `mdpt policy`"
 BAD_FILES: dict[str, tuple[Callable[..., Any], Callable[[Path], Any], str]] = {
     "missing": (read_bundle, lambda path: None, "no such bundle; `mdpt guidance` and `mdpt policy` write them"),
-    "a folder": (
-        read_bundle,
-        lambda path: path.mkdir(),
-        "no such bundle; `mdpt guidance` and `mdpt policy` write them",
-    ),
     "empty": (read_bundle, lambda path: path.write_bytes(b""), DAMAGED),
+    "a folder": (read_bundle, lambda path: path.mkdir(), "is a folder; expected a bundle"),
     "text": (read_bundle, lambda path: path.write_text("[data]"), DAMAGED),
     "truncated": (read_bundle, write_damaged, DAMAGED),
     "a module": (read_bundle, lambda path: torch.save(nn.Linear(1, 1), path), DAMAGED),
@@ -1826,6 +1823,10 @@ ALTERATIONS: dict[str, tuple[Sequence[Any], Any, str]] = {
     "a snapshot's layer": (["snapshots", 10], {}, "snapshots.10.target_q"),
     "flat": (["normalizer", "deviation"], torch.zeros(3), "normalizer.deviation is not positive"),
     "a short history": (["history", 0, "loss"], [1.0], "history does not agree"),
+    "no judgement": (["quality", 0], {}, "quality.0.step: Field required"),
+    "a short judgement": (["quality", 0, "mean_v"], [1.0], "quality does not agree"),
+    "scores that cannot be": (["reference"], None, "reference does not agree"),
+    "endless scores": (["reference"], (-1e308, 1e308), "reference does not agree"),
 }
 
 
@@ -2000,6 +2001,16 @@ def test_bundles_that_do_not_fit() -> None:
     )
 
 
+def test_without_an_environment_longer_episodes_are_no_other_one() -> None:
+    ours, theirs = (policy_bundle(SEEDS, None) for _ in range(2))
+    for bundle, longest in ((ours, 20), (theirs, 19)):
+        bundle["environment"] |= {"id": None, "max_episode_steps": longest}
+    assert check_fit(ours, theirs) == []
+    theirs["environment"]["id"] = ours["environment"]["id"] = "Toy-v0"
+    with pytest.raises(MdptError, match="max_episode_steps 20 against 19"):
+        check_fit(ours, theirs)
+
+
 def test_members_are_paired_by_position() -> None:
     with pytest.raises(MdptError) as caught:
         pair_members(2, 3)
@@ -2022,12 +2033,14 @@ def test_select_members_keeps_and_repeats_whole_members() -> None:
     teacher = make_guidance((5, 6, 7), 3, 2)
     teacher.target_q.vector.mul_(1.5)  # so that targets and online critics differ
     bundle = guidance_bundle(teacher, (5, 6, 7)) | {"history": [{"step": 1}], "snapshots": {1: {}}, "training": []}
+    bundle["quality"] = [{"step": 1, "mean_v": [50.0, 60.0, 70.0]}]
     before, whole = copy.deepcopy(bundle), build_guidance(bundle, "cpu")
     observations, actions = torch.randn(1, 4, 3).expand(3, -1, -1), torch.rand(1, 4, 2).expand(3, -1, -1)
     q, v = whole.q(observations, actions), whole.v(observations)
     for members, rows in (([2, 0, 2], [4, 5, 0, 1, 4, 5]), ([1], [2, 3]), ([0, 1, 2], [0, 1, 2, 3, 4, 5])):
         selected, n = select_members(bundle, members), len(members)
         assert selected["seeds"] == [5 + member for member in members]
+        assert selected["quality"] == [{"step": 1, "mean_v": [50.0 + 10 * member for member in members]}]
         assert {name.split(".")[0] for name in selected["weights"]} == {"target_q", "value"}  # what values need
         assert not any(selected[key] for key in ("history", "snapshots", "training"))
         guidance = build_guidance(selected, "cpu")
@@ -2444,7 +2457,8 @@ def test_a_loaded_agent_acts_in_the_environments_unit(tmp_path: Path) -> None:
     for wrong in (2, "0", -1):
         with pytest.raises(MdptError, match=f"has no member {wrong}; there are 0 to 1"):
             load_agent(path, member=wrong)  # type: ignore[arg-type]
-    for broken in (np.zeros(2), np.zeros((2, 2, 3)), np.zeros((0, 3)), np.full(3, np.nan)):
+    assert single(np.zeros((0, 3))).shape == (0, 2)  # no episode runs any more
+    for broken in (np.zeros(2), np.zeros((2, 2, 3)), np.full(3, np.nan)):
         with pytest.raises(MdptError, match=r"observations of shape .*; expected \(3,\) or \(E, 3\), finite"):
             single(broken)
     save_bundle(tmp_path / "other.pt", teacher | {"environment": asdict(TOY) | {"id": "Other-v0"}})
