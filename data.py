@@ -355,7 +355,7 @@ class PolicySection(TrainingSection):
     variance: Literal["posterior", "beta"] = Field("posterior", description="of ddpm's steps; beta: wider (IDQL)")
     sampling_steps: Few = Field(5, description="network calls of dpm-solver++, at most; and at most diffusion_steps")
     eta: Amount = Field(
-        1.0,
+        0.1,
         description="weight of the guidance term (dql, edp: in units of mean abs Q; dac: 1 / Q, as rewards are scaled)",
     )
     ema_decay: Fraction = Field(0.999, description="of the averaged weights that act, per update")

@@ -66,6 +66,7 @@ batch_size = 16
 learning_rate = 0.03
 hidden = [16, 16]
 snapshots = 2
+eta = 1.0
 
 [evaluation]
 episodes = 3
