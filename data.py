@@ -713,13 +713,9 @@ def scale_actions(actions: Array, spec: EnvironmentSpec) -> Array:
 def unscale_actions(actions: Array, spec: EnvironmentSpec) -> Array:
     """Actions (..., A) from [-1, 1] to the environment's bounds, float32; what is outside comes to a bound."""
     center, half = _center_and_half(spec)
-    low, high = (
-        np.array(spec.action_low),
-        np.array(spec.action_high),
-    )  # perhaps no float32 themselves: then the next within
-    least, most = _bounds(spec)
-    least = np.where(least < low, np.nextafter(least, most), least)
-    most = np.where(most > high, np.nextafter(most, least), most)
+    least, most = _bounds(spec)  # which rounding may have moved outwards
+    least = np.where(least < np.array(spec.action_low), np.nextafter(least, most), least)
+    most = np.where(most > np.array(spec.action_high), np.nextafter(most, least), most)
     return np.clip(np.asarray(actions * half + center, dtype=np.float32), least, most)
 
 
@@ -1788,15 +1784,15 @@ def prepare(
     rows = _allocate(section.storage, int(kept.sum()), 2 * widths[0] + widths[1] + 2)
     observations, actions, digest, clipped = _fill(rows, columns, spec, episodes, scaled, kept, aside, show)
     mean, deviation, constant = moments(rows, widths[0])
-    far = np.flatnonzero(constant & (np.abs(mean) > 1e4)).tolist()
-    if far:
-        told += (
-            f"{where}: observation columns {far} do not vary, as float32 and so far from 0; take off what they share.",
-        )
-    if faint := np.flatnonzero(~constant & (deviation < 1.1e-3)).tolist():
-        told += (
-            f"{where}: observation columns {faint} vary by less than 0.0001, too little to be seen; use another unit.",
-        )
+    hidden = {
+        "do not vary, as float32 and so far from 0; take off what they share": constant & (np.abs(mean) > 1e4),
+        "vary by less than 0.0001, too little to be seen; use another unit": ~constant & (deviation < 1.1e-3),
+    }
+    told += tuple(
+        f"{where}: observation columns {np.flatnonzero(which).tolist()} {what}."
+        for what, which in hidden.items()
+        if which.any()
+    )
     if section.normalization == "none":
         mean, deviation = np.zeros_like(mean), np.ones_like(deviation)
     return Dataset(

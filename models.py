@@ -1181,10 +1181,8 @@ def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference,
     Raises: MdptError for a w that this policy cannot take, or a gradient of ranks.
     """
     section, labels = run.evaluation, learns_labels(run.policy, step)  # a policy that saw none has nothing to weigh
-    always = (
-        run.policy.guidance_from == 0 and run.policy.guidance_until * run.policy.steps >= step
-    )  # else it cloned, too
-    if labels and section.w != 1 and run.policy.label_dropout == 0 and always:
+    cloned = run.policy.guidance_from > 0 or run.policy.guidance_until * run.policy.steps < step
+    if labels and section.w != 1 and run.policy.label_dropout == 0 and not cloned:
         raise MdptError(
             f"evaluation.w = {section.w:g}: this policy learned with label_dropout 0 and knows no noise without a label; "
             "only 1 is possible"
@@ -1310,9 +1308,7 @@ class Agent:
             apart = [[select_members(each, [member])] for each in guidances for member in range(len(each["seeds"]))]
         self.guidances = [build_judge(each, how.ensemble, 1, "cpu", how.candidates) for each in apart]
         self.judges = np.array(judges or [0] * len(episodes))
-        critics = [
-            one for judge in self.guidances for one in (judge.guidances if isinstance(judge, Ensemble) else [judge])
-        ]
+        critics = chain.from_iterable(one.guidances if isinstance(one, Ensemble) else [one] for one in self.guidances)
         self.fewest, self.fewest_apart = fewest_rows(self.policy), math.ceil(fewest_rows(*critics) / how.candidates)
         (member,) = policy["seeds"]
         self.random = Randomness([f"{member} episode {episode}" for episode in episodes], f"evaluate {seed}")
