@@ -1767,12 +1767,7 @@ def prepare(
         told += (f"{where}: a single episode, so none is held out.",)
     returns = np.add.reduceat(episodes.rewards.astype(np.float64), episodes.starts)[whole]
     scale = _reward_scale(section.reward_scale or "none", returns, spec.max_episode_steps)
-    with np.errstate(over="ignore"):
-        scaled = (episodes.rewards * float(scale["multiplier"]) + float(scale["offset"])).astype(np.float32)
-    if not np.isfinite(scaled).all():
-        raise MdptError(
-            f"{where}: rewards x {scale['multiplier']:.4g} are no finite float32; choose another reward_scale."
-        )
+    scaled = _scale_rewards(episodes.rewards, scale, where)
     aside = np.repeat(held, episodes.lengths)  # (n,)
     kept = transition_rows(episodes.timeouts, "next_observations" in columns.arrays) & np.repeat(
         train, episodes.lengths
@@ -1784,15 +1779,7 @@ def prepare(
     rows = _allocate(section.storage, int(kept.sum()), 2 * widths[0] + widths[1] + 2)
     observations, actions, digest, clipped = _fill(rows, columns, spec, episodes, scaled, kept, aside, show)
     mean, deviation, constant = moments(rows, widths[0])
-    hidden = {
-        "do not vary, as float32 and so far from 0; take off what they share": constant & (np.abs(mean) > 1e4),
-        "vary by less than 0.0001, too little to be seen; use another unit": ~constant & (deviation < 1.1e-3),
-    }
-    told += tuple(
-        f"{where}: observation columns {np.flatnonzero(which).tolist()} {what}."
-        for what, which in hidden.items()
-        if which.any()
-    )
+    told += tuple(f"{where}: observation columns {text}." for text in _hidden_columns(mean, deviation, constant))
     if section.normalization == "none":
         mean, deviation = np.zeros_like(mean), np.ones_like(deviation)
     return Dataset(
@@ -2006,6 +1993,14 @@ def moments(rows: Array, wide: int) -> tuple[Array, Array, Array]:
     return mean.astype(np.float32), deviation.astype(np.float32), constant
 
 
+def _hidden_columns(mean: Array, deviation: Array, constant: Array) -> Iterator[str]:
+    """What to say of columns, as `moments` found them, that networks will not see though they may vary."""
+    if (far := constant & (np.abs(mean) > 1e4)).any():
+        yield f"{np.flatnonzero(far).tolist()} do not vary, as float32 and so far from 0; take off what they share"
+    if (faint := ~constant & (deviation < 1.1e-3)).any():
+        yield f"{np.flatnonzero(faint).tolist()} vary by less than 0.0001, too little to be seen; use another unit"
+
+
 def describe_data(dataset: Dataset) -> dict[str, Any]:
     """What a user wants to know of a dataset before training on it, as plain values."""
     wide, many = dataset.environment.observation_dim, len(dataset)
@@ -2065,6 +2060,17 @@ def _reward_scale(
         return {"rule": rule, "multiplier": max_episode_steps / spread, "offset": 0.0}
     factor, offset = rule if isinstance(rule, tuple) else (float(rule), 0.0)
     return {"rule": "number", "multiplier": factor, "offset": offset}
+
+
+def _scale_rewards(rewards: Array, scale: dict[str, Any], where: str) -> Array:
+    """Rewards (n,) as values are learned from them, float32."""
+    with np.errstate(over="ignore"):
+        scaled: Array = (rewards * scale["multiplier"] + scale["offset"]).astype(np.float32)
+    if not np.isfinite(scaled).all():
+        raise MdptError(
+            f"{where}: rewards x {scale['multiplier']:.4g} are no finite float32; choose another reward_scale."
+        )
+    return scaled
 
 
 # --- collecting -------------------------------------------------------------------------------------------------

@@ -357,14 +357,11 @@ def make_cell(policy: str, bundle: Bundle, guide: Guide, settings: Sequence[str]
 
 def read_guide(names: Sequence[str]) -> Guide | None:
     """What guides by the names of files, or "none"; None: what is inside each policy."""
-    from mdpt.models import read_guidances
+    from mdpt.models import read_named
 
+    bundles, files = read_named(names), tuple(dict.fromkeys(names))
     if "none" in names:
-        if len(names) > 1:
-            raise MdptError(f"--infer-guidance {', '.join(names)}: none is no guidance beside others; leave it out")
         return NONE
-    files = tuple(dict.fromkeys(names))
-    bundles = [bundle for name in files for bundle in read_guidances(Path(name))]
     return Guide(", ".join(files), bundles, files) if bundles else None
 
 
@@ -1666,6 +1663,25 @@ def read_teachers(files: Sequence[Path], run: Experiment) -> list[Bundle]:
     return teachers
 
 
+def policy_problems(section: PolicySection) -> Iterator[str]:
+    """What to warn of before a policy learns."""
+    from mdpt.models import learns_labels, learns_under_guidance, schedule_problem
+
+    if section.scheme != "unguided" and not learns_under_guidance(section):
+        yield (
+            f"the guidance never enters the loss of {section.algorithm} with eta {section.eta:g}, advantage_weight "
+            f"{section.advantage_weight}, label_dropout {section.label_dropout:g}, guidance_from {section.guidance_from:g} "
+            f"and guidance_until {section.guidance_until:g}: this policy learns as without it"
+        )
+    if learns_labels(section) and section.guidance_until < 1:
+        yield (
+            f"labels are learned until guidance_until {section.guidance_until:g} of the steps alone and grow stale "
+            "after it, but still act: evaluation.w = 0 leaves them out"
+        )
+    if problem := schedule_problem(section):
+        yield f"noise_schedule {section.noise_schedule} with {section.diffusion_steps} diffusion_steps: {problem}"
+
+
 @app.command()
 def policy(
     experiment: ExperimentFile,
@@ -1686,7 +1702,7 @@ def policy(
     timeout: Timeout = LONG,
 ) -> None:
     """Train a diffusion policy under a frozen guidance."""
-    from mdpt.models import check_teachers, learns_labels, learns_under_guidance, schedule_problem, train_policy
+    from mdpt.models import check_teachers, train_policy
 
     run = load_run(experiment, overrides, seeds, device)
     scheme = run.policy.scheme
@@ -1700,20 +1716,8 @@ def policy(
     suffix = "" if scheme == "guidance-first" else f"-{scheme}"
     path = out or Path(f"{run.name}-{run.policy.algorithm}{suffix}.policy.pt")
     teachers = read_teachers(guidance_files or [], run)
-    if scheme != "unguided" and not learns_under_guidance(run.policy):
-        section = run.policy
-        warn(
-            f"the guidance never enters the loss of {section.algorithm} with eta {section.eta:g}, advantage_weight "
-            f"{section.advantage_weight}, label_dropout {section.label_dropout:g}, guidance_from {section.guidance_from:g} "
-            f"and guidance_until {section.guidance_until:g}: this policy learns as without it"
-        )
-    elif learns_labels(run.policy) and run.policy.guidance_until < 1:
-        warn(
-            f"labels are learned until guidance_until {run.policy.guidance_until:g} of the steps alone and grow stale "
-            "after it, but still act: evaluation.w = 0 leaves them out"
-        )
-    if problem := schedule_problem(run.policy):
-        warn(f"noise_schedule {run.policy.noise_schedule} with {run.policy.diffusion_steps} diffusion_steps: {problem}")
+    for text in policy_problems(run.policy):
+        warn(text)
     with claimed(overwrite, {"--out": path}, [experiment, run.data.path, *(guidance_files or [])]):
         begun = unfinished(path, board, overwrite, extend)
         dataset = load_data(run.data, Workers(workers, timeout))

@@ -1140,10 +1140,15 @@ def check_algorithms(run: Experiment) -> Experiment:
     return run.model_copy(update={"policy": section.model_copy(update={"network": network})})
 
 
+def guided_steps(section: PolicySection, step: int | None = None) -> range:
+    """The steps, until `step` or ever, in whose loss guidance_from and guidance_until let a guidance be."""
+    first, end = (math.ceil(share * section.steps) for share in (section.guidance_from, section.guidance_until))
+    return range(first, end if step is None else min(end, step))
+
+
 def learns_under_guidance(section: PolicySection, step: int | None = None) -> bool:
     """Whether anything of a guidance enters a policy's loss, until `step` or ever."""
-    first, end = (math.ceil(share * section.steps) for share in (section.guidance_from, section.guidance_until))
-    guided = section.scheme != "unguided" and first < (end if step is None else min(end, step))
+    guided = section.scheme != "unguided" and len(guided_steps(section, step)) > 0
     return guided and POLICIES[section.algorithm].guided(section)
 
 
@@ -1181,8 +1186,8 @@ def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference,
     Raises: MdptError for a w that this policy cannot take, or a gradient of ranks.
     """
     section, labels = run.evaluation, learns_labels(run.policy, step)  # a policy that saw none has nothing to weigh
-    cloned = run.policy.guidance_from > 0 or run.policy.guidance_until * run.policy.steps < step
-    if labels and section.w != 1 and run.policy.label_dropout == 0 and not cloned:
+    always = guided_steps(run.policy, step) == range(step)  # else it cloned, too
+    if labels and section.w != 1 and run.policy.label_dropout == 0 and always:
         raise MdptError(
             f"evaluation.w = {section.w:g}: this policy learned with label_dropout 0 and knows no noise without a label; "
             "only 1 is possible"
@@ -1791,17 +1796,15 @@ def guidance_quality(guidance: Guidance, held_out: HeldOut, discount: float) -> 
 
     correlation: Pearson's, of V and discounted Monte-Carlo returns; advantage_correlation: of return - V and what Q gives
     to the row's action above the mean of OTHERS actions of other rows, which is about actions alone (not of Q - V: there
-    an error of V is on both sides, and correlates where actions matter to nothing). Over rows whose return is known: the episode ended, or what a time limit cut off weighs at most 5 %.
-    Where none is, all rows count, and V at the limit stands for what came after it (bootstrapped). V is an upper
-    expectile: it lies above the returns, unless values have not spread yet. q_spread: the deviation of Q over members,
-    averaged, and over rows.
+    an error of V is on both sides, and correlates where actions matter to nothing). Over rows whose return is known: the
+    episode ended, or what a time limit cut off weighs at most 5 %. Where none is, all rows count, and V at the limit
+    stands for what came after it (bootstrapped). V is an upper expectile: it lies above the returns, unless values have
+    not spread yet. q_spread: the deviation of Q over members, averaged, and over rows.
     """
     found = []
     device = guidance.value.vector.device
-    places = [
-        max(1, len(held_out.actions) * k // (OTHERS + 1)) for k in range(1, OTHERS + 1)
-    ]  # of other episodes, mostly
-    others = [np.roll(held_out.actions, place, axis=0) for place in places]
+    apart = [max(1, len(held_out.actions) * k // (OTHERS + 1)) for k in range(1, OTHERS + 1)]  # mostly other episodes
+    others = [np.roll(held_out.actions, rows, axis=0) for rows in apart]
     tensors = [torch.from_numpy(array) for array in (held_out.observations, held_out.actions, *others)]
     for block in zip(*(torch.split(tensor, 8192) for tensor in tensors), strict=True):
         observations, *actions = (part.to(device).expand(guidance.members, -1, -1) for part in block)
@@ -2197,6 +2200,13 @@ def read_guidances(path: Path) -> list[Bundle]:
     return list(bundle["guidances"])
 
 
+def read_named(names: Sequence[str]) -> list[Bundle]:
+    """The guidances in files, a name twice once, or of "none" none. Raises: MdptError, also for none beside others."""
+    if "none" in names and len(names) > 1:
+        raise MdptError(f"{', '.join(names)}: none is no guidance beside others; leave it out")
+    return [bundle for name in dict.fromkeys(names) if name != "none" for bundle in read_guidances(Path(name))]
+
+
 def read_policy(path: Path) -> Bundle:
     """The policy bundle in `path`. Raises: MdptError, also for a guidance bundle."""
     bundle = read_bundle(path)
@@ -2349,12 +2359,8 @@ def load_agent(
     Raises: MdptError, as for `mdpt evaluate`.
     """
     bundle = read_policy(Path(path))
-    names = [guidance] if isinstance(guidance, str | Path) else list(guidance or ())
-    if "none" in names and len(names) > 1:
-        raise MdptError(f"{path}: none is no guidance beside others; leave it out")
-    teachers = [each for name in names if name != "none" for each in read_guidances(Path(name))]
-    if not names:
-        teachers = bundle["guidances"]
+    names = [guidance] if isinstance(guidance, str | Path) else guidance or ()
+    teachers = read_named(list(map(str, names))) if names else bundle["guidances"]
     if member not in range(count := len(bundle["seeds"])):
         raise MdptError(f"{path}: has no member {member}; there are 0 to {count - 1}")
     table = bundle["experiment"] | {"evaluation": bundle["experiment"]["evaluation"] | evaluation}

@@ -2391,6 +2391,17 @@ def test_labels_act_once_they_are_learned() -> None:
 
 
 @pytest.mark.parametrize(
+    ("until", "step", "labelled"), [(1.0, 100, True), (0.995, 100, True), (0.9, 90, True), (0.9, 100, False)]
+)
+def test_w_needs_steps_without_a_label(until: float, step: int, labelled: bool) -> None:
+    policy = {"algorithm": "cfg", "steps": 100, "guidance_until": until, "label_dropout": 0.0}
+    run = make_experiment(policy=policy)
+    run = run.model_copy(update={"evaluation": run.evaluation.model_copy(update={"w": 0.0})})
+    with pytest.raises(MdptError, match="only 1 is possible") if labelled else contextlib.nullcontext():
+        models.pick_inference(run, True, step)
+
+
+@pytest.mark.parametrize(
     ("sampler", "temperature", "on", "act"),
     [
         ("ddpm", 0.5, "steps", (True, True)),
