@@ -1,4 +1,4 @@
-"""What is given: the experiment file, environments, datasets, rollouts, scores and their statistics.
+"""What is given: the experiment file, environments and rollouts, sources, datasets.
 
 Shapes: n rows or transitions, O observation dimensions, A action dimensions, S members, K members of another
 guidance, E episodes, R episodes that still run. Nothing here knows of torch.
@@ -34,7 +34,7 @@ import urllib.request
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeAlias, TypeVar, cast
 
@@ -52,12 +52,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 if TYPE_CHECKING:
     import gymnasium
 
+# --- errors, files, the cache -------------------------------------------------------------------------------------
+
 Array: TypeAlias = npt.NDArray[Any]
 Task = TypeVar("Task")
 Found = TypeVar("Found")
 
-GENERATOR = 1  # version of the collected data: raise it when the same settings would give other bytes
-SHARD = 5_000  # transitions that one worker collects at a time
+Show: TypeAlias = Callable[[str, int, int], None]  # what is going on, how far it is, of how much
+OTHER_CACHE = "set MDPT_CACHE to another folder"
 
 
 def printable(text: str) -> str:
@@ -80,6 +82,10 @@ class Interrupted(MdptError):
     def __init__(self, text: str = "interrupted", number: int = signal.SIGINT) -> None:
         super().__init__(text)
         self.code = 128 + number
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -195,7 +201,50 @@ def is_alive(process: int) -> bool:
     return True
 
 
-# --- the experiment file ----------------------------------------------------------------------------------------
+def _cache_folder() -> Path:
+    if folder := os.environ.get("MDPT_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mdpt")
+
+
+def make_writable_folder(folder: Path) -> None:
+    """Make a folder and try to write there: now, not after hours of work. Raises: OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+
+
+@contextlib.contextmanager
+def making(path: Path, show: Show) -> Iterator[bool]:
+    """Whether a file of the cache is still to be made: by this process alone, since others wait for it meanwhile.
+
+    Raises: MdptError for a folder that cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            make_writable_folder(path.parent)
+            stack.enter_context(locked(path, lambda number: show(f"wait for process {number}", 0, 0)))
+        except OSError as error:
+            raise MdptError(f"{path.parent}: cannot be written ({error.strerror}); {OTHER_CACHE}") from error
+        yield not path.exists()
+
+
+def check_memory(needed: int, remedy: str) -> None:
+    """Raises: MdptError where so many bytes of transitions are more than can be allocated."""
+    if needed > (free := free_memory()):
+        raise MdptError(
+            f"{needed / 1e9:.1f} GB of transitions do not fit into {free / 1e9:.1f} GB of free memory; {remedy}"
+        )
+
+
+def free_memory() -> float:
+    """Bytes that can be allocated without swapping; infinite where the system does not say."""
+    try:
+        return 1024.0 * int(Path("/proc/meminfo").read_text(encoding="utf-8").split("MemAvailable:")[1].split()[0])
+    except (OSError, LookupError, ValueError):
+        return math.inf
+
+
+# --- the experiment file ------------------------------------------------------------------------------------------
 
 
 def _check_size(value: float) -> float:
@@ -550,7 +599,207 @@ def shown(value: Any) -> str:
     return text if len(text) < 200 else f"{text[:200]}..."
 
 
-# --- environments -----------------------------------------------------------------------------------------------
+# --- work in other processes --------------------------------------------------------------------------------------
+
+
+class Watch:
+    """What a worker is at, so that an environment that hangs can be named."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.doing, self.since, self.ended = seconds, "", float("inf"), False
+
+    @contextlib.contextmanager
+    def over(self, doing: str) -> Iterator[None]:
+        """Say what begins, which may take `seconds`, and turn whatever goes wrong there into a line about it."""
+        if self.ended:
+            raise MdptError(f"{doing}: interrupted")
+        self.doing, self.since = doing, time.monotonic()
+        try:
+            yield
+        except MdptError:
+            raise
+        except BaseException as error:  # an environment may also exit, or interrupt itself
+            raise MdptError(f"{doing}: the environment failed. {_one_line(error)}") from error
+        finally:
+            self.since = float("inf")
+
+    @property
+    def late(self) -> bool:
+        return time.monotonic() - self.since > self.seconds
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Where work is done: in `count` processes here (1: in this one), or by the workers of a Dask scheduler.
+
+    timeout: seconds that one step of an environment may take. cluster: the scheduler's address.
+    """
+
+    count: int = 1
+    timeout: float = 600.0
+    cluster: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout <= 1e6:  # what threads can wait for has an end
+            raise MdptError(f"--timeout {self.timeout:g}: expected seconds, at most a million")
+
+
+def parallel(
+    work: Callable[[Task, Watch], Found], tasks: Iterable[Task], workers: Workers, total: int
+) -> Generator[Found, None, None]:
+    """work(task, watch) for each of `total` tasks, in their order. No process here outlives this one, even if killed.
+
+    Raises: MdptError, also for an environment that fails or hangs, and for a worker that dies.
+    """
+    count = min(workers.count, total)
+    if workers.cluster is not None:
+        yield from _on_cluster(work, tasks, workers)
+    elif count <= 1:
+        for task in tasks:
+            with _quiet(1):
+                found = _watched(work, task, workers.timeout)
+            yield found
+    else:
+        import joblib
+        from joblib.externals.loky.backend import resource_tracker
+        from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+        warnings.filterwarnings("ignore", module=r"joblib\.parallel")  # of tasks given up where a command ends early
+        begin = {"initializer": _begin_worker, "initargs": (os.getpid(),)}
+        pool = joblib.Parallel(n_jobs=count, backend="loky", batch_size=1, return_as="generator", **begin)
+        with _unheard():
+            resource_tracker.ensure_running()  # it would let through, as it starts, what is held back here
+        with _unheard():
+            results = pool(joblib.delayed(_watched)(work, task, workers.timeout, backstop=True) for task in tasks)
+        try:
+            yield from results
+        except TerminatedWorkerError as error:
+            raise MdptError(
+                "a worker process ended unexpectedly: its environment ended it or hung, or memory ran out; --workers 1 "
+                "plays in this process"
+            ) from error
+
+
+def _on_cluster(
+    work: Callable[[Task, Watch], Found], tasks: Iterable[Task], workers: Workers
+) -> Generator[Found, None, None]:
+    """The same by Dask's workers, a few tasks ahead of what was taken; a task of a worker that is lost is repeated."""
+    try:
+        distributed: Any = importlib.import_module("distributed")
+    except ImportError as error:
+        raise MdptError("--cluster needs the package distributed: pip install 'mdpt[cluster]'") from error
+    try:
+        client = distributed.Client(workers.cluster, timeout=10, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise MdptError(f"--cluster {workers.cluster}: no Dask scheduler answers there ({_one_line(error)})") from error
+    with client:
+        if not client.ncores():
+            raise MdptError(f"--cluster {workers.cluster}: its scheduler has no workers yet; start some")
+        ahead: collections.deque[Any] = collections.deque()
+        for task in tasks:
+            ahead.append(client.submit(_watched, work, task, workers.timeout, pure=False))
+            if len(ahead) > 2 * sum(client.ncores().values()):
+                yield _result_of(ahead.popleft())
+        while ahead:
+            yield _result_of(ahead.popleft())
+
+
+def _result_of(future: Any) -> Any:
+    distributed: Any = importlib.import_module("distributed")
+    try:
+        return future.result()
+    except distributed.KilledWorker as error:
+        raise MdptError("a task ended several workers of the cluster, one after the other; see their logs") from error
+    except ImportError as error:
+        raise MdptError(f"a worker of the cluster lacks a module: {_one_line(error)}; install it there") from error
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Processes begun here never hear a signal that asks for an end: it is for this one, which acts on it afterwards."""
+    caught: list[int] = []
+    with on_signals(lambda number, frame: caught.append(number)):
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, ENDS) if hasattr(signal, "pthread_sigmask") else None
+        try:
+            yield
+        finally:
+            if held is not None:
+                signal.pthread_sigmask(signal.SIG_SETMASK, held)
+    for number in caught:
+        signal.raise_signal(number)
+
+
+def _begin_worker(parent: int) -> None:
+    _silence(1)  # PyBullet writes there at each connection
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _watched(work: Callable[[Task, Watch], Found], task: Task, timeout: float, *, backstop: bool = False) -> Found:
+    """work(task, watch) in a thread of its own, given up where the environment hangs.
+
+    backstop: end this process where the environment hangs in C code that lets no other thread of Python run.
+    """
+    watch, found, failed, ended = Watch(timeout), [], [], threading.Event()
+
+    def run() -> None:
+        try:
+            found.append(work(task, watch))
+        except BaseException as error:  # noqa: BLE001 (raised again where the thread is waited for)
+            failed.append(error)
+        ended.set()
+
+    def arm() -> None:
+        if backstop:
+            faulthandler.dump_traceback_later(2 * timeout, exit=True, file=1)  # where nothing is shown
+
+    try:
+        arm()
+        threading.Thread(target=run, daemon=True).start()
+        while not ended.wait(min(0.5, timeout / 4)):  # a join that Ctrl-C cuts short would take the thread for dead
+            arm()
+            if watch.late:
+                raise MdptError(
+                    f"{watch.doing}: took longer than {timeout:g} s; --timeout SECONDS says how long it may"
+                )
+    except KeyboardInterrupt:
+        watch.ended = True  # the thread ends at its next step: Python aborts if it ends while one is inside torch
+        ended.wait(5)
+        raise
+    faulthandler.cancel_dump_traceback_later()
+    if failed:
+        raise failed[0]
+    return found[0]
+
+
+@contextlib.contextmanager
+def _quiet(*streams: int) -> Iterator[None]:
+    """Keep off the terminal what C code writes there, at file-descriptor level."""
+    flush = ctypes.CDLL(None).fflush if os.name == "posix" else lambda stream: None
+    flush(None)
+    copies = [(stream, os.dup(stream)) for stream in streams]
+    try:
+        _silence(*streams)
+        yield
+    finally:
+        flush(None)  # C buffers its lines when they go to a file or pipe; they must leave while it is quiet
+        for stream, copy in copies:
+            os.dup2(copy, stream)
+            os.close(copy)
+
+
+def _silence(*streams: int) -> None:
+    with open(os.devnull, "wb") as sink:
+        for stream in streams:
+            os.dup2(sink.fileno(), stream)
+
+
+# --- environments and rollouts ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -793,254 +1042,92 @@ def make_environment(spec: EnvironmentSpec, **options: Any) -> gymnasium.Env[Any
     return environment
 
 
-@contextlib.contextmanager
-def _quiet(*streams: int) -> Iterator[None]:
-    """Keep off the terminal what C code writes there, at file-descriptor level."""
-    flush = ctypes.CDLL(None).fflush if os.name == "posix" else lambda stream: None
-    flush(None)
-    copies = [(stream, os.dup(stream)) for stream in streams]
-    try:
-        _silence(*streams)
-        yield
-    finally:
-        flush(None)  # C buffers its lines when they go to a file or pipe; they must leave while it is quiet
-        for stream, copy in copies:
-            os.dup2(copy, stream)
-            os.close(copy)
+Act: TypeAlias = Callable[[Array, Array], Array]
 
 
-def _silence(*streams: int) -> None:
-    with open(os.devnull, "wb") as sink:
-        for stream in streams:
-            os.dup2(sink.fileno(), stream)
+def rollout(
+    act: Act,
+    spec: EnvironmentSpec,
+    episodes: Sequence[int],
+    *,
+    seed: int,
+    watch: Watch | None = None,
+    look: Callable[[int, float, Array], None] | None = None,
+    every: int = 1,
+) -> tuple[Array, Array]:
+    """Play numbered episodes side by side: raw returns (E,) float64 and lengths (E,) int64 in steps.
 
+    act: observations (R, O) float32 of the episodes that still run, their places (R,) in `episodes` -> actions (R, A)
+    in [-1, 1], which are scaled back to the bounds. An episode starts from the state of its number. Every reward
+    counts, the last step's included, and nothing after the end. look: shown steps, return so far and a frame
+    (height, width, 3) uint8 of the first episode, `every` so many steps and at its end.
 
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-# --- work in other processes ------------------------------------------------------------------------------------
-
-
-class Watch:
-    """What a worker is at, so that an environment that hangs can be named."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.doing, self.since, self.ended = seconds, "", float("inf"), False
-
-    @contextlib.contextmanager
-    def over(self, doing: str) -> Iterator[None]:
-        """Say what begins, which may take `seconds`, and turn whatever goes wrong there into a line about it."""
-        if self.ended:
-            raise MdptError(f"{doing}: interrupted")
-        self.doing, self.since = doing, time.monotonic()
-        try:
-            yield
-        except MdptError:
-            raise
-        except BaseException as error:  # an environment may also exit, or interrupt itself
-            raise MdptError(f"{doing}: the environment failed. {_one_line(error)}") from error
-        finally:
-            self.since = float("inf")
-
-    @property
-    def late(self) -> bool:
-        return time.monotonic() - self.since > self.seconds
-
-
-@dataclass(frozen=True)
-class Workers:
-    """Where work is done: in `count` processes here (1: in this one), or by the workers of a Dask scheduler.
-
-    timeout: seconds that one step of an environment may take. cluster: the scheduler's address.
+    Raises: MdptError for actions that are not finite or of another shape, for an environment that fails or cannot be
+    filmed.
     """
+    watch = watch or Watch(float("inf"))
+    count = len(episodes)
+    observations = np.empty((count, spec.observation_dim), dtype=np.float32)
+    returns, lengths, running = np.zeros(count), np.zeros(count, dtype=np.int64), np.arange(count)
+    environments: list[gymnasium.Env[Any, Any]] = []
 
-    count: int = 1
-    timeout: float = 600.0
-    cluster: str | None = None
+    def show(place: int) -> None:
+        if look is not None and place == 0:
+            with watch.over(f"{spec.id}: episode {episodes[0]}, a frame after step {lengths[0]}"):
+                frame = _frame(environments[0], spec.name)
+            look(int(lengths[0]), float(returns[0]), frame)
 
-    def __post_init__(self) -> None:
-        if not 0 < self.timeout <= 1e6:  # what threads can wait for has an end
-            raise MdptError(f"--timeout {self.timeout:g}: expected seconds, at most a million")
-
-
-def parallel(
-    work: Callable[[Task, Watch], Found], tasks: Iterable[Task], workers: Workers, total: int
-) -> Generator[Found, None, None]:
-    """work(task, watch) for each of `total` tasks, in their order. No process here outlives this one, even if killed.
-
-    Raises: MdptError, also for an environment that fails or hangs, and for a worker that dies.
-    """
-    count = min(workers.count, total)
-    if workers.cluster is not None:
-        yield from _on_cluster(work, tasks, workers)
-    elif count <= 1:
-        for task in tasks:
-            with _quiet(1):
-                found = _watched(work, task, workers.timeout)
-            yield found
-    else:
-        import joblib
-        from joblib.externals.loky.backend import resource_tracker
-        from joblib.externals.loky.process_executor import TerminatedWorkerError
-
-        warnings.filterwarnings("ignore", module=r"joblib\.parallel")  # of tasks given up where a command ends early
-        begin = {"initializer": _begin_worker, "initargs": (os.getpid(),)}
-        pool = joblib.Parallel(n_jobs=count, backend="loky", batch_size=1, return_as="generator", **begin)
-        with _unheard():
-            resource_tracker.ensure_running()  # it would let through, as it starts, what is held back here
-        with _unheard():
-            results = pool(joblib.delayed(_watched)(work, task, workers.timeout, backstop=True) for task in tasks)
-        try:
-            yield from results
-        except TerminatedWorkerError as error:
-            raise MdptError(
-                "a worker process ended unexpectedly: its environment ended it or hung, or memory ran out; --workers 1 "
-                "plays in this process"
-            ) from error
+    seed_generators(seed, *episodes)
+    for place, episode in enumerate(episodes):
+        with watch.over(f"{spec.id}: episode {episode}"):
+            environments.append(make_environment(spec, **({"render_mode": "rgb_array"} if look else {})))
+            observations[place] = reset(environments[place], spec, _start(seed, episode))
+        show(place)
+    while len(running):
+        actions = np.asarray(act(observations[running], running))
+        if actions.shape != (expected := (len(running), spec.action_dim)):
+            raise MdptError(f"act: actions of shape {actions.shape}, expected {expected}.")
+        if not np.isfinite(actions).all():
+            raise MdptError("the policy chose an action that is not finite; its training has diverged.")
+        ended = np.zeros(len(running), dtype=np.bool_)
+        scaled = unscale_actions(actions, spec)
+        for i, (place, action) in enumerate(zip(running.tolist(), scaled, strict=True)):
+            with watch.over(f"{spec.id}: episode {episodes[place]}, step {lengths[place] + 1}"):
+                observations[place], reward, terminal, timeout = take_step(environments[place], spec, action)
+            returns[place] += reward
+            lengths[place] += 1
+            ended[i] = terminal or timeout
+            if lengths[place] % every == 0 or ended[i]:
+                show(place)
+        running = running[~ended]
+    for episode, environment in zip(episodes, environments, strict=True):
+        with watch.over(f"{spec.id}: the end of episode {episode}"):
+            environment.close()
+    return returns, lengths
 
 
-def _on_cluster(
-    work: Callable[[Task, Watch], Found], tasks: Iterable[Task], workers: Workers
-) -> Generator[Found, None, None]:
-    """The same by Dask's workers, a few tasks ahead of what was taken; a task of a worker that is lost is repeated."""
+def _start(seed: int, episode: int) -> int:
+    """What an episode's environment is reset with."""
+    return int(np.random.SeedSequence([seed, episode]).generate_state(1)[0])
+
+
+def _frame(environment: Any, name: str) -> Array:
     try:
-        distributed: Any = importlib.import_module("distributed")
-    except ImportError as error:
-        raise MdptError("--cluster needs the package distributed: pip install 'mdpt[cluster]'") from error
-    try:
-        client = distributed.Client(workers.cluster, timeout=10, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise MdptError(f"--cluster {workers.cluster}: no Dask scheduler answers there ({_one_line(error)})") from error
-    with client:
-        if not client.ncores():
-            raise MdptError(f"--cluster {workers.cluster}: its scheduler has no workers yet; start some")
-        ahead: collections.deque[Any] = collections.deque()
-        for task in tasks:
-            ahead.append(client.submit(_watched, work, task, workers.timeout, pure=False))
-            if len(ahead) > 2 * sum(client.ncores().values()):
-                yield _result_of(ahead.popleft())
-        while ahead:
-            yield _result_of(ahead.popleft())
+        frame: Any = environment.render()
+    except Exception as error:
+        raise MdptError(f"{name} cannot be filmed off-screen. {_one_line(error)}") from error
+    if np.ndim(frame) != 3:
+        modes = ", ".join(environment.metadata.get("render_modes") or ()) or "none"
+        raise MdptError(f"{name} cannot be filmed: it needs render mode rgb_array, and has {modes}.")
+    return np.asarray(frame, dtype=np.uint8)
 
 
-def _result_of(future: Any) -> Any:
-    distributed: Any = importlib.import_module("distributed")
-    try:
-        return future.result()
-    except distributed.KilledWorker as error:
-        raise MdptError("a task ended several workers of the cluster, one after the other; see their logs") from error
-    except ImportError as error:
-        raise MdptError(f"a worker of the cluster lacks a module: {_one_line(error)}; install it there") from error
+# --- columns of a file --------------------------------------------------------------------------------------------
 
+KEYS = ("observations", "actions", "rewards", "terminals", "next_observations", "timeouts")
+FLAGS = ("terminals", "timeouts")
 
-@contextlib.contextmanager
-def _unheard() -> Iterator[None]:
-    """Processes begun here never hear a signal that asks for an end: it is for this one, which acts on it afterwards."""
-    caught: list[int] = []
-    with on_signals(lambda number, frame: caught.append(number)):
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, ENDS) if hasattr(signal, "pthread_sigmask") else None
-        try:
-            yield
-        finally:
-            if held is not None:
-                signal.pthread_sigmask(signal.SIG_SETMASK, held)
-    for number in caught:
-        signal.raise_signal(number)
-
-
-def _begin_worker(parent: int) -> None:
-    _silence(1)  # PyBullet writes there at each connection
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-def _watched(work: Callable[[Task, Watch], Found], task: Task, timeout: float, *, backstop: bool = False) -> Found:
-    """work(task, watch) in a thread of its own, given up where the environment hangs.
-
-    backstop: end this process where the environment hangs in C code that lets no other thread of Python run.
-    """
-    watch, found, failed, ended = Watch(timeout), [], [], threading.Event()
-
-    def run() -> None:
-        try:
-            found.append(work(task, watch))
-        except BaseException as error:  # noqa: BLE001 (raised again where the thread is waited for)
-            failed.append(error)
-        ended.set()
-
-    def arm() -> None:
-        if backstop:
-            faulthandler.dump_traceback_later(2 * timeout, exit=True, file=1)  # where nothing is shown
-
-    try:
-        arm()
-        threading.Thread(target=run, daemon=True).start()
-        while not ended.wait(min(0.5, timeout / 4)):  # a join that Ctrl-C cuts short would take the thread for dead
-            arm()
-            if watch.late:
-                raise MdptError(
-                    f"{watch.doing}: took longer than {timeout:g} s; --timeout SECONDS says how long it may"
-                )
-    except KeyboardInterrupt:
-        watch.ended = True  # the thread ends at its next step: Python aborts if it ends while one is inside torch
-        ended.wait(5)
-        raise
-    faulthandler.cancel_dump_traceback_later()
-    if failed:
-        raise failed[0]
-    return found[0]
-
-
-# --- sources ----------------------------------------------------------------------------------------------------
-
-Show: TypeAlias = Callable[[str, int, int], None]  # what is going on, how far it is, of how much
-Known: TypeAlias = tuple[dict[str, Any], str, tuple[str, ...]]  # fields of [data], why nothing can play it, warnings
-
-
-@dataclass(frozen=True)
-class Source:
-    """A line of the registry: what is known of a dataset beforehand, and its file or its arrays."""
-
-    know: Callable[[DataSection], Known]
-    read: Callable[[DataSection, Workers, Show], Path | dict[str, Array]]
-
-
-def _given(section: DataSection, workers: Workers, show: Show) -> dict[str, Array]:
-    raise MdptError("[data] source = 'arrays': the arrays come from Python, as load_dataset(section, arrays=...)")
-
-
-def _collected(environment: str) -> Known:
-    _bundled_agent(environment)
-    return {"environment": environment, "reference": BULLET.get(environment)}, "", ()
-
-
-BULLET = {f"{name}BulletEnv-v0": f"bullet-{name.lower()}" for name in ("Ant", "HalfCheetah", "Hopper", "Walker2D")}
-NO_ENVIRONMENT = "[data] names no environment"
-SOURCES = {
-    "collect": Source(
-        lambda section: _collected(section.environment or "HopperBulletEnv-v0"),
-        lambda section, workers, show: collect_dataset(section, workers, show),
-    ),
-    "hdf5": Source(
-        lambda section: ({}, NO_ENVIRONMENT, ()),
-        lambda section, workers, show: Path(section.path or ""),
-    ),
-    "d4rl": Source(
-        lambda section: d4rl_facts(section.dataset or ""),
-        lambda section, workers, show: find_d4rl(section.dataset or "", _cache_folder(), show),
-    ),
-    "minari": Source(
-        lambda section: minari_facts(section.dataset or ""),
-        lambda section, workers, show: read_minari(section.dataset or ""),
-    ),
-    "arrays": Source(lambda section: ({}, NO_ENVIRONMENT, ()), _given),
-}
+MANY = 10**8  # numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -1073,10 +1160,6 @@ class Columns:
         if bad.any():
             row = int(np.argmax(bad.reshape(len(bad), -1).any(axis=1)))
             raise MdptError(f"{self.where}: {key!r} row {start + row} is {array[row].tolist()}, {expected}.")
-
-
-KEYS = ("observations", "actions", "rewards", "terminals", "next_observations", "timeouts")
-FLAGS = ("terminals", "timeouts")
 
 
 def damaged(where: Path | str, error: Exception) -> MdptError:
@@ -1151,11 +1234,326 @@ def not_inside(dataset: h5py.Dataset, blank: bool = False) -> str:
     return "" if held >= claimed else f"claims {dataset.shape[0]} rows, but not all were written; write it anew."
 
 
-MANY = 10**8  # numbers
+def check_shapes(columns: Columns, spec: EnvironmentSpec | None, width: int | None) -> tuple[int, int]:
+    """O and A of columns that fit together, and the environment. Raises: MdptError, a line for each problem.
+
+    width: so many observation columns are used, None: all.
+    """
+    arrays, where, problems = columns.arrays, columns.where, []
+    if missing := [repr(key) for key in KEYS[:4] if key not in arrays]:
+        is_missing = "the key {} is missing" if len(missing) == 1 else "the keys {} are missing"
+        has = ", ".join(sorted(columns.found)) or "none"
+        problems.append(f"{where}: {is_missing.format(', '.join(missing))}. It has: {has}.")
+    shapes: dict[str, tuple[int, ...]] = {key: array.shape or () for key, array in arrays.items()}
+    for key, array in arrays.items():
+        if array.dtype.kind not in "biuf":
+            problems.append(f"{where}: {key!r} holds {array.dtype}, expected numbers.")
+    if problems:
+        raise MdptError("\n".join(problems))
+    rows = next((shape[0] for shape in shapes.values() if shape), 0)
+    dims = [(*shapes[key], 1, 1)[1] for key in ("observations", "actions")]
+    if spec is not None:
+        dims = [spec.observation_dim, spec.action_dim]
+    if width is not None:
+        if spec is not None and width != spec.observation_dim:
+            raise MdptError(f"[data] observation_columns = {width}: {spec.id} has {spec.observation_dim} observations.")
+        dims[0] = width
+    for key, shape in shapes.items():
+        wide = {"observations": dims[0], "next_observations": dims[0], "actions": dims[1]}.get(key)
+        expected = (rows,) if wide is None else (rows, wide)
+        fits = shape[: len(expected)] == expected and shape[len(expected) :] in ((), (1,) * (wide is None))
+        if width is not None and key.endswith("observations"):
+            fits = len(shape) == 2 and shape[0] == rows and shape[1] >= width
+        fits = fits and 0 not in expected[1:]
+        if not fits:
+            of = f" for {spec.id}" if spec else ""
+            wanted = ", ".join(str(size or "at least 1") for size in expected) + "," * (len(expected) == 1)
+            problems.append(f"{where}: {key!r} has shape {shape}, expected ({wanted}){of}.")
+    if not problems and rows < 2:
+        problems.append(f"{where}: {rows} row(s), expected at least 2.")
+    if problems:
+        raise MdptError("\n".join(problems))
+    return dims[0], dims[1]
+
+
+def count_timeouts(terminals: Array, max_episode_steps: int) -> Array:
+    """Rows (n,) bool at which D4RL takes an episode for cut by its time limit, in a file that does not say so.
+
+    That count is kept to the letter, since it decides which rows D4RL's users train on: it starts at 0 in the
+    file's first row and after a cut, but at 1 after a terminal (unless that terminal was itself a cut), and
+    cuts where it reaches max_episode_steps - 1.
+    Source: d4rl.qlearning_dataset, `episode_step`.
+    """
+    n = len(terminals)
+    starts, stops = episode_bounds(terminals, np.zeros(n, dtype=np.bool_))
+    lengths = stops - starts
+    # The count at a run's first row is 0 or 1. By its length, a run passes that on to the next, flips it, or sets 1.
+    passes = lengths % max_episode_steps == 0
+    flips = ((lengths + 1) % max_episode_steps == 0) & ~passes
+    runs = np.arange(len(lengths))
+    last_set = np.maximum.accumulate(np.where(passes | flips, -1, runs))
+    flipped = np.concatenate([[0], np.cumsum(flips)])
+    after = (last_set >= 0) ^ ((flipped[1:] - flipped[last_set + 1]) % 2 == 1)
+    first = np.concatenate([[0], after[:-1]])
+    count = np.arange(n) - np.repeat(starts - first, lengths)
+    return np.asarray(count % max_episode_steps == max_episode_steps - 1)
+
+
+def episode_bounds(terminals: Array, timeouts: Array) -> tuple[Array, Array]:
+    """First row and one past the last row, (E,) int64 each, of every episode; the last one may be incomplete."""
+    ends = np.flatnonzero(terminals | timeouts) + 1
+    if not len(ends) or ends[-1] != len(terminals):
+        ends = np.append(ends, len(terminals))
+    return np.concatenate([[0], ends[:-1]]), ends
+
+
+def transition_rows(timeouts: Array, known: bool) -> Array:
+    """Which rows (n,) bool are transitions. known: whether the file has next_observations.
+
+    Without them the next row is the next observation. Then, as D4RL does, a row at a time limit is dropped (what
+    followed it is unknown, even if it is a terminal, too) and so is the file's last row. With them every row is kept:
+    a time limit is not a terminal, so its value is bootstrapped, and a terminal stays one. (D4RL ignores the key and
+    drops those rows; nothing is gained by that.)
+    Source: d4rl.qlearning_dataset(terminate_on_end=False), equal to it in values, types and order.
+    """
+    if known:
+        return np.ones(len(timeouts), dtype=np.bool_)
+    return ~timeouts & (np.arange(len(timeouts)) < len(timeouts) - 1)
+
+
+def discounted_returns(
+    rewards: Array, terminals: Array, timeouts: Array, discount: float, tail: float = 0.05
+) -> tuple[Array, Array]:
+    """Monte-Carlo returns (n,) float64 from each row to its episode's end, and where to trust them, (n,) bool.
+
+    A return is trusted if its episode ended in a terminal, or if what was cut off weighs no more than `tail`:
+    discount ** (steps that remain) <= tail. Returns are in the unit of `rewards`.
+    """
+    starts, stops = episode_bounds(terminals, timeouts)
+    longest_first = np.argsort(starts - stops, kind="stable")
+    lengths, stops = (stops - starts)[longest_first], stops[longest_first]
+    returns = np.zeros(len(rewards))
+    later = np.zeros(len(lengths))
+    trusted = np.zeros(len(rewards), dtype=np.bool_)
+    for remaining in range(1, int(lengths[0]) + 1):  # all episodes at once, one step further from their ends
+        reach = int(np.searchsorted(-lengths, -remaining, side="right"))
+        rows = stops[:reach] - remaining
+        later[:reach] = returns[rows] = rewards[rows] + discount * later[:reach]
+        trusted[rows] = terminals[stops[:reach] - 1] | (discount**remaining <= tail)
+    return returns, trusted
+
+
+def _write_hdf5(path: Path, arrays: dict[str, Array], attributes: dict[str, Any]) -> None:
+    """Write a whole file or none; the same arrays and attributes give the same bytes."""
+    with written_whole(path, OTHER_CACHE) as temporary, h5py.File(temporary, "w") as file:
+        for key, array in arrays.items():
+            file.create_dataset(key, data=array, track_times=False)
+        file.attrs.update(attributes)
+
+
+# --- sources ------------------------------------------------------------------------------------------------------
+
+Known: TypeAlias = tuple[dict[str, Any], str, tuple[str, ...]]  # fields of [data], why nothing can play it, warnings
+
+
+@dataclass(frozen=True)
+class Source:
+    """A line of the registry: what is known of a dataset beforehand, and its file or its arrays."""
+
+    know: Callable[[DataSection], Known]
+    read: Callable[[DataSection, Workers, Show], Path | dict[str, Array]]
+
+
+def _given(section: DataSection, workers: Workers, show: Show) -> dict[str, Array]:
+    raise MdptError("[data] source = 'arrays': the arrays come from Python, as load_dataset(section, arrays=...)")
+
+
+NO_ENVIRONMENT = "[data] names no environment"
+
+BULLET = {f"{name}BulletEnv-v0": f"bullet-{name.lower()}" for name in ("Ant", "HalfCheetah", "Hopper", "Walker2D")}
+
+GENERATOR = 1  # version of the collected data: raise it when the same settings would give other bytes
+SHARD = 5_000  # transitions that one worker collects at a time
+
+
+def _collected(environment: str) -> Known:
+    _bundled_agent(environment)
+    return {"environment": environment, "reference": BULLET.get(environment)}, "", ()
+
+
+def collect_dataset(
+    section: DataSection,
+    workers: Workers = Workers(),
+    show: Show = lambda what, done, total: None,
+    cache: Path | None = None,
+) -> Path:
+    """Roll out PyBullet's bundled agent with perturbed weights into a D4RL-format file, or find it in the cache.
+
+    The file depends on the environment and the settings only, not on `workers`. The cache is `cache`, else
+    $MDPT_CACHE, else mdpt in $XDG_CACHE_HOME or ~/.cache. show: hears of transitions.
+
+    Raises: MdptError without an agent for this environment, for a damaged cached file, for more than memory holds.
+    """
+    share = section.transitions // len(section.levels)
+    environment = section.environment or ""
+    agent = _bundled_agent(environment)
+    settings = section.model_dump(include={"environment", "transitions", "levels", "action_noise", "seed"})
+    made_by = settings | {"generator": GENERATOR}
+    special = section.environment_kwargs, section.max_episode_steps
+    if any(special):
+        made_by |= {"special": json.dumps(special)}
+    digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
+    name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', environment)}-{digest}.hdf5"
+    path = (cache or _cache_folder()) / name
+    if path.exists():
+        _check_cached(path, section.transitions)
+        return path
+
+    spec = environment_spec(environment, *special, workers.timeout)
+    if (wide := (agent[0].shape[0], agent[-1].shape[0])) != (spec.observation_dim, spec.action_dim):
+        raise MdptError(f"{spec.id}: its agent takes {wide[0]} observations and gives {wide[1]} actions.")
+    row = 4 * (spec.observation_dim + spec.action_dim + 1) + 2
+    check_memory(2 * row * section.transitions, "collect fewer [data] transitions")
+    noise = np.broadcast_to(section.action_noise, len(section.levels)).tolist()
+    shards = [
+        Shard(spec, agent, sigma, noise[level], min(SHARD, share - start), (section.seed, level, index))
+        for level, sigma in enumerate(section.levels)
+        for index, start in enumerate(range(0, share, SHARD))
+    ]
+    versions = {name: importlib.metadata.version(name) for name in ("pybullet", "pybullet_envs_gymnasium", "numpy")}
+    with making(path, show) as missing:
+        if missing:
+            kept = [path.with_name(f".{path.stem}.{index}.part") for index in range(len(shards))]
+            parts = list(_collected_parts(kept, shards, workers, partial(show, "collect")))
+            arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+            arrays["infos/level"] = np.repeat(np.array(section.levels, dtype=np.float32), share)
+            _write_hdf5(path, arrays, made_by | versions)
+            for file in kept:
+                file.unlink(missing_ok=True)
+    return path
+
+
+def _collected_parts(
+    kept: Sequence[Path], shards: Sequence[Shard], workers: Workers, show: Callable[[int, int], None]
+) -> Iterator[dict[str, Array]]:
+    """Shard after shard, each kept in its file until all are there, so that a run cut short goes on."""
+    done, total = 0, sum(shard.size for shard in shards)
+    old = list(itertools.takewhile(bool, map(_read_part, kept, shards)))
+    left = shards[len(old) :]
+    show(done, total)
+    with contextlib.closing(parallel(collect_shard, left, workers, len(left))) as found:
+        for index, part in enumerate(itertools.chain(old, found)):
+            if index >= len(old):
+                _write_hdf5(kept[index], part, {})
+            done += len(part["rewards"])
+            show(done, total)
+            yield part
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A worker's share of the rows of one level: weights perturbed by sigma, actions by noise, in the environment's unit."""
+
+    spec: EnvironmentSpec
+    agent: list[Array]
+    sigma: float
+    noise: float
+    size: int
+    seed: tuple[int, ...]
+
+
+def collect_shard(shard: Shard, watch: Watch) -> dict[str, Array]:
+    """Play whole episodes, cutting the last at the shard's end: rows in D4RL's format."""
+    spec, size, low_high = shard.spec, shard.size, _bounds(shard.spec)
+    random = np.random.default_rng(np.random.SeedSequence(shard.seed))
+    observations = np.empty((size, spec.observation_dim), dtype=np.float32)
+    actions = np.empty((size, spec.action_dim), dtype=np.float32)
+    rewards = np.empty(size, dtype=np.float32)
+    terminals, timeouts = np.zeros(size, dtype=np.bool_), np.zeros(size, dtype=np.bool_)
+    row, before = 0, shard.seed[-1] * SHARD  # rows of this level that other shards hold
+    seed_generators(*shard.seed)
+
+    def doing() -> contextlib.AbstractContextManager[None]:
+        return watch.over(f"collecting in {spec.id}: level {shard.sigma:g}, row {before + row + 1:,}")
+
+    with doing():
+        environment = make_environment(spec)
+    while row < size:
+        weights = [w * (1 + np.float32(shard.sigma) * random.standard_normal(w.shape, np.float32)) for w in shard.agent]
+        noise = random.standard_normal((spec.max_episode_steps, spec.action_dim), np.float32)
+        noise *= np.float64(shard.noise)  # a float would round the factor first, and give other data
+        with doing():
+            observation = reset(environment, spec, int(random.integers(2**31)))
+        for step in range(min(spec.max_episode_steps, size - row)):
+            observations[row] = observation
+            actions[row] = action = np.clip(_agent_action(weights, observations[row]) + noise[step], *low_high)
+            with doing():
+                observation, rewards[row], terminals[row], timeout = take_step(environment, spec, action)
+            row += 1
+            if terminals[row - 1] or timeout:
+                break
+        timeouts[row - 1] = not terminals[row - 1]
+    with doing():
+        environment.close()
+    return {
+        "observations": observations,
+        "actions": actions,
+        "rewards": rewards,
+        "terminals": terminals,
+        "timeouts": timeouts,
+    }
+
+
+def _agent_action(weights: list[Array], observation: Array) -> Array:
+    hidden = np.maximum(observation @ weights[0] + weights[1], 0)
+    hidden = np.maximum(hidden @ weights[2] + weights[3], 0)
+    return np.asarray(hidden @ weights[4] + weights[5])
+
+
+def _read_part(path: Path, shard: Shard) -> dict[str, Array]:
+    """What was kept of a shard; empty: nothing, or something else."""
+    try:
+        with h5py.File(path, "r") as file:
+            part = {key: np.asarray(file[key]) for key in ("observations", "actions", "rewards", *FLAGS)}
+            return part if {len(array) for array in part.values()} == {shard.size} else {}
+    except (OSError, RuntimeError, LookupError, TypeError):
+        return {}
+
+
+def _check_cached(path: Path, transitions: int) -> None:
+    try:
+        with h5py.File(path, "r") as file:
+            if len(file["rewards"]) == transitions == len(file["infos/level"]):
+                return
+    except (OSError, RuntimeError, KeyError):
+        pass
+    raise MdptError(f"{path}: this cached dataset is damaged; delete the file, and it will be collected again.")
+
+
+def _bundled_agent(environment_id: str) -> list[Array]:
+    """Weights and biases of the agent that PyBullet ships for an environment, layer by layer, float32.
+
+    Its file is parsed, never run: it would import an old gym.
+    """
+    found = importlib.util.find_spec("pybullet_envs")
+    folder = Path(*found.submodule_search_locations or ()) / "examples" if found else Path()
+    files = {
+        f"{name}-{version}": file
+        for file in sorted(folder.glob("enjoy_TF_*_v0_2017may.py"))
+        for name, version in [file.stem.removeprefix("enjoy_TF_").split("_")[:2]]
+    }
+    if environment_id not in files:
+        raise MdptError(f"{environment_id}: no agent is bundled with PyBullet for it. It has: {', '.join(files)}.")
+    layers: dict[str, Array] = {}
+    for node in ast.parse(files[environment_id].read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+            name = ast.unparse(node.targets[0])
+            if name.startswith("weights_"):
+                layers[name] = np.array(ast.literal_eval(node.value.args[0]), dtype=np.float32)
+    return [layers[f"weights_{layer}_{part}"] for layer in ("dense1", "dense2", "final") for part in "wb"]
 
 
 MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main/"  # raw files under D4RL's names
-OTHER_CACHE = "set MDPT_CACHE to another folder"
 PAUSE = 1.0  # seconds before a connection that was cut is made again
 BLOCK = 1 << 20  # bytes that are read at a time
 
@@ -1263,6 +1661,33 @@ def d4rl_infos(otherwise: str) -> dict[str, Any]:
         raise MdptError(otherwise)
     # Its own file only: importing the package would look for MuJoCo and complain.
     return runpy.run_path(str(Path(found.submodule_search_locations[0], "infos.py")))
+
+
+def reference_returns(reference: str | tuple[float, float]) -> tuple[float, float]:
+    """The raw returns that stand for 0 and for 100: of a D4RL family, a full D4RL name, or the pair itself.
+
+    A family is what comes before the dataset's kind: "bullet-hopper" for bullet-hopper-medium-v0.
+
+    Raises: MdptError for an unknown name, a family whose tasks differ in reference, or min >= max.
+    Source: d4rl/infos.py (arXiv 2004.07219).
+    """
+    if not isinstance(reference, str):
+        low, high = reference
+        if not low < high:
+            raise MdptError(f"reference: [{low}, {high}] must be [min, max] with min < max.")
+        return float(low), float(high)
+    infos = d4rl_infos(f"reference {reference!r}: D4RL's table is not installed; give [min, max] instead.")
+    table = {name: (float(low), float(infos["REF_MAX_SCORE"][name])) for name, low in infos["REF_MIN_SCORE"].items()}
+    if reference in table:
+        return table[reference]
+    family = [name for name in table if re.fullmatch(re.escape(reference) + r"-.+-v\d+", name)]
+    if len({table[name] for name in family}) > 1:
+        raise MdptError(f"reference {reference!r}: its tasks differ in reference; name one, such as {family[0]!r}.")
+    if not family:
+        families = sorted({re.sub(r"-[^-]+(-expert|-replay)?-v\d+$", "", name) for name in table})
+        near = difflib.get_close_matches(reference, families, n=3, cutoff=0.3) or families
+        raise MdptError(f"reference {reference!r}: unknown to D4RL. Nearest: {', '.join(near)}. Or give [min, max].")
+    return table[family[0]]
 
 
 def find_d4rl(dataset: str, cache: Path, show: Show) -> Path:
@@ -1527,116 +1952,27 @@ def _flatten(parent: Any, key: str, space: dict[str, Any] | None, rows: int, whe
     return np.asarray(node[()]).reshape(rows, int(np.prod(expected[1:])))
 
 
-def check_shapes(columns: Columns, spec: EnvironmentSpec | None, width: int | None) -> tuple[int, int]:
-    """O and A of columns that fit together, and the environment. Raises: MdptError, a line for each problem.
+SOURCES = {
+    "collect": Source(
+        lambda section: _collected(section.environment or "HopperBulletEnv-v0"),
+        lambda section, workers, show: collect_dataset(section, workers, show),
+    ),
+    "hdf5": Source(
+        lambda section: ({}, NO_ENVIRONMENT, ()),
+        lambda section, workers, show: Path(section.path or ""),
+    ),
+    "d4rl": Source(
+        lambda section: d4rl_facts(section.dataset or ""),
+        lambda section, workers, show: find_d4rl(section.dataset or "", _cache_folder(), show),
+    ),
+    "minari": Source(
+        lambda section: minari_facts(section.dataset or ""),
+        lambda section, workers, show: read_minari(section.dataset or ""),
+    ),
+    "arrays": Source(lambda section: ({}, NO_ENVIRONMENT, ()), _given),
+}
 
-    width: so many observation columns are used, None: all.
-    """
-    arrays, where, problems = columns.arrays, columns.where, []
-    if missing := [repr(key) for key in KEYS[:4] if key not in arrays]:
-        is_missing = "the key {} is missing" if len(missing) == 1 else "the keys {} are missing"
-        has = ", ".join(sorted(columns.found)) or "none"
-        problems.append(f"{where}: {is_missing.format(', '.join(missing))}. It has: {has}.")
-    shapes: dict[str, tuple[int, ...]] = {key: array.shape or () for key, array in arrays.items()}
-    for key, array in arrays.items():
-        if array.dtype.kind not in "biuf":
-            problems.append(f"{where}: {key!r} holds {array.dtype}, expected numbers.")
-    if problems:
-        raise MdptError("\n".join(problems))
-    rows = next((shape[0] for shape in shapes.values() if shape), 0)
-    dims = [(*shapes[key], 1, 1)[1] for key in ("observations", "actions")]
-    if spec is not None:
-        dims = [spec.observation_dim, spec.action_dim]
-    if width is not None:
-        if spec is not None and width != spec.observation_dim:
-            raise MdptError(f"[data] observation_columns = {width}: {spec.id} has {spec.observation_dim} observations.")
-        dims[0] = width
-    for key, shape in shapes.items():
-        wide = {"observations": dims[0], "next_observations": dims[0], "actions": dims[1]}.get(key)
-        expected = (rows,) if wide is None else (rows, wide)
-        fits = shape[: len(expected)] == expected and shape[len(expected) :] in ((), (1,) * (wide is None))
-        if width is not None and key.endswith("observations"):
-            fits = len(shape) == 2 and shape[0] == rows and shape[1] >= width
-        fits = fits and 0 not in expected[1:]
-        if not fits:
-            of = f" for {spec.id}" if spec else ""
-            wanted = ", ".join(str(size or "at least 1") for size in expected) + "," * (len(expected) == 1)
-            problems.append(f"{where}: {key!r} has shape {shape}, expected ({wanted}){of}.")
-    if not problems and rows < 2:
-        problems.append(f"{where}: {rows} row(s), expected at least 2.")
-    if problems:
-        raise MdptError("\n".join(problems))
-    return dims[0], dims[1]
-
-
-# --- columns ----------------------------------------------------------------------------------------------------
-
-
-def count_timeouts(terminals: Array, max_episode_steps: int) -> Array:
-    """Rows (n,) bool at which D4RL takes an episode for cut by its time limit, in a file that does not say so.
-
-    That count is kept to the letter, since it decides which rows D4RL's users train on: it starts at 0 in the
-    file's first row and after a cut, but at 1 after a terminal (unless that terminal was itself a cut), and
-    cuts where it reaches max_episode_steps - 1.
-    Source: d4rl.qlearning_dataset, `episode_step`.
-    """
-    n = len(terminals)
-    starts, stops = episode_bounds(terminals, np.zeros(n, dtype=np.bool_))
-    lengths = stops - starts
-    # The count at a run's first row is 0 or 1. By its length, a run passes that on to the next, flips it, or sets 1.
-    passes = lengths % max_episode_steps == 0
-    flips = ((lengths + 1) % max_episode_steps == 0) & ~passes
-    runs = np.arange(len(lengths))
-    last_set = np.maximum.accumulate(np.where(passes | flips, -1, runs))
-    flipped = np.concatenate([[0], np.cumsum(flips)])
-    after = (last_set >= 0) ^ ((flipped[1:] - flipped[last_set + 1]) % 2 == 1)
-    first = np.concatenate([[0], after[:-1]])
-    count = np.arange(n) - np.repeat(starts - first, lengths)
-    return np.asarray(count % max_episode_steps == max_episode_steps - 1)
-
-
-def episode_bounds(terminals: Array, timeouts: Array) -> tuple[Array, Array]:
-    """First row and one past the last row, (E,) int64 each, of every episode; the last one may be incomplete."""
-    ends = np.flatnonzero(terminals | timeouts) + 1
-    if not len(ends) or ends[-1] != len(terminals):
-        ends = np.append(ends, len(terminals))
-    return np.concatenate([[0], ends[:-1]]), ends
-
-
-def transition_rows(timeouts: Array, known: bool) -> Array:
-    """Which rows (n,) bool are transitions. known: whether the file has next_observations.
-
-    Without them the next row is the next observation. Then, as D4RL does, a row at a time limit is dropped (what
-    followed it is unknown, even if it is a terminal, too) and so is the file's last row. With them every row is kept:
-    a time limit is not a terminal, so its value is bootstrapped, and a terminal stays one. (D4RL ignores the key and
-    drops those rows; nothing is gained by that.)
-    Source: d4rl.qlearning_dataset(terminate_on_end=False), equal to it in values, types and order.
-    """
-    if known:
-        return np.ones(len(timeouts), dtype=np.bool_)
-    return ~timeouts & (np.arange(len(timeouts)) < len(timeouts) - 1)
-
-
-def discounted_returns(
-    rewards: Array, terminals: Array, timeouts: Array, discount: float, tail: float = 0.05
-) -> tuple[Array, Array]:
-    """Monte-Carlo returns (n,) float64 from each row to its episode's end, and where to trust them, (n,) bool.
-
-    A return is trusted if its episode ended in a terminal, or if what was cut off weighs no more than `tail`:
-    discount ** (steps that remain) <= tail. Returns are in the unit of `rewards`.
-    """
-    starts, stops = episode_bounds(terminals, timeouts)
-    longest_first = np.argsort(starts - stops, kind="stable")
-    lengths, stops = (stops - starts)[longest_first], stops[longest_first]
-    returns = np.zeros(len(rewards))
-    later = np.zeros(len(lengths))
-    trusted = np.zeros(len(rewards), dtype=np.bool_)
-    for remaining in range(1, int(lengths[0]) + 1):  # all episodes at once, one step further from their ends
-        reach = int(np.searchsorted(-lengths, -remaining, side="right"))
-        rows = stops[:reach] - remaining
-        later[:reach] = returns[rows] = rewards[rows] + discount * later[:reach]
-        trusted[rows] = terminals[stops[:reach] - 1] | (discount**remaining <= tail)
-    return returns, trusted
+# --- the dataset --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -1957,22 +2293,6 @@ def _allocate(storage: str, count: int, width: int) -> Array:
         ) from error
 
 
-def check_memory(needed: int, remedy: str) -> None:
-    """Raises: MdptError where so many bytes of transitions are more than can be allocated."""
-    if needed > (free := free_memory()):
-        raise MdptError(
-            f"{needed / 1e9:.1f} GB of transitions do not fit into {free / 1e9:.1f} GB of free memory; {remedy}"
-        )
-
-
-def free_memory() -> float:
-    """Bytes that can be allocated without swapping; infinite where the system does not say."""
-    try:
-        return 1024.0 * int(Path("/proc/meminfo").read_text(encoding="utf-8").split("MemAvailable:")[1].split()[0])
-    except (OSError, LookupError, ValueError):
-        return math.inf
-
-
 def moments(rows: Array, wide: int) -> tuple[Array, Array, Array]:
     """Mean, deviation (wide,) float32 of the first columns, and which never vary: theirs is 1, all else would be noise.
 
@@ -2071,600 +2391,3 @@ def _scale_rewards(rewards: Array, scale: dict[str, Any], where: str) -> Array:
             f"{where}: rewards x {scale['multiplier']:.4g} are no finite float32; choose another reward_scale."
         )
     return scaled
-
-
-# --- collecting -------------------------------------------------------------------------------------------------
-
-
-def collect_dataset(
-    section: DataSection,
-    workers: Workers = Workers(),
-    show: Show = lambda what, done, total: None,
-    cache: Path | None = None,
-) -> Path:
-    """Roll out PyBullet's bundled agent with perturbed weights into a D4RL-format file, or find it in the cache.
-
-    The file depends on the environment and the settings only, not on `workers`. The cache is `cache`, else
-    $MDPT_CACHE, else mdpt in $XDG_CACHE_HOME or ~/.cache. show: hears of transitions.
-
-    Raises: MdptError without an agent for this environment, for a damaged cached file, for more than memory holds.
-    """
-    share = section.transitions // len(section.levels)
-    environment = section.environment or ""
-    agent = _bundled_agent(environment)
-    settings = section.model_dump(include={"environment", "transitions", "levels", "action_noise", "seed"})
-    made_by = settings | {"generator": GENERATOR}
-    special = section.environment_kwargs, section.max_episode_steps
-    if any(special):
-        made_by |= {"special": json.dumps(special)}
-    digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
-    name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', environment)}-{digest}.hdf5"
-    path = (cache or _cache_folder()) / name
-    if path.exists():
-        _check_cached(path, section.transitions)
-        return path
-
-    spec = environment_spec(environment, *special, workers.timeout)
-    if (wide := (agent[0].shape[0], agent[-1].shape[0])) != (spec.observation_dim, spec.action_dim):
-        raise MdptError(f"{spec.id}: its agent takes {wide[0]} observations and gives {wide[1]} actions.")
-    row = 4 * (spec.observation_dim + spec.action_dim + 1) + 2
-    check_memory(2 * row * section.transitions, "collect fewer [data] transitions")
-    noise = np.broadcast_to(section.action_noise, len(section.levels)).tolist()
-    shards = [
-        Shard(spec, agent, sigma, noise[level], min(SHARD, share - start), (section.seed, level, index))
-        for level, sigma in enumerate(section.levels)
-        for index, start in enumerate(range(0, share, SHARD))
-    ]
-    versions = {name: importlib.metadata.version(name) for name in ("pybullet", "pybullet_envs_gymnasium", "numpy")}
-    with making(path, show) as missing:
-        if missing:
-            kept = [path.with_name(f".{path.stem}.{index}.part") for index in range(len(shards))]
-            parts = list(_collected_parts(kept, shards, workers, partial(show, "collect")))
-            arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-            arrays["infos/level"] = np.repeat(np.array(section.levels, dtype=np.float32), share)
-            _write_hdf5(path, arrays, made_by | versions)
-            for file in kept:
-                file.unlink(missing_ok=True)
-    return path
-
-
-def _collected_parts(
-    kept: Sequence[Path], shards: Sequence[Shard], workers: Workers, show: Callable[[int, int], None]
-) -> Iterator[dict[str, Array]]:
-    """Shard after shard, each kept in its file until all are there, so that a run cut short goes on."""
-    done, total = 0, sum(shard.size for shard in shards)
-    old = list(itertools.takewhile(bool, map(_read_part, kept, shards)))
-    left = shards[len(old) :]
-    show(done, total)
-    with contextlib.closing(parallel(collect_shard, left, workers, len(left))) as found:
-        for index, part in enumerate(itertools.chain(old, found)):
-            if index >= len(old):
-                _write_hdf5(kept[index], part, {})
-            done += len(part["rewards"])
-            show(done, total)
-            yield part
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A worker's share of the rows of one level: weights perturbed by sigma, actions by noise, in the environment's unit."""
-
-    spec: EnvironmentSpec
-    agent: list[Array]
-    sigma: float
-    noise: float
-    size: int
-    seed: tuple[int, ...]
-
-
-def collect_shard(shard: Shard, watch: Watch) -> dict[str, Array]:
-    """Play whole episodes, cutting the last at the shard's end: rows in D4RL's format."""
-    spec, size, low_high = shard.spec, shard.size, _bounds(shard.spec)
-    random = np.random.default_rng(np.random.SeedSequence(shard.seed))
-    observations = np.empty((size, spec.observation_dim), dtype=np.float32)
-    actions = np.empty((size, spec.action_dim), dtype=np.float32)
-    rewards = np.empty(size, dtype=np.float32)
-    terminals, timeouts = np.zeros(size, dtype=np.bool_), np.zeros(size, dtype=np.bool_)
-    row, before = 0, shard.seed[-1] * SHARD  # rows of this level that other shards hold
-    seed_generators(*shard.seed)
-
-    def doing() -> contextlib.AbstractContextManager[None]:
-        return watch.over(f"collecting in {spec.id}: level {shard.sigma:g}, row {before + row + 1:,}")
-
-    with doing():
-        environment = make_environment(spec)
-    while row < size:
-        weights = [w * (1 + np.float32(shard.sigma) * random.standard_normal(w.shape, np.float32)) for w in shard.agent]
-        noise = random.standard_normal((spec.max_episode_steps, spec.action_dim), np.float32)
-        noise *= np.float64(shard.noise)  # a float would round the factor first, and give other data
-        with doing():
-            observation = reset(environment, spec, int(random.integers(2**31)))
-        for step in range(min(spec.max_episode_steps, size - row)):
-            observations[row] = observation
-            actions[row] = action = np.clip(_agent_action(weights, observations[row]) + noise[step], *low_high)
-            with doing():
-                observation, rewards[row], terminals[row], timeout = take_step(environment, spec, action)
-            row += 1
-            if terminals[row - 1] or timeout:
-                break
-        timeouts[row - 1] = not terminals[row - 1]
-    with doing():
-        environment.close()
-    return {
-        "observations": observations,
-        "actions": actions,
-        "rewards": rewards,
-        "terminals": terminals,
-        "timeouts": timeouts,
-    }
-
-
-def _agent_action(weights: list[Array], observation: Array) -> Array:
-    hidden = np.maximum(observation @ weights[0] + weights[1], 0)
-    hidden = np.maximum(hidden @ weights[2] + weights[3], 0)
-    return np.asarray(hidden @ weights[4] + weights[5])
-
-
-@contextlib.contextmanager
-def making(path: Path, show: Show) -> Iterator[bool]:
-    """Whether a file of the cache is still to be made: by this process alone, since others wait for it meanwhile.
-
-    Raises: MdptError for a folder that cannot be written.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            make_writable_folder(path.parent)
-            stack.enter_context(locked(path, lambda number: show(f"wait for process {number}", 0, 0)))
-        except OSError as error:
-            raise MdptError(f"{path.parent}: cannot be written ({error.strerror}); {OTHER_CACHE}") from error
-        yield not path.exists()
-
-
-def make_writable_folder(folder: Path) -> None:
-    """Make a folder and try to write there: now, not after hours of work. Raises: OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()
-
-
-def _cache_folder() -> Path:
-    if folder := os.environ.get("MDPT_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mdpt")
-
-
-def _read_part(path: Path, shard: Shard) -> dict[str, Array]:
-    """What was kept of a shard; empty: nothing, or something else."""
-    try:
-        with h5py.File(path, "r") as file:
-            part = {key: np.asarray(file[key]) for key in ("observations", "actions", "rewards", *FLAGS)}
-            return part if {len(array) for array in part.values()} == {shard.size} else {}
-    except (OSError, RuntimeError, LookupError, TypeError):
-        return {}
-
-
-def _check_cached(path: Path, transitions: int) -> None:
-    try:
-        with h5py.File(path, "r") as file:
-            if len(file["rewards"]) == transitions == len(file["infos/level"]):
-                return
-    except (OSError, RuntimeError, KeyError):
-        pass
-    raise MdptError(f"{path}: this cached dataset is damaged; delete the file, and it will be collected again.")
-
-
-def _write_hdf5(path: Path, arrays: dict[str, Array], attributes: dict[str, Any]) -> None:
-    """Write a whole file or none; the same arrays and attributes give the same bytes."""
-    with written_whole(path, OTHER_CACHE) as temporary, h5py.File(temporary, "w") as file:
-        for key, array in arrays.items():
-            file.create_dataset(key, data=array, track_times=False)
-        file.attrs.update(attributes)
-
-
-def _bundled_agent(environment_id: str) -> list[Array]:
-    """Weights and biases of the agent that PyBullet ships for an environment, layer by layer, float32.
-
-    Its file is parsed, never run: it would import an old gym.
-    """
-    found = importlib.util.find_spec("pybullet_envs")
-    folder = Path(*found.submodule_search_locations or ()) / "examples" if found else Path()
-    files = {
-        f"{name}-{version}": file
-        for file in sorted(folder.glob("enjoy_TF_*_v0_2017may.py"))
-        for name, version in [file.stem.removeprefix("enjoy_TF_").split("_")[:2]]
-    }
-    if environment_id not in files:
-        raise MdptError(f"{environment_id}: no agent is bundled with PyBullet for it. It has: {', '.join(files)}.")
-    layers: dict[str, Array] = {}
-    for node in ast.parse(files[environment_id].read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
-            name = ast.unparse(node.targets[0])
-            if name.startswith("weights_"):
-                layers[name] = np.array(ast.literal_eval(node.value.args[0]), dtype=np.float32)
-    return [layers[f"weights_{layer}_{part}"] for layer in ("dense1", "dense2", "final") for part in "wb"]
-
-
-# --- rollouts ---------------------------------------------------------------------------------------------------
-
-Act: TypeAlias = Callable[[Array, Array], Array]
-
-
-def rollout(
-    act: Act,
-    spec: EnvironmentSpec,
-    episodes: Sequence[int],
-    *,
-    seed: int,
-    watch: Watch | None = None,
-    look: Callable[[int, float, Array], None] | None = None,
-    every: int = 1,
-) -> tuple[Array, Array]:
-    """Play numbered episodes side by side: raw returns (E,) float64 and lengths (E,) int64 in steps.
-
-    act: observations (R, O) float32 of the episodes that still run, their places (R,) in `episodes` -> actions (R, A)
-    in [-1, 1], which are scaled back to the bounds. An episode starts from the state of its number. Every reward
-    counts, the last step's included, and nothing after the end. look: shown steps, return so far and a frame
-    (height, width, 3) uint8 of the first episode, `every` so many steps and at its end.
-
-    Raises: MdptError for actions that are not finite or of another shape, for an environment that fails or cannot be
-    filmed.
-    """
-    watch = watch or Watch(float("inf"))
-    count = len(episodes)
-    observations = np.empty((count, spec.observation_dim), dtype=np.float32)
-    returns, lengths, running = np.zeros(count), np.zeros(count, dtype=np.int64), np.arange(count)
-    environments: list[gymnasium.Env[Any, Any]] = []
-
-    def show(place: int) -> None:
-        if look is not None and place == 0:
-            with watch.over(f"{spec.id}: episode {episodes[0]}, a frame after step {lengths[0]}"):
-                frame = _frame(environments[0], spec.name)
-            look(int(lengths[0]), float(returns[0]), frame)
-
-    seed_generators(seed, *episodes)
-    for place, episode in enumerate(episodes):
-        with watch.over(f"{spec.id}: episode {episode}"):
-            environments.append(make_environment(spec, **({"render_mode": "rgb_array"} if look else {})))
-            observations[place] = reset(environments[place], spec, _start(seed, episode))
-        show(place)
-    while len(running):
-        actions = np.asarray(act(observations[running], running))
-        if actions.shape != (expected := (len(running), spec.action_dim)):
-            raise MdptError(f"act: actions of shape {actions.shape}, expected {expected}.")
-        if not np.isfinite(actions).all():
-            raise MdptError("the policy chose an action that is not finite; its training has diverged.")
-        ended = np.zeros(len(running), dtype=np.bool_)
-        scaled = unscale_actions(actions, spec)
-        for i, (place, action) in enumerate(zip(running.tolist(), scaled, strict=True)):
-            with watch.over(f"{spec.id}: episode {episodes[place]}, step {lengths[place] + 1}"):
-                observations[place], reward, terminal, timeout = take_step(environments[place], spec, action)
-            returns[place] += reward
-            lengths[place] += 1
-            ended[i] = terminal or timeout
-            if lengths[place] % every == 0 or ended[i]:
-                show(place)
-        running = running[~ended]
-    for episode, environment in zip(episodes, environments, strict=True):
-        with watch.over(f"{spec.id}: the end of episode {episode}"):
-            environment.close()
-    return returns, lengths
-
-
-def _start(seed: int, episode: int) -> int:
-    """What an episode's environment is reset with."""
-    return int(np.random.SeedSequence([seed, episode]).generate_state(1)[0])
-
-
-def _frame(environment: Any, name: str) -> Array:
-    try:
-        frame: Any = environment.render()
-    except Exception as error:
-        raise MdptError(f"{name} cannot be filmed off-screen. {_one_line(error)}") from error
-    if np.ndim(frame) != 3:
-        modes = ", ".join(environment.metadata.get("render_modes") or ()) or "none"
-        raise MdptError(f"{name} cannot be filmed: it needs render mode rgb_array, and has {modes}.")
-    return np.asarray(frame, dtype=np.uint8)
-
-
-# --- scores -----------------------------------------------------------------------------------------------------
-
-
-def reference_returns(reference: str | tuple[float, float]) -> tuple[float, float]:
-    """The raw returns that stand for 0 and for 100: of a D4RL family, a full D4RL name, or the pair itself.
-
-    A family is what comes before the dataset's kind: "bullet-hopper" for bullet-hopper-medium-v0.
-
-    Raises: MdptError for an unknown name, a family whose tasks differ in reference, or min >= max.
-    Source: d4rl/infos.py (arXiv 2004.07219).
-    """
-    if not isinstance(reference, str):
-        low, high = reference
-        if not low < high:
-            raise MdptError(f"reference: [{low}, {high}] must be [min, max] with min < max.")
-        return float(low), float(high)
-    infos = d4rl_infos(f"reference {reference!r}: D4RL's table is not installed; give [min, max] instead.")
-    table = {name: (float(low), float(infos["REF_MAX_SCORE"][name])) for name, low in infos["REF_MIN_SCORE"].items()}
-    if reference in table:
-        return table[reference]
-    family = [name for name in table if re.fullmatch(re.escape(reference) + r"-.+-v\d+", name)]
-    if len({table[name] for name in family}) > 1:
-        raise MdptError(f"reference {reference!r}: its tasks differ in reference; name one, such as {family[0]!r}.")
-    if not family:
-        families = sorted({re.sub(r"-[^-]+(-expert|-replay)?-v\d+$", "", name) for name in table})
-        near = difflib.get_close_matches(reference, families, n=3, cutoff=0.3) or families
-        raise MdptError(f"reference {reference!r}: unknown to D4RL. Nearest: {', '.join(near)}. Or give [min, max].")
-    return table[family[0]]
-
-
-def normalized_score(returns: Array, reference: tuple[float, float]) -> Array:
-    """Raw returns on the scale where the reference's min is 0 and its max is 100. Source: arXiv 2004.07219, eq. 1."""
-    low, high = reference
-    return np.asarray(100 * (np.asarray(returns, dtype=np.float64) - low) / (high - low))
-
-
-FEWEST = 5  # members: an interval from fewer says no more than their range
-
-
-def summarize(table: Array) -> dict[str, Any]:
-    """Statistics of scores, 0 to 100: median, IQR, IQM with its 95 % interval, range, mean, standard deviation.
-
-    table: (S, K, E), each episode's score of policy members under guidance members, nan where there is no such pair;
-    a pair's score is the mean over its episodes. IQR and standard deviation as in `spread`; of a single policy member,
-    over those of the guidance. Range: the lowest and the highest pair. Interval as in `bootstrap`.
-    Source: interquartile mean as in rliable (arXiv 2108.13264).
-    """
-    from scipy import stats
-
-    def interquartile_mean(scores: Array) -> Any:
-        return stats.trim_mean(flat(scores), 0.25, axis=-1, nan_policy="omit")
-
-    table = table[~np.isnan(table).all((1, 2))]
-    scores = table.mean(-1)  # (S, K)
-    values = scores[~np.isnan(scores)]
-    interval = bootstrap(interquartile_mean, table)
-    iqr, std = spread(scores if len(scores) > 1 else scores.T)
-    return {
-        "members": len(table),
-        "median": float(np.median(values)),
-        "iqr": None if np.isnan(iqr) else float(iqr),
-        "iqm": float(interquartile_mean(scores)),
-        "iqm_interval": None if interval is None else interval.tolist(),
-        "range": [float(values.min()), float(values.max())],
-        "mean": float(values.mean()),
-        "std": None if np.isnan(std) else float(std),
-    }
-
-
-def shift(table: Array) -> Array:
-    """Tables of pairs (..., S, K) with guidance member (i + k) modulo K in column k of policy member i."""
-    count, width = table.shape[-2:]
-    rows = np.arange(count)[:, None]
-    shifted: Array = table[..., rows, (rows + np.arange(width)) % width]
-    return shifted
-
-
-def spread(table: Array) -> tuple[Any, Any]:
-    """IQR and standard deviation of S pairs that share no member, in tables of scores (..., S, K): each (...).
-
-    Policy member i is paired with guidance member (i + k) modulo K, and what these S scores show is averaged over
-    k = 0 .. K - 1: so crossed members are judged on as many scores at a time, and as independent ones, as members
-    paired once; where K < S some of the S share a guidance member. nan is left out. Quartiles are interpolated
-    linearly, as numpy does. A k with a single pair shows no spread and is left out; nan: there is no other.
-    """
-    ordered = np.sort(shift(table), axis=-2)  # (..., S, K), nan last
-    # numpy's nanpercentile goes through a bootstrap's tables one by one, twenty times slower than this
-    last = (~np.isnan(ordered)).sum(axis=-2, keepdims=True) - 1  # (..., 1, K); -1: all nan
-
-    def quantile(share: float) -> Any:
-        place = share * last
-        below = np.floor(place).astype(np.int64)
-        low, high = (np.take_along_axis(ordered, index, axis=-2) for index in (below, np.minimum(below + 1, last)))
-        return (low + (place - below) * (high - low))[..., 0, :]
-
-    with warnings.catch_warnings():  # of a k without any pair, or with one alone
-        warnings.simplefilter("ignore", RuntimeWarning)
-        deviation = np.nanstd(ordered, axis=-2, ddof=1)
-        between = np.where(last[..., 0, :] > 0, quantile(0.75) - quantile(0.25), np.nan)
-        return np.nanmean(between, axis=-1), np.nanmean(deviation, axis=-1)
-
-
-def bootstrap(statistic: Callable[..., Any], *tables: Array) -> Array | None:
-    """95 % interval (2, ...) of statistic(*scores), (..., D) for D draws; None below 5 members.
-
-    tables: scores per episode, (S or 1, K or 1, E). Each draw takes policy members (rows), guidance members (columns)
-    and episode numbers, that is start states, with replacement, the same in all tables; scores (D, S or 1, K or 1) are
-    means over the episodes drawn. The expanded percentile interval begins at Phi(sqrt(S / (S - 1)) t) instead of 2.5 %,
-    t that quantile of Student's t with S - 1 degrees of freedom, since draws from few vary too little by that root; of
-    members drawn apart the fewer count as S: they vary least for their number. Source: Hesterberg, arXiv 1411.5279.
-    """
-    from scipy import stats
-
-    count, width, episodes = (max(sizes) for sizes in zip(*(table.shape for table in tables), strict=True))
-    members = count if width == 1 else min(count, width)
-    if members < FEWEST:
-        return None
-    random, left, found = np.random.default_rng(0), 9_999 if count * width < 100 else 2_000, []
-    batch = max(1, 5_000_000 // max(count * count * width, episodes))  # bounds the memory of what is compared
-    while left > 0:
-        size = min(batch, left)
-        rows, columns = random.integers(count, size=(size, count, 1)), random.integers(width, size=(size, 1, width))
-        shares = random.multinomial(episodes, np.full(episodes, 1 / episodes), size) / episodes  # (D, E)
-        scores = [
-            np.tensordot(shares, table, (1, 2))[np.arange(size)[:, None, None], rows[:, :s] % s, columns[..., :k] % k]
-            for table in tables
-            for s, k in [table.shape[:2]]
-        ]
-        with warnings.catch_warnings():  # a draw may hold no pair at all, or one value alone
-            warnings.simplefilter("ignore", RuntimeWarning)
-            found.append(statistic(*scores))
-        left -= size
-    level = stats.norm.cdf(np.sqrt(members / (members - 1)) * stats.t.ppf(0.025, members - 1))
-    ends: Array = np.nanquantile(np.concatenate(found, axis=-1), [level, 1 - level], axis=-1)
-    return ends
-
-
-def flat(table: Array) -> Array:
-    return table.reshape(*table.shape[:-2], -1)  # (..., S K)
-
-
-def compare(own: Array, swapped: Array) -> dict[str, Any]:
-    """How scores change against those under the guidance of training.
-
-    own: (S, E), the baseline of each policy member. swapped: (S, K, E), that member's scores under other guidance
-    members, nan where there is none. Changes of median, IQR and standard deviation (as in `spread`) are swapped minus
-    own, in points of score; iqr_percent is 100 (IQR swapped - IQR own) / IQR own, and iqr_percent_by_chance what it
-    would be where nothing changed; improvement is the probability that a swapped score beats an own one, ties counting
-    half (arXiv 2108.13264); spread_p as in `pitman_morgan`; range of a pair's change. Intervals as in `bootstrap`; a
-    policy member's own and swapped scores are drawn together.
-    """
-    swapped = np.where(np.abs(swapped - own[:, None]) < 1e-3, own[:, None], swapped)  # rounding of other batches
-    mine, others = own.mean(-1)[:, None], swapped.mean(-1)  # (S, 1), (S, K)
-
-    def changes(mine: Array, others: Array) -> Array:
-        other, (iqr, std), (own_iqr, own_std) = flat(others), spread(others), spread(mine)
-        wins = (np.sign(other[..., :, None] - flat(mine)[..., None, :]) + 1) / 2
-        medians = np.nanmedian(other, axis=-1) - np.median(flat(mine), axis=-1)
-        return np.stack([medians, iqr - own_iqr, std - own_std, np.nanmean(wins, axis=(-2, -1))])
-
-    gaps = others - mine
-    shown = {"range": [float(np.nanmin(gaps)), float(np.nanmax(gaps))]}
-    if len(own) < 2:
-        return {"median": float(np.nanmedian(gaps)), **shown}
-    names = ("median", "iqr", "std", "improvement")
-    found = {
-        name: None if np.isnan(value) else float(value)
-        for name, value in zip(names, changes(mine, others), strict=True)
-    }
-    base, ends = float(spread(mine)[0]), bootstrap(changes, own[:, None], swapped)
-    return {
-        **found,
-        **shown,
-        "iqr_percent": None if found["iqr"] is None or base == 0 else 100 * found["iqr"] / base,
-        "iqr_percent_by_chance": list(by_chance(len(own), correlate(mine[:, 0], others))) if base > 0 else None,
-        "spread_p": pitman_morgan(mine[:, 0], others),
-        "intervals": None if ends is None else dict(zip(names, ends.T.tolist(), strict=True)),
-    }
-
-
-def matches(own: Array, swapped: Array) -> Iterator[tuple[Array, Array]]:
-    """Scores (n,) before and after, of own (S,) and swapped (S, K), for each shift where they vary and n > 2."""
-    for other in shift(swapped).T:
-        before, after = own[~np.isnan(other)], other[~np.isnan(other)]
-        if len(after) > 2 and min(np.ptp(before), np.ptp(after)) > 0:
-            yield before, after
-
-
-def correlate(own: Array, swapped: Array) -> float:
-    """Correlation of scores before (S,) and after (S, K), the mean over shifts; 0 where it is unknown."""
-    found = [np.corrcoef(before, after)[0, 1] for before, after in matches(own, swapped)]
-    return round(float(np.mean(found or 0)), 2)
-
-
-def pitman_morgan(own: Array, swapped: Array) -> float | None:
-    """p that own (S,) and swapped (S, K) scores spread alike over members: of their sums and differences correlating.
-
-    Two-sided, from Student's t with S - 2 degrees of freedom, so for normal scores. Crossed members: twice the mean p
-    over the shifts of `spread` with a change, at most 1, which holds however these depend on one another. None below 3
-    pairs, without variance, or where 1 < K < S, since pairs that share a guidance member are no independent ones.
-    Source: Pitman 1939, Morgan 1939 (Biometrika 31); mean of p: Vovk and Wang, arXiv 1212.4966.
-    """
-    from scipy import stats
-
-    if 1 < swapped.shape[1] < len(own):
-        return None
-    moves = [(before + after, after - before) for before, after in matches(own, swapped)]
-    found = [stats.pearsonr(*move).pvalue for move in moves if min(map(np.ptp, move)) > 0]
-    return min(1.0, float(np.mean(found)) * (1 if swapped.shape[1] == 1 else 2)) if found else None
-
-
-@cache
-def by_chance(members: int, correlation: float) -> tuple[float, float]:
-    """95 % range of 100 (IQR after / IQR before - 1) of paired members where nothing changed: drawn from one normal.
-
-    correlation: of before and after, in [-1, 1], taken as at most 0.99. Of crossed members, whose IQR is a mean over
-    shifts, the range is wider than it need be.
-    """
-    correlation = min(max(correlation, -0.99), 0.99)
-    before, noise = np.random.default_rng(0).normal(size=(2, 40_000, members, 1))
-    after = correlation * before + np.sqrt(1 - correlation**2) * noise
-    low, high = np.quantile(100 * (spread(after)[0] / spread(before)[0] - 1), [0.025, 0.975])
-    return float(low), float(high)
-
-
-def tabulate(pairs: Sequence[dict[str, Any]], members: int, reference: tuple[float, float]) -> Array:
-    """Scores of each episode by policy member and guidance seed, (S, K, E), nan where there is no such pair.
-
-    Where members are paired one to one, K = 1: they are drawn as pairs, not apart. Else the guidance that grew from the
-    seed of policy member i is in column i, so that the shifts of `spread` have either all pairs of one seed or none.
-    """
-    crossed = len(pairs) > len({pair["policy_member"] for pair in pairs})
-    columns = list(dict.fromkeys(pair["guidance_seed"] if crossed else None for pair in pairs))
-    for pair in pairs if crossed else ():
-        seed, place = pair["policy_seed"], pair["policy_member"]
-        if seed in columns and place < len(columns):
-            at = columns.index(seed)
-            columns[at], columns[place] = columns[place], seed
-    table = np.full((members, len(columns), len(pairs[0]["returns"])), np.nan)
-    for pair in pairs:
-        column = columns.index(pair["guidance_seed"]) if crossed else 0
-        table[pair["policy_member"], column] = normalized_score(pair["returns"], reference)
-    return table
-
-
-def variance_components(scores: Array) -> dict[str, dict[str, Any]]:
-    """Standard deviations of crossed scores (S, K) that come from "guidance", "policy" and the "rest".
-
-    score = mean + policy's share + guidance's share + rest, by analysis of variance; the rest is what only the pair
-    explains, and the draw of its episodes. A negative variance counts as 0. interval: 95 %, for normal shares; None below
-    5 members of either. Source: Ting et al. 1990 (J. Stat. Comput. Simul. 35), as in Burdick and Graybill 1992; the rest's
-    is that of a chi-squared variance.
-    """
-    from scipy import stats
-
-    count, width = scores.shape
-    freedom = (count - 1) * (width - 1)
-    rest = scores - scores.mean(1, keepdims=True) - scores.mean(0) + scores.mean()
-    noise = float(np.square(rest).sum() / freedom)
-    known = min(count, width) >= FEWEST
-
-    def upper(share: float, first: float, second: float) -> float:
-        """The value that F of so many degrees of freedom exceeds with probability `share`."""
-        return float(stats.f.isf(share, first, second))
-
-    def component(means: Array, repeats: int) -> dict[str, Any]:
-        free = len(means) - 1
-        square = repeats * float(means.var(ddof=1))
-        low, high, many = 0.025, 0.975, 1e9
-        f, g = upper(low, free, freedom), upper(high, free, freedom)
-        below, above = 1 - 1 / upper(low, free, many), 1 / upper(high, free, many) - 1
-        noise_above, noise_below = 1 / upper(high, freedom, many) - 1, 1 - 1 / upper(low, freedom, many)
-        lower_mixed = ((f - 1) ** 2 - (below * f) ** 2 - noise_above**2) / f
-        upper_mixed = ((1 - g) ** 2 - (above * g) ** 2 - noise_below**2) / g
-        down = (below * square) ** 2 + (noise_above * noise) ** 2 + lower_mixed * square * noise
-        up = (above * square) ** 2 + (noise_below * noise) ** 2 + upper_mixed * square * noise
-        ends = [square - noise - max(0.0, down) ** 0.5, square - noise + max(0.0, up) ** 0.5]
-        return in_points(square - noise, ends, repeats)
-
-    def in_points(square: float, ends: Sequence[float], repeats: int) -> dict[str, Any]:
-        value, *interval = (max(0.0, end / repeats) ** 0.5 for end in (square, *ends))
-        return {"std": value, "interval": interval if known else None}
-
-    low, high = (freedom * noise / stats.chi2.isf(share, freedom) for share in (0.025, 0.975))
-    return {
-        "guidance": component(scores.mean(0), count),
-        "policy": component(scores.mean(1), width),
-        "rest": in_points(noise, [low, high], 1),
-    }
-
-
-def probability_of_improvement(first: Array, second: Array) -> tuple[float, tuple[float, float] | None]:
-    """How often a score of `first` (S, E) beats one of `second` (K, E), ties counting half, and its 95 % interval.
-
-    The members of each are drawn apart, the episodes together, as in `bootstrap`. Source: arXiv 2108.13264.
-    """
-
-    def wins(ours: Array, theirs: Array) -> Any:
-        return ((np.sign(ours - theirs) + 1) / 2).mean(axis=(-2, -1))
-
-    found = float(wins(first.mean(-1)[:, None], second.mean(-1)[None]))
-    ends = bootstrap(wins, first[:, None], second[None]) if len(second) >= FEWEST else None
-    return found, None if ends is None else (float(ends[0]), float(ends[1]))

@@ -15,9 +15,11 @@ import shlex
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import combinations, groupby, pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,7 +32,6 @@ import typer
 from typer.core import TyperGroup
 
 from mdpt.data import (
-    FEWEST,
     Array,
     DataSection,
     Dataset,
@@ -44,22 +45,16 @@ from mdpt.data import (
     Watch,
     Workers,
     check_experiment,
-    compare,
     describe_data,
     imported_for,
     load_dataset,
     load_experiment,
     locked,
-    normalized_score,
     on_signals,
     parallel,
     printable,
-    probability_of_improvement,
     reference_returns,
-    summarize,
-    tabulate,
     temporary_beside,
-    variance_components,
     version,
     written_whole,
 )
@@ -75,7 +70,54 @@ if TYPE_CHECKING:
 
     Pairs = list[tuple[int, int | None]]  # policy member, guidance member
 
-# --- runs -------------------------------------------------------------------------------------------------------
+# --- talking to the user ------------------------------------------------------------------------------------------
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    class Plain(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(printable(text), **options)
+
+    return Plain(stderr=stderr, markup=False, emoji=False)  # what is printed holds the names of files
+
+
+def say(text: str, *, stderr: bool = False) -> None:
+    make_console(stderr=stderr).print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    say(f"warning: {text}", stderr=True)
+
+
+def show_table(table: Table) -> None:
+    """Print a table under its title and over its caption, which may be wider than the table."""
+    title, caption, table.title, table.caption = table.title, table.caption, None, None
+    say(str(title))
+    console = make_console()  # figures are never cut to fit: a narrow terminal wraps the lines
+    console.width = max(console.width, console.measure(table, options=console.options.update(max_width=1000)).maximum)
+    console.print(table)
+    if caption is not None:
+        say(str(caption))
+
+
+def refuse_to_overwrite(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise MdptError(f"{path}: exists already; choose another name, or --overwrite to replace it")
+
+
+def check_ending(option: str, path: Path | None, endings: Sequence[str]) -> None:
+    if path is not None and path.suffix not in endings:
+        *others, last = endings
+        raise MdptError(f"{option} {path}: expected a {', '.join(others)}{' or ' if others else ''}{last} file")
+
+
+def plain_files(names: set[str]) -> set[str]:
+    """Names of files without @STEP and #SEED; what is no file has none."""
+    while gone := {name for name in names if not Path(name).exists()}:
+        names = names - gone | {name[: max(0, name.rfind("@"), name.rfind("#"))] for name in gone}
+    return names
 
 
 @contextmanager
@@ -269,7 +311,7 @@ def load_run(path: Path, overrides: Sequence[str] | None, seeds: str | None, dev
     return run
 
 
-# --- cells and results ------------------------------------------------------------------------------------------
+# --- cells: what is played ----------------------------------------------------------------------------------------
 
 OWN = "its own"  # the guidance a policy was trained under
 MANY_ROLLOUTS = 2_000  # beyond this, swap pairs members by position unless asked otherwise
@@ -406,36 +448,6 @@ def check_imports(cells: Sequence[Cell], trusted: Sequence[str]) -> None:
             )
 
 
-def play_cells(cells: Sequence[Cell], file: Path | None, overwrite: bool, workers: Workers) -> dict[str, Any]:
-    """Play all cells and judge them. With a file, each finished cell is stored, and a run cut short goes on there."""
-    from mdpt import models
-
-    products = models.choose_products()
-    report = begin_report(cells, products, file, overwrite)
-    left = cells[len(report["cells"]) :]
-    if len(cells) > 1:
-        kind = "each with each" if any(len(cell.pairs) > len(cell.bundle["seeds"]) for cell in cells) else "by position"
-        rollouts = sum(cell.rollouts for cell in left)
-        say(f"{len(left)} of {len(cells)} cells to play, members paired {kind}: {rollouts} rollouts", stderr=True)
-    tasks = (task for cell in left for task in cut_into_tasks(cell, products))
-    found = parallel(models.play, tasks, workers, sum(len(cell.shares) for cell in left))
-    done = 0
-    with (
-        going_on(file is not None),
-        closing(found),
-        progress("play", max(1, sum(cell.rollouts for cell in left))) as show,
-    ):
-        for cell in left:
-            parts = []
-            for _ in cell.shares:
-                parts.append(next(found))
-                done += len(parts[-1][0])
-                show(done, "episodes")
-            report["cells"].append(make_result(cell, parts, products))
-            store_json(file, report)
-    return report | {"summary": judge(report["cells"])}
-
-
 def cut_into_tasks(cell: Cell, products: str) -> Iterator[Play]:
     """A cell's rollouts in tasks for workers, always the same: some of one policy member's each."""
     from mdpt.models import Play, select_members
@@ -453,109 +465,6 @@ def cut_into_tasks(cell: Cell, products: str) -> Iterator[Play]:
         )
 
 
-def judge_cells(cells: Sequence[Cell], data_file: Path | None) -> dict[str, Any]:
-    """What can be said of policies without playing them, on the held-out part of their data, or of another file.
-
-    Raises: MdptError where the data are not what a policy was trained on and none were named.
-    """
-    from mdpt import models
-
-    results, known = [], {}
-    for cell in cells:
-        bundle = cell.bundle
-        data = repr((bundle["experiment"]["data"], bundle["environment"], bundle["dataset"]["hash"]))
-        if data not in known:  # the steps of a curve share theirs
-            known[data] = find_held_out(cell, data_file)
-        rule = bundle["experiment"]["policy"]["ensemble"]
-        ranker = OWN if (cell.guide.name, cell.how.ensemble) == (OWN, rule) else guidance_name(cell)
-        judges = {OWN: (bundle["guidances"], rule), ranker: (cell.guide.bundles, cell.how.ensemble)}
-        there = {name: judge for name, judge in judges.items() if judge[0] and judge[1] != "rank"}  # ranks: no values
-        found = models.judge_offline(bundle, cell.guide.bundles, cell.how, known[data], cell.section.seed, there)
-        what = {
-            "policy": cell.policy,
-            "guidance": ranker,
-            "step": bundle["step"],
-            "warnings": cell.warnings,
-            "data": str(data_file or bundle["dataset"]["name"]),
-            "seed": cell.section.seed,
-            "guide": cell.section.guide,
-            "seeds": bundle["seeds"],
-        }
-        results.append(what | asdict(cell.how) | found)
-    return {"cells": results, "offline": True}
-
-
-def find_held_out(cell: Cell, data_file: Path | None) -> HeldOut:
-    """The held-out part of a policy's data, or of another file. Raises: MdptError as `judge_cells`."""
-    section = Experiment.model_validate(cell.bundle["experiment"]).data
-    if data_file is not None:
-        section = section.model_copy(update={"source": "hdf5", "path": str(data_file), "dataset": None})
-    elif section.source == "arrays":
-        raise MdptError(f"{cell.policy}: was trained on arrays; name a file of the same data with --data")
-    try:
-        dataset = load_data(section, Workers(), EnvironmentSpec(**cell.bundle["environment"]))
-    except MdptError as error:
-        raise error if data_file else MdptError(f"{cell.policy}: {error} --data FILE names its data.") from error
-    if dataset.identity["hash"] != cell.bundle["dataset"]["hash"]:
-        if data_file is None:
-            raise MdptError(f"{cell.policy}: {dataset.identity['name']} has changed since; name the data with --data")
-        warn(f"{data_file}: other data than {cell.policy} was trained on")
-    if not len(dataset.held_out.rewards):
-        raise MdptError(f"{cell.policy}: its data have no held-out episodes; train with [data] held_out above 0")
-    return dataset.held_out
-
-
-def make_result(cell: Cell, parts: Sequence[tuple[Array, Array]], products: str) -> dict[str, Any]:
-    """Everything a cell has shown, as plain containers: what was played, and score, returns, lengths of each pair."""
-    bundle, reference, data = cell.bundle, cell.bundle["reference"], cell.bundle["dataset"]
-    returns, lengths = (np.concatenate(arrays).reshape(len(cell.pairs), -1) for arrays in zip(*parts, strict=True))
-    scores = normalized_score(returns.mean(1), reference)
-    seeds = [seed for each in cell.guide.bundles for seed in each["seeds"]]
-    return {
-        "policy": printable(cell.policy),
-        "guidance": printable(cell.guide.name),
-        "step": bundle["step"],
-        "algorithm": bundle["experiment"]["policy"]["algorithm"],
-        "guidance_algorithm": guidance_algorithm(cell.guide),
-        "warnings": cell.warnings,
-        "protocol": {
-            "policy": printable(cell.policy),
-            "step": bundle["step"],
-            "steps": bundle["experiment"]["policy"]["steps"],
-            "guidance": guidance_name(cell) if cell.guide.bundles else None,
-            "guide": cell.section.guide,
-            **asdict(cell.how),
-            "no_effect": cell.idle,
-            "episodes": cell.section.episodes,
-            "seed": cell.section.seed,
-            "environment": bundle["environment"]["id"],
-            "repeatable": bundle["environment"]["repeatable"],
-            "reference": list(reference),
-            "products": products,
-        },
-        "pairs": [
-            {
-                "policy_member": i,
-                "policy_seed": bundle["seeds"][i],
-                "guidance_seed": None if j is None else seeds[j],
-                "return": float(returns[row].mean()),
-                "score": float(scores[row]),
-                "length": float(lengths[row].mean()),
-                "returns": returns[row].tolist(),
-                "lengths": lengths[row].tolist(),
-            }
-            for row, (i, j) in enumerate(cell.pairs)
-        ],
-        "dataset": data
-        | {f"{kind}_score": float(normalized_score(data[f"{kind}_return"], reference)) for kind in KINDS},
-        "accounting": bundle["accounting"],
-        "versions": bundle["versions"] | {"played_with": version()},
-    }
-
-
-KINDS = ("mean", "best")
-
-
 def guidance_algorithm(guide: Guide) -> str | None:
     return " + ".join(sorted({bundle["experiment"]["guidance"]["algorithm"] for bundle in guide.bundles})) or None
 
@@ -568,58 +477,9 @@ def guidance_name(cell: Cell) -> str:
     return printable(name if rule == "none" else whole)
 
 
-def begin_report(cells: Sequence[Cell], products: str, file: Path | None, overwrite: bool) -> dict[str, Any]:
-    """A report without results yet, or with those that a run cut short has stored in the file.
-
-    overwrite: begin anew where the file holds something else, or results of other bundles or settings.
-
-    Raises: MdptError in that case without overwrite.
-    """
-    report: dict[str, Any] = {
-        "settings": {
-            "bundles": {name: digest(Path(name)) for name in sorted(bundle_files(cells))},
-            "cells": [[cell.policy, cell.guide.name, len(cell.pairs)] for cell in cells],
-            "evaluation": [cell.section.model_dump() for cell in cells],
-            "products": products,
-            "version": version(),
-        },
-        "cells": [],
-    }
-    if file is None or not file.exists():
-        return report
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        settings, finished = stored["settings"], stored["cells"]
-        changed = [name for name, value in report["settings"].items() if settings.get(name) != value]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        problem = "exists already and holds no results; choose another name, or --overwrite to replace it"
-    else:
-        if not changed:
-            return report | {"cells": finished}
-        problem = (
-            f"holds results of other {', '.join(changed)}; repeat its options to go on, "
-            "choose another name, or --overwrite to begin anew"
-        )
-    if overwrite:
-        return report
-    raise MdptError(f"{file}: {problem}")
-
-
 def bundle_files(cells: Sequence[Cell]) -> set[str]:
     """The files that cells come from."""
     return plain_files({name for cell in cells for name in (cell.policy, *cell.guide.files)})
-
-
-def plain_files(names: set[str]) -> set[str]:
-    """Names of files without @STEP and #SEED; what is no file has none."""
-    while gone := {name for name in names if not Path(name).exists()}:
-        names = names - gone | {name[: max(0, name.rfind("@"), name.rfind("#"))] for name in gone}
-    return names
-
-
-def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def plan_swap(
@@ -704,6 +564,469 @@ def check_comparable(cells: Sequence[Cell]) -> None:
                 f"{first[0]} and {name} are not tried alike: {'; '.join(differing)}; evaluate them apart, or give the "
                 "settings that make them equal"
             )
+
+
+def find_held_out(cell: Cell, data_file: Path | None) -> HeldOut:
+    """The held-out part of a policy's data, or of another file. Raises: MdptError as `judge_cells`."""
+    section = Experiment.model_validate(cell.bundle["experiment"]).data
+    if data_file is not None:
+        section = section.model_copy(update={"source": "hdf5", "path": str(data_file), "dataset": None})
+    elif section.source == "arrays":
+        raise MdptError(f"{cell.policy}: was trained on arrays; name a file of the same data with --data")
+    try:
+        dataset = load_data(section, Workers(), EnvironmentSpec(**cell.bundle["environment"]))
+    except MdptError as error:
+        raise error if data_file else MdptError(f"{cell.policy}: {error} --data FILE names its data.") from error
+    if dataset.identity["hash"] != cell.bundle["dataset"]["hash"]:
+        if data_file is None:
+            raise MdptError(f"{cell.policy}: {dataset.identity['name']} has changed since; name the data with --data")
+        warn(f"{data_file}: other data than {cell.policy} was trained on")
+    if not len(dataset.held_out.rewards):
+        raise MdptError(f"{cell.policy}: its data have no held-out episodes; train with [data] held_out above 0")
+    return dataset.held_out
+
+
+# --- statistics ---------------------------------------------------------------------------------------------------
+
+
+def normalized_score(returns: Array, reference: tuple[float, float]) -> Array:
+    """Raw returns on the scale where the reference's min is 0 and its max is 100. Source: arXiv 2004.07219, eq. 1."""
+    low, high = reference
+    return np.asarray(100 * (np.asarray(returns, dtype=np.float64) - low) / (high - low))
+
+
+FEWEST = 5  # members: an interval from fewer says no more than their range
+
+
+def summarize(table: Array) -> dict[str, Any]:
+    """Statistics of scores, 0 to 100: median, IQR, IQM with its 95 % interval, range, mean, standard deviation.
+
+    table: (S, K, E), each episode's score of policy members under guidance members, nan where there is no such pair;
+    a pair's score is the mean over its episodes. IQR and standard deviation as in `spread`; of a single policy member,
+    over those of the guidance. Range: the lowest and the highest pair. Interval as in `bootstrap`.
+    Source: interquartile mean as in rliable (arXiv 2108.13264).
+    """
+    from scipy import stats
+
+    def interquartile_mean(scores: Array) -> Any:
+        return stats.trim_mean(flat(scores), 0.25, axis=-1, nan_policy="omit")
+
+    table = table[~np.isnan(table).all((1, 2))]
+    scores = table.mean(-1)  # (S, K)
+    values = scores[~np.isnan(scores)]
+    interval = bootstrap(interquartile_mean, table)
+    iqr, std = spread(scores if len(scores) > 1 else scores.T)
+    return {
+        "members": len(table),
+        "median": float(np.median(values)),
+        "iqr": None if np.isnan(iqr) else float(iqr),
+        "iqm": float(interquartile_mean(scores)),
+        "iqm_interval": None if interval is None else interval.tolist(),
+        "range": [float(values.min()), float(values.max())],
+        "mean": float(values.mean()),
+        "std": None if np.isnan(std) else float(std),
+    }
+
+
+def shift(table: Array) -> Array:
+    """Tables of pairs (..., S, K) with guidance member (i + k) modulo K in column k of policy member i."""
+    count, width = table.shape[-2:]
+    rows = np.arange(count)[:, None]
+    shifted: Array = table[..., rows, (rows + np.arange(width)) % width]
+    return shifted
+
+
+def spread(table: Array) -> tuple[Any, Any]:
+    """IQR and standard deviation of S pairs that share no member, in tables of scores (..., S, K): each (...).
+
+    Policy member i is paired with guidance member (i + k) modulo K, and what these S scores show is averaged over
+    k = 0 .. K - 1: so crossed members are judged on as many scores at a time, and as independent ones, as members
+    paired once; where K < S some of the S share a guidance member. nan is left out. Quartiles are interpolated
+    linearly, as numpy does. A k with a single pair shows no spread and is left out; nan: there is no other.
+    """
+    ordered = np.sort(shift(table), axis=-2)  # (..., S, K), nan last
+    # numpy's nanpercentile goes through a bootstrap's tables one by one, twenty times slower than this
+    last = (~np.isnan(ordered)).sum(axis=-2, keepdims=True) - 1  # (..., 1, K); -1: all nan
+
+    def quantile(share: float) -> Any:
+        place = share * last
+        below = np.floor(place).astype(np.int64)
+        low, high = (np.take_along_axis(ordered, index, axis=-2) for index in (below, np.minimum(below + 1, last)))
+        return (low + (place - below) * (high - low))[..., 0, :]
+
+    with warnings.catch_warnings():  # of a k without any pair, or with one alone
+        warnings.simplefilter("ignore", RuntimeWarning)
+        deviation = np.nanstd(ordered, axis=-2, ddof=1)
+        between = np.where(last[..., 0, :] > 0, quantile(0.75) - quantile(0.25), np.nan)
+        return np.nanmean(between, axis=-1), np.nanmean(deviation, axis=-1)
+
+
+def bootstrap(statistic: Callable[..., Any], *tables: Array) -> Array | None:
+    """95 % interval (2, ...) of statistic(*scores), (..., D) for D draws; None below 5 members.
+
+    tables: scores per episode, (S or 1, K or 1, E). Each draw takes policy members (rows), guidance members (columns)
+    and episode numbers, that is start states, with replacement, the same in all tables; scores (D, S or 1, K or 1) are
+    means over the episodes drawn. The expanded percentile interval begins at Phi(sqrt(S / (S - 1)) t) instead of 2.5 %,
+    t that quantile of Student's t with S - 1 degrees of freedom, since draws from few vary too little by that root; of
+    members drawn apart the fewer count as S: they vary least for their number. Source: Hesterberg, arXiv 1411.5279.
+    """
+    from scipy import stats
+
+    count, width, episodes = (max(sizes) for sizes in zip(*(table.shape for table in tables), strict=True))
+    members = count if width == 1 else min(count, width)
+    if members < FEWEST:
+        return None
+    random, left, found = np.random.default_rng(0), 9_999 if count * width < 100 else 2_000, []
+    batch = max(1, 5_000_000 // max(count * count * width, episodes))  # bounds the memory of what is compared
+    while left > 0:
+        size = min(batch, left)
+        rows, columns = random.integers(count, size=(size, count, 1)), random.integers(width, size=(size, 1, width))
+        shares = random.multinomial(episodes, np.full(episodes, 1 / episodes), size) / episodes  # (D, E)
+        scores = [
+            np.tensordot(shares, table, (1, 2))[np.arange(size)[:, None, None], rows[:, :s] % s, columns[..., :k] % k]
+            for table in tables
+            for s, k in [table.shape[:2]]
+        ]
+        with warnings.catch_warnings():  # a draw may hold no pair at all, or one value alone
+            warnings.simplefilter("ignore", RuntimeWarning)
+            found.append(statistic(*scores))
+        left -= size
+    level = stats.norm.cdf(np.sqrt(members / (members - 1)) * stats.t.ppf(0.025, members - 1))
+    ends: Array = np.nanquantile(np.concatenate(found, axis=-1), [level, 1 - level], axis=-1)
+    return ends
+
+
+def flat(table: Array) -> Array:
+    return table.reshape(*table.shape[:-2], -1)  # (..., S K)
+
+
+def compare(own: Array, swapped: Array) -> dict[str, Any]:
+    """How scores change against those under the guidance of training.
+
+    own: (S, E), the baseline of each policy member. swapped: (S, K, E), that member's scores under other guidance
+    members, nan where there is none. Changes of median, IQR and standard deviation (as in `spread`) are swapped minus
+    own, in points of score; iqr_percent is 100 (IQR swapped - IQR own) / IQR own, and iqr_percent_by_chance what it
+    would be where nothing changed; improvement is the probability that a swapped score beats an own one, ties counting
+    half (arXiv 2108.13264); spread_p as in `pitman_morgan`; range of a pair's change. Intervals as in `bootstrap`; a
+    policy member's own and swapped scores are drawn together.
+    """
+    swapped = np.where(np.abs(swapped - own[:, None]) < 1e-3, own[:, None], swapped)  # rounding of other batches
+    mine, others = own.mean(-1)[:, None], swapped.mean(-1)  # (S, 1), (S, K)
+
+    def changes(mine: Array, others: Array) -> Array:
+        other, (iqr, std), (own_iqr, own_std) = flat(others), spread(others), spread(mine)
+        wins = (np.sign(other[..., :, None] - flat(mine)[..., None, :]) + 1) / 2
+        medians = np.nanmedian(other, axis=-1) - np.median(flat(mine), axis=-1)
+        return np.stack([medians, iqr - own_iqr, std - own_std, np.nanmean(wins, axis=(-2, -1))])
+
+    gaps = others - mine
+    shown = {"range": [float(np.nanmin(gaps)), float(np.nanmax(gaps))]}
+    if len(own) < 2:
+        return {"median": float(np.nanmedian(gaps)), **shown}
+    names = ("median", "iqr", "std", "improvement")
+    found = {
+        name: None if np.isnan(value) else float(value)
+        for name, value in zip(names, changes(mine, others), strict=True)
+    }
+    base, ends = float(spread(mine)[0]), bootstrap(changes, own[:, None], swapped)
+    return {
+        **found,
+        **shown,
+        "iqr_percent": None if found["iqr"] is None or base == 0 else 100 * found["iqr"] / base,
+        "iqr_percent_by_chance": list(by_chance(len(own), correlate(mine[:, 0], others))) if base > 0 else None,
+        "spread_p": pitman_morgan(mine[:, 0], others),
+        "intervals": None if ends is None else dict(zip(names, ends.T.tolist(), strict=True)),
+    }
+
+
+def matches(own: Array, swapped: Array) -> Iterator[tuple[Array, Array]]:
+    """Scores (n,) before and after, of own (S,) and swapped (S, K), for each shift where they vary and n > 2."""
+    for other in shift(swapped).T:
+        before, after = own[~np.isnan(other)], other[~np.isnan(other)]
+        if len(after) > 2 and min(np.ptp(before), np.ptp(after)) > 0:
+            yield before, after
+
+
+def correlate(own: Array, swapped: Array) -> float:
+    """Correlation of scores before (S,) and after (S, K), the mean over shifts; 0 where it is unknown."""
+    found = [np.corrcoef(before, after)[0, 1] for before, after in matches(own, swapped)]
+    return round(float(np.mean(found or 0)), 2)
+
+
+def pitman_morgan(own: Array, swapped: Array) -> float | None:
+    """p that own (S,) and swapped (S, K) scores spread alike over members: of their sums and differences correlating.
+
+    Two-sided, from Student's t with S - 2 degrees of freedom, so for normal scores. Crossed members: twice the mean p
+    over the shifts of `spread` with a change, at most 1, which holds however these depend on one another. None below 3
+    pairs, without variance, or where 1 < K < S, since pairs that share a guidance member are no independent ones.
+    Source: Pitman 1939, Morgan 1939 (Biometrika 31); mean of p: Vovk and Wang, arXiv 1212.4966.
+    """
+    from scipy import stats
+
+    if 1 < swapped.shape[1] < len(own):
+        return None
+    moves = [(before + after, after - before) for before, after in matches(own, swapped)]
+    found = [stats.pearsonr(*move).pvalue for move in moves if min(map(np.ptp, move)) > 0]
+    return min(1.0, float(np.mean(found)) * (1 if swapped.shape[1] == 1 else 2)) if found else None
+
+
+@cache
+def by_chance(members: int, correlation: float) -> tuple[float, float]:
+    """95 % range of 100 (IQR after / IQR before - 1) of paired members where nothing changed: drawn from one normal.
+
+    correlation: of before and after, in [-1, 1], taken as at most 0.99. Of crossed members, whose IQR is a mean over
+    shifts, the range is wider than it need be.
+    """
+    correlation = min(max(correlation, -0.99), 0.99)
+    before, noise = np.random.default_rng(0).normal(size=(2, 40_000, members, 1))
+    after = correlation * before + np.sqrt(1 - correlation**2) * noise
+    low, high = np.quantile(100 * (spread(after)[0] / spread(before)[0] - 1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def tabulate(pairs: Sequence[dict[str, Any]], members: int, reference: tuple[float, float]) -> Array:
+    """Scores of each episode by policy member and guidance seed, (S, K, E), nan where there is no such pair.
+
+    Where members are paired one to one, K = 1: they are drawn as pairs, not apart. Else the guidance that grew from the
+    seed of policy member i is in column i, so that the shifts of `spread` have either all pairs of one seed or none.
+    """
+    crossed = len(pairs) > len({pair["policy_member"] for pair in pairs})
+    columns = list(dict.fromkeys(pair["guidance_seed"] if crossed else None for pair in pairs))
+    for pair in pairs if crossed else ():
+        seed, place = pair["policy_seed"], pair["policy_member"]
+        if seed in columns and place < len(columns):
+            at = columns.index(seed)
+            columns[at], columns[place] = columns[place], seed
+    table = np.full((members, len(columns), len(pairs[0]["returns"])), np.nan)
+    for pair in pairs:
+        column = columns.index(pair["guidance_seed"]) if crossed else 0
+        table[pair["policy_member"], column] = normalized_score(pair["returns"], reference)
+    return table
+
+
+def variance_components(scores: Array) -> dict[str, dict[str, Any]]:
+    """Standard deviations of crossed scores (S, K) that come from "guidance", "policy" and the "rest".
+
+    score = mean + policy's share + guidance's share + rest, by analysis of variance; the rest is what only the pair
+    explains, and the draw of its episodes. A negative variance counts as 0. interval: 95 %, for normal shares; None below
+    5 members of either. Source: Ting et al. 1990 (J. Stat. Comput. Simul. 35), as in Burdick and Graybill 1992; the rest's
+    is that of a chi-squared variance.
+    """
+    from scipy import stats
+
+    count, width = scores.shape
+    freedom = (count - 1) * (width - 1)
+    rest = scores - scores.mean(1, keepdims=True) - scores.mean(0) + scores.mean()
+    noise = float(np.square(rest).sum() / freedom)
+    known = min(count, width) >= FEWEST
+
+    def upper(share: float, first: float, second: float) -> float:
+        """The value that F of so many degrees of freedom exceeds with probability `share`."""
+        return float(stats.f.isf(share, first, second))
+
+    def component(means: Array, repeats: int) -> dict[str, Any]:
+        free = len(means) - 1
+        square = repeats * float(means.var(ddof=1))
+        low, high, many = 0.025, 0.975, 1e9
+        f, g = upper(low, free, freedom), upper(high, free, freedom)
+        below, above = 1 - 1 / upper(low, free, many), 1 / upper(high, free, many) - 1
+        noise_above, noise_below = 1 / upper(high, freedom, many) - 1, 1 - 1 / upper(low, freedom, many)
+        lower_mixed = ((f - 1) ** 2 - (below * f) ** 2 - noise_above**2) / f
+        upper_mixed = ((1 - g) ** 2 - (above * g) ** 2 - noise_below**2) / g
+        down = (below * square) ** 2 + (noise_above * noise) ** 2 + lower_mixed * square * noise
+        up = (above * square) ** 2 + (noise_below * noise) ** 2 + upper_mixed * square * noise
+        ends = [square - noise - max(0.0, down) ** 0.5, square - noise + max(0.0, up) ** 0.5]
+        return in_points(square - noise, ends, repeats)
+
+    def in_points(square: float, ends: Sequence[float], repeats: int) -> dict[str, Any]:
+        value, *interval = (max(0.0, end / repeats) ** 0.5 for end in (square, *ends))
+        return {"std": value, "interval": interval if known else None}
+
+    low, high = (freedom * noise / stats.chi2.isf(share, freedom) for share in (0.025, 0.975))
+    return {
+        "guidance": component(scores.mean(0), count),
+        "policy": component(scores.mean(1), width),
+        "rest": in_points(noise, [low, high], 1),
+    }
+
+
+def probability_of_improvement(first: Array, second: Array) -> tuple[float, tuple[float, float] | None]:
+    """How often a score of `first` (S, E) beats one of `second` (K, E), ties counting half, and its 95 % interval.
+
+    The members of each are drawn apart, the episodes together, as in `bootstrap`. Source: arXiv 2108.13264.
+    """
+
+    def wins(ours: Array, theirs: Array) -> Any:
+        return ((np.sign(ours - theirs) + 1) / 2).mean(axis=(-2, -1))
+
+    found = float(wins(first.mean(-1)[:, None], second.mean(-1)[None]))
+    ends = bootstrap(wins, first[:, None], second[None]) if len(second) >= FEWEST else None
+    return found, None if ends is None else (float(ends[0]), float(ends[1]))
+
+
+# --- reports: what was found --------------------------------------------------------------------------------------
+
+KINDS = ("mean", "best")
+
+
+def play_cells(cells: Sequence[Cell], file: Path | None, overwrite: bool, workers: Workers) -> dict[str, Any]:
+    """Play all cells and judge them. With a file, each finished cell is stored, and a run cut short goes on there."""
+    from mdpt import models
+
+    products = models.choose_products()
+    report = begin_report(cells, products, file, overwrite)
+    left = cells[len(report["cells"]) :]
+    if len(cells) > 1:
+        kind = "each with each" if any(len(cell.pairs) > len(cell.bundle["seeds"]) for cell in cells) else "by position"
+        rollouts = sum(cell.rollouts for cell in left)
+        say(f"{len(left)} of {len(cells)} cells to play, members paired {kind}: {rollouts} rollouts", stderr=True)
+    tasks = (task for cell in left for task in cut_into_tasks(cell, products))
+    found = parallel(models.play, tasks, workers, sum(len(cell.shares) for cell in left))
+    done = 0
+    with (
+        going_on(file is not None),
+        closing(found),
+        progress("play", max(1, sum(cell.rollouts for cell in left))) as show,
+    ):
+        for cell in left:
+            parts = []
+            for _ in cell.shares:
+                parts.append(next(found))
+                done += len(parts[-1][0])
+                show(done, "episodes")
+            report["cells"].append(make_result(cell, parts, products))
+            store_json(file, report)
+    return report | {"summary": judge(report["cells"])}
+
+
+def judge_cells(cells: Sequence[Cell], data_file: Path | None) -> dict[str, Any]:
+    """What can be said of policies without playing them, on the held-out part of their data, or of another file.
+
+    Raises: MdptError where the data are not what a policy was trained on and none were named.
+    """
+    from mdpt import models
+
+    results, known = [], {}
+    for cell in cells:
+        bundle = cell.bundle
+        data = repr((bundle["experiment"]["data"], bundle["environment"], bundle["dataset"]["hash"]))
+        if data not in known:  # the steps of a curve share theirs
+            known[data] = find_held_out(cell, data_file)
+        rule = bundle["experiment"]["policy"]["ensemble"]
+        ranker = OWN if (cell.guide.name, cell.how.ensemble) == (OWN, rule) else guidance_name(cell)
+        judges = {OWN: (bundle["guidances"], rule), ranker: (cell.guide.bundles, cell.how.ensemble)}
+        there = {name: judge for name, judge in judges.items() if judge[0] and judge[1] != "rank"}  # ranks: no values
+        found = models.judge_offline(bundle, cell.guide.bundles, cell.how, known[data], cell.section.seed, there)
+        what = {
+            "policy": cell.policy,
+            "guidance": ranker,
+            "step": bundle["step"],
+            "warnings": cell.warnings,
+            "data": str(data_file or bundle["dataset"]["name"]),
+            "seed": cell.section.seed,
+            "guide": cell.section.guide,
+            "seeds": bundle["seeds"],
+        }
+        results.append(what | asdict(cell.how) | found)
+    return {"cells": results, "offline": True}
+
+
+def make_result(cell: Cell, parts: Sequence[tuple[Array, Array]], products: str) -> dict[str, Any]:
+    """Everything a cell has shown, as plain containers: what was played, and score, returns, lengths of each pair."""
+    bundle, reference, data = cell.bundle, cell.bundle["reference"], cell.bundle["dataset"]
+    returns, lengths = (np.concatenate(arrays).reshape(len(cell.pairs), -1) for arrays in zip(*parts, strict=True))
+    scores = normalized_score(returns.mean(1), reference)
+    seeds = [seed for each in cell.guide.bundles for seed in each["seeds"]]
+    return {
+        "policy": printable(cell.policy),
+        "guidance": printable(cell.guide.name),
+        "step": bundle["step"],
+        "algorithm": bundle["experiment"]["policy"]["algorithm"],
+        "guidance_algorithm": guidance_algorithm(cell.guide),
+        "warnings": cell.warnings,
+        "protocol": {
+            "policy": printable(cell.policy),
+            "step": bundle["step"],
+            "steps": bundle["experiment"]["policy"]["steps"],
+            "guidance": guidance_name(cell) if cell.guide.bundles else None,
+            "guide": cell.section.guide,
+            **asdict(cell.how),
+            "no_effect": cell.idle,
+            "episodes": cell.section.episodes,
+            "seed": cell.section.seed,
+            "environment": bundle["environment"]["id"],
+            "repeatable": bundle["environment"]["repeatable"],
+            "reference": list(reference),
+            "products": products,
+        },
+        "pairs": [
+            {
+                "policy_member": i,
+                "policy_seed": bundle["seeds"][i],
+                "guidance_seed": None if j is None else seeds[j],
+                "return": float(returns[row].mean()),
+                "score": float(scores[row]),
+                "length": float(lengths[row].mean()),
+                "returns": returns[row].tolist(),
+                "lengths": lengths[row].tolist(),
+            }
+            for row, (i, j) in enumerate(cell.pairs)
+        ],
+        "dataset": data
+        | {f"{kind}_score": float(normalized_score(data[f"{kind}_return"], reference)) for kind in KINDS},
+        "accounting": bundle["accounting"],
+        "versions": bundle["versions"] | {"played_with": version()},
+    }
+
+
+def begin_report(cells: Sequence[Cell], products: str, file: Path | None, overwrite: bool) -> dict[str, Any]:
+    """A report without results yet, or with those that a run cut short has stored in the file.
+
+    overwrite: begin anew where the file holds something else, or results of other bundles or settings.
+
+    Raises: MdptError in that case without overwrite.
+    """
+    report: dict[str, Any] = {
+        "settings": {
+            "bundles": {name: digest(Path(name)) for name in sorted(bundle_files(cells))},
+            "cells": [[cell.policy, cell.guide.name, len(cell.pairs)] for cell in cells],
+            "evaluation": [cell.section.model_dump() for cell in cells],
+            "products": products,
+            "version": version(),
+        },
+        "cells": [],
+    }
+    if file is None or not file.exists():
+        return report
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        settings, finished = stored["settings"], stored["cells"]
+        changed = [name for name, value in report["settings"].items() if settings.get(name) != value]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        problem = "exists already and holds no results; choose another name, or --overwrite to replace it"
+    else:
+        if not changed:
+            return report | {"cells": finished}
+        problem = (
+            f"holds results of other {', '.join(changed)}; repeat its options to go on, "
+            "choose another name, or --overwrite to begin anew"
+        )
+    if overwrite:
+        return report
+    raise MdptError(f"{file}: {problem}")
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def store_json(path: Path | None, report: dict[str, Any]) -> None:
+    """Write a report, if asked for, whole or not at all."""
+    if path is None:
+        return
+    with written_whole(path, "choose another --json") as temporary:
+        temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def judge(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -799,36 +1122,22 @@ def judge_algorithms(cells: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-# --- tables -----------------------------------------------------------------------------------------------------
+def of_policy(entry: dict[str, Any], curve: bool) -> str:
+    """The policy that an entry or result is of: the steps of a curve belong together."""
+    return str(entry["policy"]).rpartition("@")[0] if curve else str(entry["policy"])
 
 
-def make_console(*, stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    class Plain(Console):
-        def render_str(self, text: str, **options: Any) -> Text:
-            return super().render_str(printable(text), **options)
-
-    return Plain(stderr=stderr, markup=False, emoji=False)  # what is printed holds the names of files
-
-
-def say(text: str, *, stderr: bool = False) -> None:
-    make_console(stderr=stderr).print(text, highlight=False, markup=False, soft_wrap=True)
+def rivals(results: Sequence[dict[str, Any]], curve: bool) -> list[dict[str, Any]]:
+    """How often one policy's member beats another's; of a curve the last steps."""
+    last = {of_policy(cell, curve): cell for cell in results}
+    found = []
+    for first, second in combinations(last.values(), 2):
+        value, interval = probability_of_improvement(episode_scores(first), episode_scores(second))
+        found.append({"first": first["policy"], "second": second["policy"], "improvement": value, "interval": interval})
+    return found
 
 
-def warn(text: str) -> None:
-    say(f"warning: {text}", stderr=True)
-
-
-def show_table(table: Table) -> None:
-    """Print a table under its title and over its caption, which may be wider than the table."""
-    title, caption, table.title, table.caption = table.title, table.caption, None, None
-    say(str(title))
-    console = make_console()  # figures are never cut to fit: a narrow terminal wraps the lines
-    console.width = max(console.width, console.measure(table, options=console.options.update(max_width=1000)).maximum)
-    console.print(table)
-    if caption is not None:
-        say(str(caption))
+# --- tables -------------------------------------------------------------------------------------------------------
 
 
 def make_table(title: str, *columns: str) -> Table:
@@ -985,21 +1294,6 @@ def far_below_the_data(cell: Cell, result: dict[str, Any], median: float) -> str
     )
 
 
-def of_policy(entry: dict[str, Any], curve: bool) -> str:
-    """The policy that an entry or result is of: the steps of a curve belong together."""
-    return str(entry["policy"]).rpartition("@")[0] if curve else str(entry["policy"])
-
-
-def rivals(results: Sequence[dict[str, Any]], curve: bool) -> list[dict[str, Any]]:
-    """How often one policy's member beats another's; of a curve the last steps."""
-    last = {of_policy(cell, curve): cell for cell in results}
-    found = []
-    for first, second in combinations(last.values(), 2):
-        value, interval = probability_of_improvement(episode_scores(first), episode_scores(second))
-        found.append({"first": first["policy"], "second": second["policy"], "improvement": value, "interval": interval})
-    return found
-
-
 def rivalry_table(rivalry: Sequence[dict[str, Any]]) -> Table:
     table = make_table("probability that a member of the first beats one of the second", "first", "second", "P", "95 %")
     table.columns[1].justify = "left"
@@ -1139,7 +1433,90 @@ def swap_line(report: dict[str, Any]) -> str:
     return line + (f"; w of policies with labels {' or '.join(f'{w:g}' for w in sorted(weights))}" if weights else "")
 
 
-# --- pictures and film ------------------------------------------------------------------------------------------
+NAMED_APART = ("algorithm", "scheme", "steps", "snapshots")  # settings with a line of their own
+
+
+def settings_line(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={settings[key]}" for key in settings if key not in NAMED_APART)
+
+
+def scale_text(scale: Mapping[str, Any]) -> str:
+    return f"x {scale['multiplier']:.4g}" + (f" {scale['offset']:+.4g}" if scale["offset"] else "")
+
+
+def describe(bundle: Bundle, path: Path, joint: bool = False) -> Iterator[Table]:
+    """What a bundle is: experiment, lineage, data, cost, training history. joint: it grew along with a policy."""
+    section = bundle["experiment"][bundle["kind"]]
+    history = bundle["history"]  # none: the guidance of a joint run, which took the policy's steps
+    pace = bundle["experiment"]["policy" if joint else bundle["kind"]]
+    settings = section | {"batch_size": pace["batch_size"]}
+    data, account = bundle["dataset"], bundle["accounting"]
+    table = make_table(f"{path}: {bundle['kind']}", "what", "value")
+    facts = {
+        "algorithm": section["algorithm"] + (f", {section['scheme']}" if "scheme" in section else ""),
+        "experiment": bundle["experiment"]["name"],
+        "seeds": ", ".join(map(str, bundle["seeds"])),
+        "settings": textwrap.fill(settings_line(settings), 80),
+        "steps": f"{bundle['step']} of {pace['steps']}" + ("" if bundle["complete"] else " (unfinished)"),
+        "snapshots": "".join(f"@{step}, " for step in bundle["snapshots"]) + "@last",
+        "environment": f"{bundle['environment']['id'] or 'none'}, O {bundle['environment']['observation_dim']}, "
+        f"A {bundle['environment']['action_dim']}",
+        "data": f"{data['source']} {data['name']}, {data['transitions']} transitions, {data['episodes']} episodes",
+        "data hash": data["hash"][:16],
+        "reward scale": f"{bundle['reward_scale']['rule']}, {scale_text(bundle['reward_scale'])}",
+        "reference": "none"
+        if bundle["reference"] is None
+        else "{:g} is score 0, {:g} is 100".format(*bundle["reference"]),
+        "evaluation": textwrap.fill(settings_line(bundle["experiment"]["evaluation"]), 80),
+        "training cost": account_line(account),
+        "versions": ", ".join(f"{name} {text}" for name, text in bundle["versions"].items()),
+        "trained under": describe_guidances(bundle["guidances"]) if bundle["kind"] == "policy" else "data alone",
+    }
+    if bundle["kind"] == "policy":
+        facts["best snapshot"] = "for evaluate --curve to tell (online selection)"
+    for name, text in facts.items():
+        table.add_row(name, text)
+    table.columns[1].justify, table.columns[1].no_wrap = "left", False
+    yield table
+    if history:
+        names = metric_names(history)
+        log = make_table("training history, mean over members", "step", *names)
+        for entry in [*history[: -1 : max(1, len(history) // 10)], history[-1]]:
+            log.add_row(str(entry["step"]), *(f"{sum(v) / len(v):.4g}" if (v := entry.get(n)) else "-" for n in names))
+        yield log
+    if bundle.get("quality"):
+        yield quality_table(bundle)
+    for inner in bundle["guidances"]:
+        yield from describe(inner, path, bundle["experiment"]["policy"]["scheme"] == "joint")
+
+
+def metric_names(history: Sequence[dict[str, Any]]) -> list[str]:
+    """All metrics of a training history; some end or begin with the guidance."""
+    return list(dict.fromkeys(name for entry in history for name in entry if name != "step"))
+
+
+def account_line(account: dict[str, Any]) -> str:
+    """What a training run cost, all members together."""
+    return (
+        f"{account['parameters_trained']:,} parameters trained of {account['parameters_held']:,} held, "
+        f"optimizer {account['optimizer_bytes'] / 2**20:.1f} MiB, "
+        f"peak {account['peak_bytes'] / 2**20:.1f} MiB above the data, "
+        f"{account['seconds']:.1f} s on {account['device']} ({account['products']} products), "
+        f"{account['seconds_per_1000_steps']:.2f} s per 1,000 steps"
+    )
+
+
+def describe_guidances(bundles: Sequence[Bundle]) -> str:
+    """The lineage of a policy, a guidance a line."""
+    lines = [
+        f"{bundle['experiment']['guidance']['algorithm']} guidance, step {bundle['step']}, seeds "
+        f"{', '.join(map(str, bundle['seeds']))}"
+        for bundle in bundles
+    ]
+    return "\n".join(lines) or "no guidance"
+
+
+# --- pictures and film --------------------------------------------------------------------------------------------
 
 INK, SHADE = "black", "0.75"  # pictures read alike in black and white, and by colour-blind people
 MARKERS = "osD^vP*X"
@@ -1158,12 +1535,6 @@ def picture(path: Path, title: str, width: float, height: float) -> Iterator[Fig
         yield figure
         with written_whole(path, "choose another --plot") as temporary:
             figure.savefig(temporary, dpi=150, format=path.suffix[1:])
-
-
-def check_ending(option: str, path: Path | None, endings: Sequence[str]) -> None:
-    if path is not None and path.suffix not in endings:
-        *others, last = endings
-        raise MdptError(f"{option} {path}: expected a {', '.join(others)}{' or ' if others else ''}{last} file")
 
 
 def draw_dataset(axes: Axes, results: Sequence[dict[str, Any]]) -> None:
@@ -1329,63 +1700,6 @@ def film(cell: Cell, seed: int | None, path: Path, workers: Workers) -> None:
         frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], duration=50, loop=0)
 
 
-NAMED_APART = ("algorithm", "scheme", "steps", "snapshots")  # settings with a line of their own
-
-
-def settings_line(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={settings[key]}" for key in settings if key not in NAMED_APART)
-
-
-def scale_text(scale: Mapping[str, Any]) -> str:
-    return f"x {scale['multiplier']:.4g}" + (f" {scale['offset']:+.4g}" if scale["offset"] else "")
-
-
-def describe(bundle: Bundle, path: Path, joint: bool = False) -> Iterator[Table]:
-    """What a bundle is: experiment, lineage, data, cost, training history. joint: it grew along with a policy."""
-    section = bundle["experiment"][bundle["kind"]]
-    history = bundle["history"]  # none: the guidance of a joint run, which took the policy's steps
-    pace = bundle["experiment"]["policy" if joint else bundle["kind"]]
-    settings = section | {"batch_size": pace["batch_size"]}
-    data, account = bundle["dataset"], bundle["accounting"]
-    table = make_table(f"{path}: {bundle['kind']}", "what", "value")
-    facts = {
-        "algorithm": section["algorithm"] + (f", {section['scheme']}" if "scheme" in section else ""),
-        "experiment": bundle["experiment"]["name"],
-        "seeds": ", ".join(map(str, bundle["seeds"])),
-        "settings": textwrap.fill(settings_line(settings), 80),
-        "steps": f"{bundle['step']} of {pace['steps']}" + ("" if bundle["complete"] else " (unfinished)"),
-        "snapshots": "".join(f"@{step}, " for step in bundle["snapshots"]) + "@last",
-        "environment": f"{bundle['environment']['id'] or 'none'}, O {bundle['environment']['observation_dim']}, "
-        f"A {bundle['environment']['action_dim']}",
-        "data": f"{data['source']} {data['name']}, {data['transitions']} transitions, {data['episodes']} episodes",
-        "data hash": data["hash"][:16],
-        "reward scale": f"{bundle['reward_scale']['rule']}, {scale_text(bundle['reward_scale'])}",
-        "reference": "none"
-        if bundle["reference"] is None
-        else "{:g} is score 0, {:g} is 100".format(*bundle["reference"]),
-        "evaluation": textwrap.fill(settings_line(bundle["experiment"]["evaluation"]), 80),
-        "training cost": account_line(account),
-        "versions": ", ".join(f"{name} {text}" for name, text in bundle["versions"].items()),
-        "trained under": describe_guidances(bundle["guidances"]) if bundle["kind"] == "policy" else "data alone",
-    }
-    if bundle["kind"] == "policy":
-        facts["best snapshot"] = "for evaluate --curve to tell (online selection)"
-    for name, text in facts.items():
-        table.add_row(name, text)
-    table.columns[1].justify, table.columns[1].no_wrap = "left", False
-    yield table
-    if history:
-        names = metric_names(history)
-        log = make_table("training history, mean over members", "step", *names)
-        for entry in [*history[: -1 : max(1, len(history) // 10)], history[-1]]:
-            log.add_row(str(entry["step"]), *(f"{sum(v) / len(v):.4g}" if (v := entry.get(n)) else "-" for n in names))
-        yield log
-    if bundle.get("quality"):
-        yield quality_table(bundle)
-    for inner in bundle["guidances"]:
-        yield from describe(inner, path, bundle["experiment"]["policy"]["scheme"] == "joint")
-
-
 def show_bundle(path: Path, plot_file: Path | None) -> None:
     """Describe a bundle, and draw its training history if asked to."""
     from mdpt.models import read_bundle
@@ -1397,46 +1711,7 @@ def show_bundle(path: Path, plot_file: Path | None) -> None:
         show_table(table)
 
 
-def metric_names(history: Sequence[dict[str, Any]]) -> list[str]:
-    """All metrics of a training history; some end or begin with the guidance."""
-    return list(dict.fromkeys(name for entry in history for name in entry if name != "step"))
-
-
-def account_line(account: dict[str, Any]) -> str:
-    """What a training run cost, all members together."""
-    return (
-        f"{account['parameters_trained']:,} parameters trained of {account['parameters_held']:,} held, "
-        f"optimizer {account['optimizer_bytes'] / 2**20:.1f} MiB, "
-        f"peak {account['peak_bytes'] / 2**20:.1f} MiB above the data, "
-        f"{account['seconds']:.1f} s on {account['device']} ({account['products']} products), "
-        f"{account['seconds_per_1000_steps']:.2f} s per 1,000 steps"
-    )
-
-
-def describe_guidances(bundles: Sequence[Bundle]) -> str:
-    """The lineage of a policy, a guidance a line."""
-    lines = [
-        f"{bundle['experiment']['guidance']['algorithm']} guidance, step {bundle['step']}, seeds "
-        f"{', '.join(map(str, bundle['seeds']))}"
-        for bundle in bundles
-    ]
-    return "\n".join(lines) or "no guidance"
-
-
-def store_json(path: Path | None, report: dict[str, Any]) -> None:
-    """Write a report, if asked for, whole or not at all."""
-    if path is None:
-        return
-    with written_whole(path, "choose another --json") as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-def refuse_to_overwrite(path: Path, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
-        raise MdptError(f"{path}: exists already; choose another name, or --overwrite to replace it")
-
-
-# --- commands ---------------------------------------------------------------------------------------------------
+# --- commands -----------------------------------------------------------------------------------------------------
 
 SPINS = "3000"  # turns a thread waits awake: the default, 300,000 and more, starves any other run on the same cores
 INTERRUPTED = 130

@@ -1,4 +1,4 @@
-"""What is learned: networks, diffusion, losses, guidance, policies, acting, the training loop, bundles.
+"""What is learned: networks, diffusion, losses, policies, guidance, bundles, acting, the training loop.
 
 Shapes: S members (one per seed), B batch, N candidates, O observation dimensions, A action dimensions,
 T diffusion steps, E episodes, R episodes that still run, H hidden units. Observations are raw, actions are scaled to
@@ -51,10 +51,7 @@ from mdpt.data import (
     written_whole,
 )
 
-Loss = tuple[Tensor, dict[str, Tensor]]  # the loss of each member, (S,), and metrics of the same shape
-Bundle = dict[str, Any]
-
-# --- matrix products --------------------------------------------------------------------------------------------
+# --- matrix products ----------------------------------------------------------------------------------------------
 
 
 def choose_products(wanted: str | None = None) -> str:
@@ -101,7 +98,7 @@ def _is_amd() -> bool:
         return "AuthenticAMD" in platform.processor()
 
 
-# --- randomness and batches -------------------------------------------------------------------------------------
+# --- randomness and batches ---------------------------------------------------------------------------------------
 
 
 class Randomness:
@@ -206,7 +203,7 @@ class Transitions:
         return self.take(random.integers("batch", len(self), batch_size))
 
 
-# --- networks ---------------------------------------------------------------------------------------------------
+# --- networks -----------------------------------------------------------------------------------------------------
 
 
 class _Mish(torch.autograd.Function):
@@ -485,7 +482,7 @@ class Normalizer(nn.Module):
         return (observations - self.mean) * self.inverse
 
 
-# --- diffusion --------------------------------------------------------------------------------------------------
+# --- diffusion ----------------------------------------------------------------------------------------------------
 
 Denoise = Callable[[Tensor, int], Tensor]  # (noisy actions (S, B, A), diffusion step) -> predicted noise (S, B, A)
 
@@ -576,7 +573,9 @@ class Diffusion:
         return self.clean(x, denoise(x, grid[-1]), grid[-1])  # no noise is left: first order, the estimate itself
 
 
-# --- losses -----------------------------------------------------------------------------------------------------
+# --- losses -------------------------------------------------------------------------------------------------------
+
+Loss = tuple[Tensor, dict[str, Tensor]]  # the loss of each member, (S,), and metrics of the same shape
 
 
 def expectile_loss(target_q: Tensor, v: Tensor, expectile: float) -> Loss:
@@ -670,225 +669,7 @@ def add(first: Loss, second: Loss, weight: float = 1.0) -> Loss:
     return first[0] + weight * second[0], first[1] | second[1]
 
 
-# --- guidance ---------------------------------------------------------------------------------------------------
-
-
-class Guidance(nn.Module):
-    """Values learned from the dataset alone. Whatever trained them, every policy and ranking uses q, v, advantage.
-
-    Twin critics and their Polyak targets, (2 S, ...), and V, (S, ...). `companion=False` leaves out the actor that
-    "dql" needs where it learns alone.
-    """
-
-    def __init__(
-        self,
-        random: Randomness,
-        normalizer: Normalizer,
-        section: GuidanceSection,
-        observation_dim: int,
-        action_dim: int,
-        companion: bool = True,
-    ) -> None:
-        super().__init__()
-        self.section, self.normalizer, self.algorithm = section, normalizer, GUIDANCES[section.algorithm]
-        shape = section.hidden, section.activation, section.layer_norm
-        self.online_q = ValueNetwork(random, "q", observation_dim + action_dim, *shape, copies=2)
-        self.target_q = self.online_q.frozen_copy()
-        self.value = ValueNetwork(random, "v", observation_dim, *shape)
-        self.learning: list[Stack] = []  # the critics as they learn; in a list, since they are stored already
-        self.actor: Policy | None = None
-        if companion and self.algorithm.has_actor:
-            shared = ("activation", "time_features", "diffusion_steps", "eta", "ema_decay")
-            table = {key: getattr(section, key) for key in shared} | {
-                "algorithm": "dql",
-                "hidden": section.actor_hidden,
-            }
-            self.actor = Policy(random, normalizer, PolicySection(**table), observation_dim, action_dim)
-
-    @property
-    def members(self) -> int:
-        return self.value.members
-
-    def twins(self, network: Stack, observations: Tensor, actions: Tensor) -> Tensor:
-        """Both critics' values: observations (S, B, O), actions (S, B, A) -> (S, 2, B)."""
-        inputs = torch.cat([self.normalizer(observations), actions], dim=-1)
-        values: Tensor = network(inputs.repeat_interleave(2, dim=0))  # (2 S, B)
-        return values.view(self.members, 2, -1)
-
-    def q(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """Minimum of the twin target critics: raw (S, B, O), scaled (S, B, A) -> (S, B), scaled-reward units."""
-        return self.twins(self.target_q, observations, actions).amin(1)
-
-    def one_q(self, observations: Tensor, actions: Tensor, twin: Tensor, members: Tensor | None = None) -> Tensor:
-        """What teaches a policy: critic `twin` (S,) in {0, 1} of each member, or of `members` (S,): (S, B).
-
-        The target, or where the guidance learns along the online one, which no gradient of a policy's loss reaches.
-        """
-        inputs = torch.cat([self.normalizer(observations), actions], dim=-1)
-        rows = 2 * (torch.arange(self.members, device=twin.device) if members is None else members) + twin
-        (network,) = self.learning or [self.target_q]
-        return network(inputs, rows)  # type: ignore[no-any-return]
-
-    def v(self, observations: Tensor) -> Tensor:
-        """State value: raw (S, B, O) -> (S, B), scaled-reward units."""
-        return self.value(self.normalizer(observations))  # type: ignore[no-any-return]
-
-    def advantage(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """q - v, (S, B)."""
-        return self.q(observations, actions) - self.v(observations)
-
-    def networks(self) -> list[tuple[Stack, float]]:
-        """The networks that learn, and their learning rates at the start."""
-        rate = self.section.learning_rate
-        actor = [] if self.actor is None else [(self.actor.denoiser, self.section.actor_learning_rate or rate)]
-        return [(self.online_q, rate), (self.value, self.section.value_learning_rate or rate), *actor]
-
-    def loss(self, batch: Batch, random: Randomness, actor: Sampler | None = None) -> Loss:
-        """The algorithm's loss. actor: what acts in a joint run, in place of the companion."""
-        return self.algorithm.loss(self, batch, random, actor)
-
-    def follow(self, step: int) -> None:
-        """Targets and averages after gradient step `step`: target <- (1 - tau) target + tau online."""
-        if (step + 1) % self.section.target_every == 0:
-            self.target_q.follow(self.online_q, self.section.tau)
-        if self.actor is not None:
-            self.actor.follow(step)
-
-
-@dataclass(frozen=True)
-class Ensemble:
-    """Guidances that judge as one, asked as one is: all their members judge each row, and a rule makes one of K figures.
-
-    rule: of `ENSEMBLES`. candidates: how many rows side by side are of one state, for "rank".
-    """
-
-    guidances: Sequence[Guidance]
-    rule: str
-    candidates: int = 1
-
-    @property
-    def members(self) -> int:
-        """K, over all guidances."""
-        return sum(guidance.members for guidance in self.guidances)
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        return chain.from_iterable(guidance.parameters() for guidance in self.guidances)
-
-    def q(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """As `Guidance.q`: (S, B, O), (S, B, A) -> (S, B), of any number of policy members."""
-        return self._judge(Guidance.q, observations, actions)
-
-    def v(self, observations: Tensor) -> Tensor:
-        """As `Guidance.v`."""
-        return self._judge(Guidance.v, observations)
-
-    def advantage(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """The figure of all advantages, each against its own V."""
-        return self._judge(Guidance.advantage, observations, actions)
-
-    def one_q(self, observations: Tensor, actions: Tensor, twin: Tensor) -> Tensor:
-        """As `Guidance.one_q`: all members judge by the twin that a policy member drew, (S,); one by one, for the cache."""
-        found = [
-            guidance.one_q(observations, actions, twin, torch.full_like(twin, member))
-            for guidance in self.guidances
-            for member in range(guidance.members)
-        ]
-        return ENSEMBLES[self.rule](torch.stack(found), self.candidates)
-
-    def _judge(self, ask: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        found = [
-            torch.cat(
-                [ask(guidance, *(row.expand(guidance.members, -1, -1) for row in rows)) for guidance in self.guidances]
-            )
-            for rows in zip(*inputs, strict=True)  # of one policy member after another: together they fill the memory
-        ]
-        return ENSEMBLES[self.rule](torch.stack(found, dim=1), self.candidates)  # of (K, S, B)
-
-
-def median(values: Tensor) -> Tensor:
-    """Over the first axis; of an even number the mean of the two in the middle."""
-    ordered, count = values.sort(0).values, len(values)
-    return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
-
-
-def mean_rank(values: Tensor, candidates: int) -> Tensor:
-    """(K, S, B) -> (S, B): the place of each row among its N of one state, 0 the lowest and 1 the highest, mean over K.
-
-    Equal ones share the mean of their places.
-    """
-
-    def places(each: Tensor) -> Tensor:  # of equal ones the first is the lowest
-        return each.argsort(dim=-1, stable=True).argsort(dim=-1).float()
-
-    states = values.view(*values.shape[:2], -1, candidates)  # (K, S, B / N, N)
-    ranks: Tensor = (places(states) + places(states.flip(-1)).flip(-1)) / 2
-    return ranks.flatten(-2).mean(0) / max(1, candidates - 1)
-
-
-ENSEMBLES: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "mean": lambda values, candidates: values.mean(0),
-    "median": lambda values, candidates: median(values),
-    "min": lambda values, candidates: values.amin(0),
-    "rank": mean_rank,
-}
-
-Sampler = Callable[[Tensor, Randomness], Tensor]  # raw observations (S, B, O) -> actions (S, B, A)
-
-
-def implicit_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Sampler | None) -> Loss:
-    """Implicit Q-learning (arXiv 2110.06169, Algorithm 1; arXiv 2304.10573): no action outside the data is valued."""
-    with torch.no_grad():
-        target_q = guidance.q(batch.observations, batch.actions)
-        next_v = guidance.v(batch.next_observations)
-    v = guidance.v(batch.observations)
-    q = guidance.twins(guidance.online_q, batch.observations, batch.actions)
-    return add(
-        VALUE_LOSSES[guidance.section.value_loss](target_q, v, guidance.section),
-        td_loss(q, batch.rewards, batch.terminals, next_v, guidance.section.discount),
-    )
-
-
-def diffusion_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Sampler | None) -> Loss:
-    """The critics of Diffusion-QL (arXiv 2208.06193, eq. 4), bootstrapped by the actor, or else by a companion.
-
-    Of `bootstrap_candidates` next actions the best by each critic counts, and of the critics the lower. V regresses to
-    Q at the data's actions. The companion learns along by the loss of "dql".
-    """
-    companion = guidance.actor if actor is None else None
-    if companion is not None:
-        actor = companion.act_alone
-    if actor is None:
-        raise RuntimeError("this guidance was built to be used, or to learn beside a policy")
-    repeated = batch.next_observations.repeat_interleave(guidance.section.bootstrap_candidates, dim=1)  # (S, B N, O)
-    with torch.no_grad():
-        next_actions = actor(repeated, random)
-        both = guidance.twins(guidance.target_q, repeated, next_actions)  # (S, 2, B N)
-        next_q = both.view(*both.shape[:2], batch.rewards.shape[1], -1).amax(-1).amin(1)
-        target_q = guidance.q(batch.observations, batch.actions)
-    q = guidance.twins(guidance.online_q, batch.observations, batch.actions)
-    critic = td_loss(q, batch.rewards, batch.terminals, next_q, guidance.section.discount)
-    value = expectile_loss(target_q, guidance.v(batch.observations), 0.5)
-    loss = add(critic, value)
-    return loss if companion is None else add(loss, companion.loss(batch, guidance, random))
-
-
-@dataclass(frozen=True)
-class GuidanceAlgorithm:
-    """A line of the registry: how a guidance learns, and whether it needs an actor to do so."""
-
-    loss: Callable[[Guidance, Batch, Randomness, Sampler | None], Loss]
-    has_actor: bool = False
-
-
-GUIDANCES = {
-    "idql": GuidanceAlgorithm(implicit_q_loss),
-    "dql": GuidanceAlgorithm(diffusion_q_loss, has_actor=True),
-}
-
-
-# --- policies ---------------------------------------------------------------------------------------------------
-
-Judge = Guidance | Ensemble
+# --- policies -----------------------------------------------------------------------------------------------------
 
 
 class Policy(nn.Module):
@@ -1118,6 +899,226 @@ POLICIES = {
 }
 
 
+# --- guidance -----------------------------------------------------------------------------------------------------
+
+
+class Guidance(nn.Module):
+    """Values learned from the dataset alone. Whatever trained them, every policy and ranking uses q, v, advantage.
+
+    Twin critics and their Polyak targets, (2 S, ...), and V, (S, ...). `companion=False` leaves out the actor that
+    "dql" needs where it learns alone.
+    """
+
+    def __init__(
+        self,
+        random: Randomness,
+        normalizer: Normalizer,
+        section: GuidanceSection,
+        observation_dim: int,
+        action_dim: int,
+        companion: bool = True,
+    ) -> None:
+        super().__init__()
+        self.section, self.normalizer, self.algorithm = section, normalizer, GUIDANCES[section.algorithm]
+        shape = section.hidden, section.activation, section.layer_norm
+        self.online_q = ValueNetwork(random, "q", observation_dim + action_dim, *shape, copies=2)
+        self.target_q = self.online_q.frozen_copy()
+        self.value = ValueNetwork(random, "v", observation_dim, *shape)
+        self.learning: list[Stack] = []  # the critics as they learn; in a list, since they are stored already
+        self.actor: Policy | None = None
+        if companion and self.algorithm.has_actor:
+            shared = ("activation", "time_features", "diffusion_steps", "eta", "ema_decay")
+            table = {key: getattr(section, key) for key in shared} | {
+                "algorithm": "dql",
+                "hidden": section.actor_hidden,
+            }
+            self.actor = Policy(random, normalizer, PolicySection(**table), observation_dim, action_dim)
+
+    @property
+    def members(self) -> int:
+        return self.value.members
+
+    def twins(self, network: Stack, observations: Tensor, actions: Tensor) -> Tensor:
+        """Both critics' values: observations (S, B, O), actions (S, B, A) -> (S, 2, B)."""
+        inputs = torch.cat([self.normalizer(observations), actions], dim=-1)
+        values: Tensor = network(inputs.repeat_interleave(2, dim=0))  # (2 S, B)
+        return values.view(self.members, 2, -1)
+
+    def q(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Minimum of the twin target critics: raw (S, B, O), scaled (S, B, A) -> (S, B), scaled-reward units."""
+        return self.twins(self.target_q, observations, actions).amin(1)
+
+    def one_q(self, observations: Tensor, actions: Tensor, twin: Tensor, members: Tensor | None = None) -> Tensor:
+        """What teaches a policy: critic `twin` (S,) in {0, 1} of each member, or of `members` (S,): (S, B).
+
+        The target, or where the guidance learns along the online one, which no gradient of a policy's loss reaches.
+        """
+        inputs = torch.cat([self.normalizer(observations), actions], dim=-1)
+        rows = 2 * (torch.arange(self.members, device=twin.device) if members is None else members) + twin
+        (network,) = self.learning or [self.target_q]
+        return network(inputs, rows)  # type: ignore[no-any-return]
+
+    def v(self, observations: Tensor) -> Tensor:
+        """State value: raw (S, B, O) -> (S, B), scaled-reward units."""
+        return self.value(self.normalizer(observations))  # type: ignore[no-any-return]
+
+    def advantage(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """q - v, (S, B)."""
+        return self.q(observations, actions) - self.v(observations)
+
+    def networks(self) -> list[tuple[Stack, float]]:
+        """The networks that learn, and their learning rates at the start."""
+        rate = self.section.learning_rate
+        actor = [] if self.actor is None else [(self.actor.denoiser, self.section.actor_learning_rate or rate)]
+        return [(self.online_q, rate), (self.value, self.section.value_learning_rate or rate), *actor]
+
+    def loss(self, batch: Batch, random: Randomness, actor: Sampler | None = None) -> Loss:
+        """The algorithm's loss. actor: what acts in a joint run, in place of the companion."""
+        return self.algorithm.loss(self, batch, random, actor)
+
+    def follow(self, step: int) -> None:
+        """Targets and averages after gradient step `step`: target <- (1 - tau) target + tau online."""
+        if (step + 1) % self.section.target_every == 0:
+            self.target_q.follow(self.online_q, self.section.tau)
+        if self.actor is not None:
+            self.actor.follow(step)
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Guidances that judge as one, asked as one is: all their members judge each row, and a rule makes one of K figures.
+
+    rule: of `ENSEMBLES`. candidates: how many rows side by side are of one state, for "rank".
+    """
+
+    guidances: Sequence[Guidance]
+    rule: str
+    candidates: int = 1
+
+    @property
+    def members(self) -> int:
+        """K, over all guidances."""
+        return sum(guidance.members for guidance in self.guidances)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return chain.from_iterable(guidance.parameters() for guidance in self.guidances)
+
+    def q(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """As `Guidance.q`: (S, B, O), (S, B, A) -> (S, B), of any number of policy members."""
+        return self._judge(Guidance.q, observations, actions)
+
+    def v(self, observations: Tensor) -> Tensor:
+        """As `Guidance.v`."""
+        return self._judge(Guidance.v, observations)
+
+    def advantage(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """The figure of all advantages, each against its own V."""
+        return self._judge(Guidance.advantage, observations, actions)
+
+    def one_q(self, observations: Tensor, actions: Tensor, twin: Tensor) -> Tensor:
+        """As `Guidance.one_q`: all members judge by the twin that a policy member drew, (S,); one by one, for the cache."""
+        found = [
+            guidance.one_q(observations, actions, twin, torch.full_like(twin, member))
+            for guidance in self.guidances
+            for member in range(guidance.members)
+        ]
+        return ENSEMBLES[self.rule](torch.stack(found), self.candidates)
+
+    def _judge(self, ask: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        found = [
+            torch.cat(
+                [ask(guidance, *(row.expand(guidance.members, -1, -1) for row in rows)) for guidance in self.guidances]
+            )
+            for rows in zip(*inputs, strict=True)  # of one policy member after another: together they fill the memory
+        ]
+        return ENSEMBLES[self.rule](torch.stack(found, dim=1), self.candidates)  # of (K, S, B)
+
+
+def median(values: Tensor) -> Tensor:
+    """Over the first axis; of an even number the mean of the two in the middle."""
+    ordered, count = values.sort(0).values, len(values)
+    return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
+
+
+def mean_rank(values: Tensor, candidates: int) -> Tensor:
+    """(K, S, B) -> (S, B): the place of each row among its N of one state, 0 the lowest and 1 the highest, mean over K.
+
+    Equal ones share the mean of their places.
+    """
+
+    def places(each: Tensor) -> Tensor:  # of equal ones the first is the lowest
+        return each.argsort(dim=-1, stable=True).argsort(dim=-1).float()
+
+    states = values.view(*values.shape[:2], -1, candidates)  # (K, S, B / N, N)
+    ranks: Tensor = (places(states) + places(states.flip(-1)).flip(-1)) / 2
+    return ranks.flatten(-2).mean(0) / max(1, candidates - 1)
+
+
+ENSEMBLES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "mean": lambda values, candidates: values.mean(0),
+    "median": lambda values, candidates: median(values),
+    "min": lambda values, candidates: values.amin(0),
+    "rank": mean_rank,
+}
+
+Judge = Guidance | Ensemble
+
+Sampler = Callable[[Tensor, Randomness], Tensor]  # raw observations (S, B, O) -> actions (S, B, A)
+
+
+def implicit_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Sampler | None) -> Loss:
+    """Implicit Q-learning (arXiv 2110.06169, Algorithm 1; arXiv 2304.10573): no action outside the data is valued."""
+    with torch.no_grad():
+        target_q = guidance.q(batch.observations, batch.actions)
+        next_v = guidance.v(batch.next_observations)
+    v = guidance.v(batch.observations)
+    q = guidance.twins(guidance.online_q, batch.observations, batch.actions)
+    return add(
+        VALUE_LOSSES[guidance.section.value_loss](target_q, v, guidance.section),
+        td_loss(q, batch.rewards, batch.terminals, next_v, guidance.section.discount),
+    )
+
+
+def diffusion_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Sampler | None) -> Loss:
+    """The critics of Diffusion-QL (arXiv 2208.06193, eq. 4), bootstrapped by the actor, or else by a companion.
+
+    Of `bootstrap_candidates` next actions the best by each critic counts, and of the critics the lower. V regresses to
+    Q at the data's actions. The companion learns along by the loss of "dql".
+    """
+    companion = guidance.actor if actor is None else None
+    if companion is not None:
+        actor = companion.act_alone
+    if actor is None:
+        raise RuntimeError("this guidance was built to be used, or to learn beside a policy")
+    repeated = batch.next_observations.repeat_interleave(guidance.section.bootstrap_candidates, dim=1)  # (S, B N, O)
+    with torch.no_grad():
+        next_actions = actor(repeated, random)
+        both = guidance.twins(guidance.target_q, repeated, next_actions)  # (S, 2, B N)
+        next_q = both.view(*both.shape[:2], batch.rewards.shape[1], -1).amax(-1).amin(1)
+        target_q = guidance.q(batch.observations, batch.actions)
+    q = guidance.twins(guidance.online_q, batch.observations, batch.actions)
+    critic = td_loss(q, batch.rewards, batch.terminals, next_q, guidance.section.discount)
+    value = expectile_loss(target_q, guidance.v(batch.observations), 0.5)
+    loss = add(critic, value)
+    return loss if companion is None else add(loss, companion.loss(batch, guidance, random))
+
+
+@dataclass(frozen=True)
+class GuidanceAlgorithm:
+    """A line of the registry: how a guidance learns, and whether it needs an actor to do so."""
+
+    loss: Callable[[Guidance, Batch, Randomness, Sampler | None], Loss]
+    has_actor: bool = False
+
+
+GUIDANCES = {
+    "idql": GuidanceAlgorithm(implicit_q_loss),
+    "dql": GuidanceAlgorithm(diffusion_q_loss, has_actor=True),
+}
+
+# --- algorithms and their settings --------------------------------------------------------------------------------
+
+
 def check_algorithms(run: Experiment) -> Experiment:
     """The experiment with all that follows from its algorithms filled in; this is what bundles hold.
 
@@ -1157,692 +1158,11 @@ def learns_labels(section: PolicySection, step: int | None = None) -> bool:
     return POLICIES[section.algorithm].labels and learns_under_guidance(section, step)
 
 
-# --- acting -----------------------------------------------------------------------------------------------------
+# --- bundles ------------------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Inference:
-    """How an action is chosen: N candidates, ranked by a guidance, sampled at a temperature, perhaps steered.
-
-    ensemble: the rule that makes one of all members of all guidances, or "none": one member judges.
-    """
-
-    candidates: int = 1
-    selection: str = "max"
-    weight_temperature: float = 100.0
-    temperature: float = 1.0
-    w: float = 1.0
-    guidance_weight: float = 0.0
-    jacobian: bool = False
-    temperature_on: str = "all"
-    ensemble: str = "none"
-
-
-def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference, dict[str, bool]]:
-    """What [evaluation] asks of `act`, and which of its settings act. Without a guidance nothing can be ranked.
-
-    step: of the policy's weights.
-
-    Raises: MdptError for a w that this policy cannot take, or a gradient of ranks.
-    """
-    section, labels = run.evaluation, learns_labels(run.policy, step)  # a policy that saw none has nothing to weigh
-    always = guided_steps(run.policy, step) == range(step)  # else it cloned, too
-    if labels and section.w != 1 and run.policy.label_dropout == 0 and always:
-        raise MdptError(
-            f"evaluation.w = {section.w:g}: this policy learned with label_dropout 0 and knows no noise without a label; "
-            "only 1 is possible"
-        )
-    ranked, steered = guided and section.guide != "gradient", guided and section.guide != "rank"
-    ensemble = (section.ensemble or run.policy.ensemble) if guided else "none"
-    if steered and ensemble == "rank":
-        raise MdptError(
-            f"evaluation.ensemble = 'rank' has no gradient for guide {section.guide!r}; use another, 'none', or guide 'rank'"
-        )
-    scaled = section.temperature_on != "steps" or run.policy.sampler != "dpm-solver++"  # whose only noise is the first
-    how = Inference(
-        candidates=section.candidates if ranked else 1,
-        selection=section.selection,
-        weight_temperature=section.weight_temperature,
-        temperature=section.temperature,
-        w=section.w if labels else 0.0,
-        guidance_weight=section.guidance_weight if steered else 0.0,
-        jacobian=section.jacobian,
-        temperature_on=section.temperature_on,
-        ensemble=ensemble,
-    )
-    return how, {
-        "candidates": ranked or section.candidates == 1,
-        "selection": ranked,
-        "weight_temperature": ranked and section.selection == "softmax",
-        "guide": guided,
-        "guidance_weight": steered,
-        "jacobian": steered,
-        "ensemble": guided,
-        "temperature": scaled,
-        "temperature_on": scaled and section.temperature != 1,
-        "w": labels,
-    }
-
-
-class Ranker(Protocol):
-    """What acting asks of a guidance."""
-
-    def q(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """Values of actions, as `Guidance.q`."""
-
-
-@dataclass(frozen=True)
-class RowsApart:
-    """Judges that share the rows out: the first judges the first `sizes[0]`, and so on."""
-
-    guidances: Sequence[Judge]
-    sizes: Sequence[int]
-
-    def q(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """Raw (1, rows, O), scaled (1, rows, A) -> (1, rows)."""
-        shares = (torch.split(tensor, list(self.sizes), dim=1) for tensor in (observations, actions))
-        judged = zip(self.guidances, *shares, strict=True)
-        return torch.cat([guidance.q(states, chosen) for guidance, states, chosen in judged], dim=1)
-
-
-@torch.no_grad()
-def act(
-    policy: Policy,
-    guidance: Ranker | None,
-    observations: Tensor,
-    noises: Tensor,
-    uniform: Tensor,
-    how: Inference,
-) -> Tensor:
-    """Choose actions: raw observations (S, B, O) -> (S, B, A), scaled.
-
-    Of N candidates per state the guidance takes the best ("max"), or draws one with probability proportional to
-    exp(weight_temperature * q) ("softmax"; V would cancel, since it does not depend on the action). noises: standard
-    normal, as from `Policy.noises` for B N rows. uniform: (S, B, N) in [0, 1), for "softmax".
-    """
-    scale = torch.full((noises.shape[1], 1, 1), 1.0 if how.temperature_on == "start" else how.temperature)
-    scale[0] = 1.0 if how.temperature_on == "steps" else how.temperature
-    actions = policy.sample(
-        observations,
-        scale.to(noises.device) * noises,
-        candidates=how.candidates,
-        w=how.w,
-        guidance=guidance,
-        guidance_weight=how.guidance_weight,
-        jacobian=how.jacobian,
-    ).view(*observations.shape[:2], how.candidates, -1)  # (S, B, N, A)
-    if guidance is None or how.candidates == 1:
-        return actions[:, :, 0]
-    repeated = observations.repeat_interleave(how.candidates, dim=1)
-    scores = guidance.q(repeated, actions.flatten(1, 2)).view(actions.shape[:3])  # (S, B, N)
-    if how.selection == "softmax":  # the Gumbel-max trick draws from the softmax
-        scores = how.weight_temperature * scores - (-uniform.clamp(1e-20, 1 - 1e-7).log()).log()
-    best = scores.argmax(-1)[..., None, None].expand(-1, -1, 1, actions.shape[-1])
-    return actions.gather(2, best).squeeze(2)
-
-
-SMALL = 16**3  # multiplications; torch multiplies matrices another way where there are no more than these
-
-
-def fewest_rows(*parts: nn.Module) -> int:
-    """Rows from which on no product of these modules is SMALL: what a row gives then depends on no other, by oneDNN."""
-    sizes = [layer.weight[0].numel() for part in parts for layer in part.modules() if isinstance(layer, Linear)]
-    return 1 + SMALL // min(sizes, default=SMALL + 1)
-
-
-class Agent:
-    """One policy member in numbered episodes that run side by side, perhaps under a guidance member each.
-
-    judges: the position of each episode's guidance member, ascending; by default the first serves all, or an ensemble
-    of all members of all guidances. What an episode draws depends on the policy member's seed, the episode's number, the
-    step and `seed` alone.
-    """
-
-    def __init__(
-        self,
-        policy: Bundle,
-        guidances: Sequence[Bundle],
-        how: Inference,
-        *,
-        seed: int,
-        episodes: Sequence[int],
-        judges: Sequence[int] | None = None,
-    ) -> None:
-        self.policy, self.how, apart = build_policy(policy, "cpu"), how, [guidances] if guidances else []
-        if how.ensemble == "none":
-            apart = [[select_members(each, [member])] for each in guidances for member in range(len(each["seeds"]))]
-        self.guidances = [build_judge(each, how.ensemble, 1, "cpu", how.candidates) for each in apart]
-        self.judges = np.array(judges or [0] * len(episodes))
-        critics = chain.from_iterable(one.guidances if isinstance(one, Ensemble) else [one] for one in self.guidances)
-        self.fewest, self.fewest_apart = fewest_rows(self.policy), math.ceil(fewest_rows(*critics) / how.candidates)
-        (member,) = policy["seeds"]
-        self.random = Randomness([f"{member} episode {episode}" for episode in episodes], f"evaluate {seed}")
-
-    def __call__(self, observations: Array, running: Array) -> Array:
-        """Actions (R, A) in [-1, 1], from observations (R, O) of the episodes at the places `running` (R,)."""
-        judges, count = self.judges[running], self.how.candidates
-        shares = [np.flatnonzero(judges == judge) for judge in np.unique(judges)]
-        places = np.concatenate([np.resize(share, max(len(share), self.fewest_apart)) for share in shares])
-        places = np.pad(places, (0, max(0, self.fewest - len(places))), "edge")  # where states are few, some act twice
-        rows = torch.from_numpy(running[places])
-        noises = self.policy.noises(self.random, "act", count)[rows]  # (R, T, N, A)
-        uniform = self.random.uniform("selection", count)[rows]  # (R, N)
-        self.random.step += 1
-        states = torch.from_numpy(observations[places])[None]
-        noises = noises.transpose(0, 1).flatten(1, 2)[None]  # (1, T, R N, A)
-        sizes = count * np.bincount(judges[places], minlength=len(self.guidances))
-        ranker = RowsApart(self.guidances, sizes.tolist()) if self.guidances else None
-        actions = np.empty((len(running), noises.shape[-1]), np.float32)
-        actions[places] = act(self.policy, ranker, states, noises, uniform[None], self.how)[0].numpy()
-        return actions
-
-
-@dataclass(frozen=True)
-class Play:
-    """A task for a worker: rollouts of a policy of one member, each a number of episode and a judge, as for `Agent`."""
-
-    policy: Bundle
-    guidances: tuple[Bundle, ...]
-    judges: tuple[int, ...]
-    episodes: tuple[int, ...]
-    how: Inference
-    seed: int
-    products: str
-
-
-def play(task: Play, watch: Watch, **film: Any) -> tuple[Array, Array]:
-    """Raw returns and lengths of a task's episodes, as from `data.rollout`; on one thread, so that no bit depends on
-    how many there are.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        choose_products(task.products)
-        agent = Agent(task.policy, task.guidances, task.how, seed=task.seed, episodes=task.episodes, judges=task.judges)
-        spec = EnvironmentSpec(**task.policy["environment"])
-        return rollout(agent, spec, task.episodes, seed=task.seed, watch=watch, **film)
-    finally:
-        torch.set_num_threads(threads)
-
-
-@torch.no_grad()
-def judge_offline(
-    policy: Bundle,
-    teachers: Sequence[Bundle],
-    how: Inference,
-    held_out: HeldOut,
-    seed: int,
-    judges: Mapping[str, tuple[Sequence[Bundle], str]],
-) -> dict[str, Any]:
-    """What can be said of a policy without playing, on up to 2,000 held-out states; lists hold a figure per member.
-
-    distance: root mean square difference between its action and the data's, in [-1, 1]; chance: between the data's
-    actions of two states. For each of `judges`, guidances and how they judge as one: mean Q of its actions and of the
-    data's, and how often its own is higher.
-    """
-    count = len(policy["seeds"])
-    some = np.linspace(0, len(held_out.rewards) - 1, min(len(held_out.rewards), 2_000)).astype(np.int64)
-    observations, actions = (torch.from_numpy(array[some]) for array in (held_out.observations, held_out.actions))
-    states, data = observations.expand(count, -1, -1), actions.expand(count, -1, -1)
-    actor, random = build_policy(policy, "cpu"), Randomness(policy["seeds"], f"evaluate {seed} offline")
-    noises = actor.noises(random, "act", len(some) * how.candidates)
-    uniform = random.uniform("selection", len(some), how.candidates)
-    ranker = build_judge(teachers, how.ensemble, count, "cpu", how.candidates) if teachers else None
-    chosen = act(actor, ranker, states, noises, uniform, how).clamp(-1, 1)
-    values = {}
-    for name, (bundles, rule) in judges.items():
-        guidance = build_judge(bundles, rule, count, "cpu")
-        own, given = guidance.q(states, chosen), guidance.q(states, data)
-        values[name] = {"policy": own.mean(1).tolist(), "data": given.mean(1).tolist()}
-        values[name]["higher"] = (own > given).float().mean(1).tolist()
-    return {
-        "states": len(some),
-        "distance": (chosen - data).square().mean((1, 2)).sqrt().tolist(),
-        "chance": float((actions - actions.roll(len(some) // 2, 0)).square().mean().sqrt()),
-        "values": values,
-    }
-
-
-# --- learning ---------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Parameters:
-    """A network that learns: its optimizer, initial learning rate, and what its section says of both."""
-
-    network: Stack
-    learning_rate: float
-    section: TrainingSection
-
-    def __post_init__(self) -> None:
-        self.gradient = self.network.vector.grad = torch.zeros_like(self.network.vector)
-        weight_decay = self.section.weight_decay
-        self.adam = torch.optim.AdamW([self.network.vector], self.learning_rate, weight_decay=weight_decay, fused=True)
-
-
-class Learner:
-    """Modules that learn together under one loss, with Adam, cosine decay and a gradient-norm limit per member.
-
-    frozen: guidance that the loss uses and nothing here changes; it only counts as held.
-    """
-
-    def __init__(
-        self,
-        modules: Sequence[tuple[Guidance | Policy, TrainingSection]],
-        loss: Callable[[Batch, Randomness, float], Loss],
-        frozen: Sequence[Judge] = (),
-    ) -> None:
-        self.modules, self.loss, self.frozen = [module for module, _ in modules], loss, frozen
-        self.networks = [
-            Parameters(network, rate, section) for module, section in modules for network, rate in module.networks()
-        ]
-        self.parameters = [parameter for each in self.networks for parameter in each.network.parameters()]
-
-    def update(self, loss: Tensor, step: int, steps: int) -> None:
-        """One gradient step of every network, then targets and averages follow. loss: (S,)."""
-        gradients = iter(torch.autograd.grad(loss.sum(), self.parameters))
-        for each in self.networks:
-            pieces = [next(gradients).flatten(1) for _ in each.network.parameters()]
-            torch.cat(pieces, dim=1, out=each.gradient[:, : each.network.size])
-            by_member = each.gradient.view(len(loss), -1)  # (S, copies * P)
-            if each.section.gradient_norm > 0:
-                norm = torch.linalg.vector_norm(by_member, dim=1, keepdim=True)
-                by_member.mul_((each.section.gradient_norm / (norm + 1e-6)).clamp(max=1.0))
-            left = 0.5 * (1 + math.cos(math.pi * step / steps)) if each.section.decay == "cosine" else 1.0
-            each.adam.param_groups[0]["lr"] = each.learning_rate * left
-            each.adam.step()
-        for module in self.modules:
-            module.follow(step)
-
-    def broken_member(self) -> int | None:
-        """The first member with a weight that is not finite."""
-        rows = [each.network.vector.view(each.network.members, -1) for each in self.networks]
-        finite = torch.cat(rows, dim=1).isfinite().all(1)
-        return None if finite.all() else int(finite.int().argmin())
-
-    def state(self) -> list[dict[str, Tensor]]:
-        """Optimizer states, one per network; rates and limits follow from the experiment."""
-        return [dict(each.adam.state[each.network.vector]) for each in self.networks]
-
-    def restore(self, states: Sequence[dict[str, Tensor]]) -> None:
-        for each, state in zip(self.networks, states, strict=True):
-            each.adam.load_state_dict(each.adam.state_dict() | {"state": {0: state}})
-
-
-@dataclass
-class Run:
-    """How a training run meets the world: what it goes on from, and what hears of it.
-
-    begun: an unfinished bundle of the same run. extend: it may have more steps now. save: keeps the bundle. show: hears
-    each new entry of the history. interrupted: the number of the signal to end after this step for, or 0. tell: hears
-    what is noteworthy.
-    """
-
-    device: str = "cpu"
-    begun: Bundle | None = None
-    extend: bool = False
-    save: Callable[[Bundle], None] = lambda bundle: None
-    show: Callable[[dict[str, Any]], None] = lambda entry: None
-    interrupted: Callable[[], int] = lambda: 0
-    tell: Callable[[str], None] = lambda text: None
-
-    def choose_products(self) -> str:
-        """What multiplies matrices: as in the run that was begun, where this machine can."""
-        return choose_products(None if self.begun is None else self.begun["accounting"]["products"])
-
-
-def train(
-    learner: Learner,
-    transitions: Transitions,
-    section: TrainingSection,
-    bundle: Bundle,
-    parts: Sequence[tuple[Bundle, Guidance | Policy]],
-    cost: Cost,
-    run: Run,
-) -> None:
-    """The training loop of guidance and policy alike: sample, step, log, save.
-
-    parts: the modules that learn, each with the bundle its weights go to: `bundle` itself, or one inside it.
-    """
-    steps, seeds, start = section.steps, bundle["seeds"], bundle["step"]
-    random = Randomness(seeds, f"{bundle['kind']} train", transitions.device)
-    milestones = {round(steps * (i + 1) / section.snapshots) for i in range(section.snapshots)}
-    history = History(bundle["history"], start, seeds)
-    history.pending = (bundle.get("training") or {"pending": []})["pending"]
-    due = time.monotonic() + section.save_every
-    for step in range(start, steps):
-        random.step = step
-        batch = transitions.sample(random, section.batch_size)
-        loss, metrics = learner.loss(batch, random, step / steps)
-        learner.update(loss, step, steps)
-        history.record(loss.detach(), metrics)
-        done, stopped = step + 1, run.interrupted()
-        if done % max(1, steps // 200) == 0 or done in milestones or done == steps:
-            run.show(history.average())
-        began = time.monotonic()
-        if done in milestones or stopped or began >= due:
-            if (member := learner.broken_member()) is not None:
-                history.give_up("weights", member, "not finite", done)
-            for target, module in parts:
-                keep_weights(target, module, done, done == steps, done in milestones)
-                target["accounting"] = cost.read(learner, done)
-            bundle["training"] = None if done == steps else {"optimizers": learner.state(), "pending": history.pending}
-            run.save(bundle)
-            history.saved = done
-            due = time.monotonic() + max(section.save_every, 20 * (time.monotonic() - began))  # a twentieth at most
-        if stopped and done < steps:
-            raise Interrupted(f"interrupted after step {done} of {steps}; the same command goes on", stopped)
-
+Bundle = dict[str, Any]
 
 ACTING = ("average.", "target_q.", "value.")  # the weights that act or are asked for values
-
-
-def keep_weights(bundle: Bundle, module: nn.Module, step: int, complete: bool, snapshot: bool) -> None:
-    """Put a module's weights into its bundle, and beside them, if this is a snapshot, those that act."""
-    weights = weights_of(module)
-    if complete:  # a companion actor has done its work
-        weights = {name: value for name, value in weights.items() if not name.startswith("actor.")}
-    bundle.update(step=step, complete=complete, weights=weights)
-    if snapshot:
-        bundle["snapshots"] = bundle["snapshots"] | {step: acting_weights(bundle)}
-
-
-class History:
-    """What a run's losses and metrics were, averaged over the steps between two entries; it ends with the first NaN.
-
-    entries: of the bundle, which this continues. saved: the last step that was saved.
-    """
-
-    def __init__(self, entries: list[dict[str, Any]], start: int, seeds: Sequence[int]) -> None:
-        self.entries, self.saved, self.seeds = entries, start, seeds
-        self.pending: list[tuple[Tensor, dict[str, Tensor]]] = []
-        self.start, self.began = start, time.perf_counter()
-
-    def record(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:
-        self.pending.append((loss, metrics))
-
-    def average(self) -> dict[str, Any]:
-        """A new entry of what came since the last; one transfer from the device. Raises: MdptError for a NaN."""
-        done = (self.entries[-1]["step"] if self.entries else 0) + len(self.pending)
-        losses = torch.stack([loss for loss, _ in self.pending]).cpu()  # (steps, S)
-        bad = (~losses.isfinite()).nonzero()
-        if len(bad):
-            step, member = done - len(self.pending) + int(bad[0, 0]), int(bad[0, 1])
-            self.give_up("loss", member, losses[bad[0, 0], member].item(), step)
-        names = sorted({name for _, metrics in self.pending for name in metrics})
-        means = {
-            name: torch.stack([metrics[name] for _, metrics in self.pending if name in metrics]).mean(0).tolist()
-            for name in names
-        }
-        self.entries.append({"step": done, "loss": losses.mean(0).tolist(), **means})
-        self.pending.clear()
-        return self.entries[-1]
-
-    def give_up(self, what: str, member: int, value: object, step: int) -> NoReturn:
-        """End the run: raises MdptError."""
-        last = f"the last good weights, of step {self.saved}, are kept" if self.saved else "no snapshot was reached"
-        raise MdptError(
-            f"the {what} of member {member} (seed {self.seeds[member]}) became {value} at step {step}; {last}; "
-            "lower learning_rate or look at the data"
-        )
-
-
-class Cost:
-    """What a training run costs: time, memory above the loaded dataset, parameters, optimizer state."""
-
-    def __init__(self, device: torch.device, products: str, begun: Bundle | None) -> None:
-        self.device, self.products = device, products
-        self.before = {"seconds": 0.0, "peak_bytes": 0} if begun is None else begun["accounting"]
-        self.began, self.base = time.perf_counter(), memory_now(device, restart=True)
-
-    def read(self, learner: Learner, step: int) -> dict[str, Any]:
-        """The account after `step` gradient steps; counts and bytes are of all members together."""
-        seconds = self.before["seconds"] + time.perf_counter() - self.began
-        state = [value for each in learner.networks for state in each.adam.state.values() for value in state.values()]
-        held = [p.numel() for module in (*learner.modules, *learner.frozen) for p in module.parameters()]
-        return {
-            "parameters_trained": sum(parameter.numel() for parameter in learner.parameters),
-            "parameters_held": sum(held),
-            "optimizer_bytes": sum(value.nbytes for value in state if torch.is_tensor(value)),
-            "peak_bytes": max(self.before["peak_bytes"], memory_now(self.device) - self.base),
-            "seconds": seconds,
-            "seconds_per_1000_steps": 1000 * seconds / step,
-            "device": str(self.device),
-            "products": self.products,
-        }
-
-
-def memory_now(device: torch.device, *, restart: bool = False) -> int:
-    """Peak bytes since the last restart, allocated on CUDA, resident on a CPU; restart: from the current ones on."""
-    if device.type == "cuda":
-        if restart:
-            torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        if restart:
-            Path("/proc/self/clear_refs").write_text("5")
-        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-    except (OSError, IndexError):  # no Linux, or one that hides this: the whole process's peak is all there is
-        import resource  # not there on Windows
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def pick_device(name: str) -> str:
-    """ "cpu" or "cuda". Raises: MdptError where cuda is asked for and missing."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise MdptError("device cuda: this machine or this torch has none; use --device cpu")
-    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def train_guidance(experiment: Experiment, dataset: Dataset, run: Run) -> Bundle:
-    """Train a guidance from the data alone and judge it on held-out episodes."""
-    experiment, run = check_algorithms(experiment), replace(run, device=pick_device(run.device))
-    bundle = new_bundle("guidance", experiment, dataset)
-    transitions = Transitions(dataset.rows, dataset.sizes, run.device, dataset.section.storage == "disk")
-    cost = Cost(transitions.device, run.choose_products(), run.begun)
-    guidance = build_guidance(bundle, run.device, new=True)
-    learner = Learner([(guidance, experiment.guidance)], lambda batch, random, _: guidance.loss(batch, random))
-    go_on(bundle, run, [(bundle, guidance)], learner)
-
-    def save(bundle: Bundle) -> None:
-        if bundle["complete"]:  # never without its judgement
-            bundle["quality"] = judge_guidance(bundle, dataset.held_out, run.device)
-        run.save(bundle)
-
-    train(learner, transitions, experiment.guidance, bundle, [(bundle, guidance)], cost, replace(run, save=save))
-    return bundle
-
-
-def train_policy(experiment: Experiment, dataset: Dataset, teachers: Sequence[Bundle], run: Run) -> Bundle:
-    """Train a policy under frozen guidance, together with its own ("joint"), or unguided.
-
-    teachers: one, or several that teach as one by `[policy] ensemble`. Raises: MdptError where they cannot.
-    """
-    experiment, run = check_algorithms(experiment), replace(run, device=pick_device(run.device))
-    section = experiment.policy
-    if bool(teachers) != (section.scheme == "guidance-first"):
-        raise MdptError(
-            f"scheme {section.scheme}: got {len(teachers)} teachers; guidance-first alone has any, one or more"
-        )
-    bundle = new_bundle("policy", experiment, dataset)
-    transitions = Transitions(dataset.rows, dataset.sizes, run.device, dataset.section.storage == "disk")
-    cost = Cost(transitions.device, run.choose_products(), run.begun)
-    policy = build_policy(bundle, run.device, new=True)
-    parts: list[tuple[Bundle, Guidance | Policy]] = [(bundle, policy)]
-    frozen: list[Judge] = []
-    joint: Guidance | None = None
-    if section.scheme == "joint":
-        bundle["guidances"] = [new_bundle("guidance", experiment, dataset)]
-        joint = build_guidance(bundle["guidances"][0], run.device, new=True, companion=False)
-        parts.insert(0, (bundle["guidances"][0], joint))
-    if teachers:
-        check_teachers(bundle, teachers, section.ensemble)
-        bare: Bundle = {"snapshots": {}, "training": None}  # what acts, not how it got there
-        bundle["guidances"] = [each | bare | {"weights": acting_weights(each)} for each in teachers]
-        frozen = [build_judge(teachers, section.ensemble, policy.members, run.device)]
-    guidance = joint or next(iter(frozen), None)
-
-    def loss(batch: Batch, random: Randomness, done: float) -> Loss:
-        guided = section.guidance_from <= done < section.guidance_until
-        own = policy.loss(batch, guidance if guided else None, random)
-        if joint is None:
-            return own
-        labelled = learns_labels(section) and done >= section.guidance_from  # until then it knows no labels
-        act_alone = functools.partial(policy.act_alone, w=float(labelled))
-        return add(own, joint.loss(batch, random, act_alone))
-
-    tables: dict[str, TrainingSection] = {"guidance": experiment.guidance, "policy": section}
-    learner = Learner([(module, tables[target["kind"]]) for target, module in parts], loss, frozen)
-    go_on(bundle, run, parts, learner)
-    train(learner, transitions, section, bundle, parts, cost, run)
-    return bundle
-
-
-def go_on(bundle: Bundle, run: Run, parts: Sequence[tuple[Bundle, Guidance | Policy]], learner: Learner) -> None:
-    """Bring a new bundle, its modules and their optimizers to where the run that was begun stopped, if one was.
-
-    Raises: MdptError where that was another run, naming what differs.
-    """
-    if (begun := run.begun) is None:
-        return
-    check_same_run(bundle, begun, run.extend)
-    bundle |= {key: begun[key] for key in ("step", "history", "accounting")}
-    for target, module in parts:
-        stored = begun if target is bundle else begun["guidances"][0]
-        target["snapshots"] = stored["snapshots"]
-        module.load_state_dict(stored["weights"])
-    learner.restore(begun["training"]["optimizers"])
-    bundle["training"] = {
-        "pending": [
-            (loss.to(run.device), {name: value.to(run.device) for name, value in metrics.items()})
-            for loss, metrics in begun["training"]["pending"]
-        ]
-    }
-    steps, planned = (each["experiment"][each["kind"]]["steps"] for each in (bundle, begun))
-    schedule = f"; the learning rate now falls over {steps} steps, not {planned}" if steps != planned else ""
-    run.tell(f"going on from step {begun['step']}{schedule}")
-    device, products = begun["accounting"]["device"].partition(":")[0], begun["accounting"]["products"]
-    if device != run.device:
-        run.tell(f"was begun on {device}, goes on on {run.device}: other random numbers than it would have had")
-    elif products != run.choose_products():
-        run.tell(f"was begun with {products} matrix products, which this machine has not: its rounding changes")
-
-
-def check_same_run(ours: Bundle, theirs: Bundle, extend: bool) -> None:
-    """Raises: MdptError naming what differs, of all that shapes a module: its tables, seeds, training set, guidance.
-
-    extend: there may be more steps.
-    """
-    if ours["kind"] != theirs["kind"]:
-        raise MdptError(
-            f"is an unfinished {theirs['kind']} bundle, expected a {ours['kind']} bundle; choose another --out, or "
-            "--overwrite to replace it"
-        )
-    joint = ours["kind"] == "policy" and ours["experiment"]["policy"]["scheme"] == "joint"
-    unused = {"guidance": {"steps", "batch_size"} if joint else set()}  # the pace is the policy's
-    fields = {
-        f"[{table}] {key}": [bundle["experiment"][table].get(key) for bundle in (ours, theirs)]
-        for table in ("guidance", "policy")
-        if joint or table == ours["kind"]
-        for key in ours["experiment"][table].keys() - unused.get(table, set()) - {"snapshots", "save_every"}
-    }
-    fields |= {
-        f"[data] {key}": [bundle["experiment"]["data"].get(key) for bundle in (ours, theirs)]
-        for key in ("seed", "fraction", "held_out", "reward_scale", "normalization")
-    }
-    fields["seeds"] = [bundle["seeds"] for bundle in (ours, theirs)]
-    fields["environment"] = [EnvironmentSpec(**bundle["environment"]) for bundle in (ours, theirs)]
-    fields["data (by content)"] = [bundle["dataset"]["hash"][:8] for bundle in (ours, theirs)]
-    steps = f"[{ours['kind']}] steps"
-    longer = fields[steps][0] > fields[steps][1]
-    section = ours["experiment"]["policy"]
-    movable = ours["kind"] != "policy" or (section["guidance_from"], section["guidance_until"]) == (0, 1)  # no window
-    if extend and longer and movable:
-        del fields[steps]
-    changed = {name: f"{name} was {was}, is {now}" for name, (now, was) in sorted(fields.items()) if now != was}
-    if not joint and not (
-        len(ours["guidances"]) == len(theirs["guidances"])
-        and all(map(same_weights, ours["guidances"], theirs["guidances"]))
-    ):
-        changed["guidance"] = "the guidance has other weights"
-    if changed:
-        hint = "; --extend lets it have more steps" if [*changed] == [steps] and longer and movable else ""
-        raise MdptError(f"was begun as another run: {'; '.join(changed.values())}{hint}; --overwrite begins anew")
-
-
-def same_weights(first: Bundle, second: Bundle) -> bool:
-    """Whether two bundles act alike."""
-    ours, theirs = acting_weights(first), acting_weights(second)
-    return ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
-
-
-def judge_guidance(bundle: Bundle, held_out: HeldOut, device: str) -> list[dict[str, Any]]:
-    """What `guidance_quality` finds of a guidance bundle at each of its snapshots, the last of which is what it is."""
-    discount = bundle["experiment"]["guidance"]["discount"]
-    return [
-        {"step": step} | guidance_quality(build_guidance(bundle | {"weights": weights}, device), held_out, discount)
-        for step, weights in bundle["snapshots"].items()
-        if len(held_out.rewards)
-    ]
-
-
-OTHERS = 4  # actions that an action is measured against
-
-
-@torch.no_grad()
-def guidance_quality(guidance: Guidance, held_out: HeldOut, discount: float) -> dict[str, Any]:
-    """How far to trust a guidance, on held-out episodes; lists hold a figure per member.
-
-    correlation: Pearson's, of V and discounted Monte-Carlo returns; advantage_correlation: of return - V and what Q gives
-    to the row's action above the mean of OTHERS actions of other rows, which is about actions alone (not of Q - V: there
-    an error of V is on both sides, and correlates where actions matter to nothing). Over rows whose return is known: the
-    episode ended, or what a time limit cut off weighs at most 5 %. Where none is, all rows count, and V at the limit
-    stands for what came after it (bootstrapped). V is an upper expectile: it lies above the returns, unless values have
-    not spread yet. q_spread: the deviation of Q over members, averaged, and over rows.
-    """
-    found = []
-    device = guidance.value.vector.device
-    apart = [max(1, len(held_out.actions) * k // (OTHERS + 1)) for k in range(1, OTHERS + 1)]  # mostly other episodes
-    others = [np.roll(held_out.actions, rows, axis=0) for rows in apart]
-    tensors = [torch.from_numpy(array) for array in (held_out.observations, held_out.actions, *others)]
-    for block in zip(*(torch.split(tensor, 8192) for tensor in tensors), strict=True):
-        observations, *actions = (part.to(device).expand(guidance.members, -1, -1) for part in block)
-        found.append(
-            torch.stack([guidance.v(observations), *(guidance.q(observations, each) for each in actions)]).cpu()
-        )
-    v, q, *theirs = torch.cat(found, dim=-1).double().numpy()  # (S, rows)
-    gains = q - np.mean(theirs, axis=0)
-    rewards, terminals, timeouts = held_out.rewards, held_out.terminals, held_out.timeouts
-    shared, known = discounted_returns(rewards, terminals, timeouts, discount)
-    returns = np.broadcast_to(shared, v.shape)
-    if bootstrapped := not known.any():
-        _, stops = episode_bounds(terminals, timeouts)
-        cut = np.zeros(len(rewards), dtype=np.bool_)
-        cut[stops - 1] = ~terminals[stops - 1]
-        known, columns = ~cut, np.where(cut, v, rewards)  # (S, rows): a last V is a last reward
-        returns = np.stack([discounted_returns(column, terminals, timeouts, discount)[0] for column in columns])
-    v, gains, returns = v[:, known], gains[:, known], returns[:, known]
-
-    def correlate(first: Array, second: Array) -> list[float | None]:
-        return [
-            float(np.corrcoef(one, other)[0, 1]) if known.sum() > 1 and one.std() > 0 and other.std() > 0 else None
-            for one, other in zip(first, second, strict=True)
-        ]
-
-    return {
-        "rows": int(known.sum()),
-        "bootstrapped": bootstrapped,
-        "correlation": correlate(v, returns),
-        "advantage_correlation": correlate(gains, returns - v),
-        "mean_v": v.mean(1).tolist() if known.any() else [None] * len(v),
-        "mean_return": returns.mean(1).tolist() if known.any() else [None] * len(v),
-        "q_spread_members": float(q.std(0).mean()) if len(q) > 1 else None,
-        "q_spread_rows": float(q.std(1).mean()),
-    }
-
-
-# --- bundles ----------------------------------------------------------------------------------------------------
 
 BUNDLE_FORMAT, BUNDLE_VERSION = "mdpt bundle", 6
 
@@ -2344,6 +1664,252 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
 
 
+# --- acting -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How an action is chosen: N candidates, ranked by a guidance, sampled at a temperature, perhaps steered.
+
+    ensemble: the rule that makes one of all members of all guidances, or "none": one member judges.
+    """
+
+    candidates: int = 1
+    selection: str = "max"
+    weight_temperature: float = 100.0
+    temperature: float = 1.0
+    w: float = 1.0
+    guidance_weight: float = 0.0
+    jacobian: bool = False
+    temperature_on: str = "all"
+    ensemble: str = "none"
+
+
+def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference, dict[str, bool]]:
+    """What [evaluation] asks of `act`, and which of its settings act. Without a guidance nothing can be ranked.
+
+    step: of the policy's weights.
+
+    Raises: MdptError for a w that this policy cannot take, or a gradient of ranks.
+    """
+    section, labels = run.evaluation, learns_labels(run.policy, step)  # a policy that saw none has nothing to weigh
+    always = guided_steps(run.policy, step) == range(step)  # else it cloned, too
+    if labels and section.w != 1 and run.policy.label_dropout == 0 and always:
+        raise MdptError(
+            f"evaluation.w = {section.w:g}: this policy learned with label_dropout 0 and knows no noise without a label; "
+            "only 1 is possible"
+        )
+    ranked, steered = guided and section.guide != "gradient", guided and section.guide != "rank"
+    ensemble = (section.ensemble or run.policy.ensemble) if guided else "none"
+    if steered and ensemble == "rank":
+        raise MdptError(
+            f"evaluation.ensemble = 'rank' has no gradient for guide {section.guide!r}; use another, 'none', or guide 'rank'"
+        )
+    scaled = section.temperature_on != "steps" or run.policy.sampler != "dpm-solver++"  # whose only noise is the first
+    how = Inference(
+        candidates=section.candidates if ranked else 1,
+        selection=section.selection,
+        weight_temperature=section.weight_temperature,
+        temperature=section.temperature,
+        w=section.w if labels else 0.0,
+        guidance_weight=section.guidance_weight if steered else 0.0,
+        jacobian=section.jacobian,
+        temperature_on=section.temperature_on,
+        ensemble=ensemble,
+    )
+    return how, {
+        "candidates": ranked or section.candidates == 1,
+        "selection": ranked,
+        "weight_temperature": ranked and section.selection == "softmax",
+        "guide": guided,
+        "guidance_weight": steered,
+        "jacobian": steered,
+        "ensemble": guided,
+        "temperature": scaled,
+        "temperature_on": scaled and section.temperature != 1,
+        "w": labels,
+    }
+
+
+class Ranker(Protocol):
+    """What acting asks of a guidance."""
+
+    def q(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Values of actions, as `Guidance.q`."""
+
+
+@dataclass(frozen=True)
+class RowsApart:
+    """Judges that share the rows out: the first judges the first `sizes[0]`, and so on."""
+
+    guidances: Sequence[Judge]
+    sizes: Sequence[int]
+
+    def q(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Raw (1, rows, O), scaled (1, rows, A) -> (1, rows)."""
+        shares = (torch.split(tensor, list(self.sizes), dim=1) for tensor in (observations, actions))
+        judged = zip(self.guidances, *shares, strict=True)
+        return torch.cat([guidance.q(states, chosen) for guidance, states, chosen in judged], dim=1)
+
+
+@torch.no_grad()
+def act(
+    policy: Policy,
+    guidance: Ranker | None,
+    observations: Tensor,
+    noises: Tensor,
+    uniform: Tensor,
+    how: Inference,
+) -> Tensor:
+    """Choose actions: raw observations (S, B, O) -> (S, B, A), scaled.
+
+    Of N candidates per state the guidance takes the best ("max"), or draws one with probability proportional to
+    exp(weight_temperature * q) ("softmax"; V would cancel, since it does not depend on the action). noises: standard
+    normal, as from `Policy.noises` for B N rows. uniform: (S, B, N) in [0, 1), for "softmax".
+    """
+    scale = torch.full((noises.shape[1], 1, 1), 1.0 if how.temperature_on == "start" else how.temperature)
+    scale[0] = 1.0 if how.temperature_on == "steps" else how.temperature
+    actions = policy.sample(
+        observations,
+        scale.to(noises.device) * noises,
+        candidates=how.candidates,
+        w=how.w,
+        guidance=guidance,
+        guidance_weight=how.guidance_weight,
+        jacobian=how.jacobian,
+    ).view(*observations.shape[:2], how.candidates, -1)  # (S, B, N, A)
+    if guidance is None or how.candidates == 1:
+        return actions[:, :, 0]
+    repeated = observations.repeat_interleave(how.candidates, dim=1)
+    scores = guidance.q(repeated, actions.flatten(1, 2)).view(actions.shape[:3])  # (S, B, N)
+    if how.selection == "softmax":  # the Gumbel-max trick draws from the softmax
+        scores = how.weight_temperature * scores - (-uniform.clamp(1e-20, 1 - 1e-7).log()).log()
+    best = scores.argmax(-1)[..., None, None].expand(-1, -1, 1, actions.shape[-1])
+    return actions.gather(2, best).squeeze(2)
+
+
+SMALL = 16**3  # multiplications; torch multiplies matrices another way where there are no more than these
+
+
+def fewest_rows(*parts: nn.Module) -> int:
+    """Rows from which on no product of these modules is SMALL: what a row gives then depends on no other, by oneDNN."""
+    sizes = [layer.weight[0].numel() for part in parts for layer in part.modules() if isinstance(layer, Linear)]
+    return 1 + SMALL // min(sizes, default=SMALL + 1)
+
+
+class Agent:
+    """One policy member in numbered episodes that run side by side, perhaps under a guidance member each.
+
+    judges: the position of each episode's guidance member, ascending; by default the first serves all, or an ensemble
+    of all members of all guidances. What an episode draws depends on the policy member's seed, the episode's number, the
+    step and `seed` alone.
+    """
+
+    def __init__(
+        self,
+        policy: Bundle,
+        guidances: Sequence[Bundle],
+        how: Inference,
+        *,
+        seed: int,
+        episodes: Sequence[int],
+        judges: Sequence[int] | None = None,
+    ) -> None:
+        self.policy, self.how, apart = build_policy(policy, "cpu"), how, [guidances] if guidances else []
+        if how.ensemble == "none":
+            apart = [[select_members(each, [member])] for each in guidances for member in range(len(each["seeds"]))]
+        self.guidances = [build_judge(each, how.ensemble, 1, "cpu", how.candidates) for each in apart]
+        self.judges = np.array(judges or [0] * len(episodes))
+        critics = chain.from_iterable(one.guidances if isinstance(one, Ensemble) else [one] for one in self.guidances)
+        self.fewest, self.fewest_apart = fewest_rows(self.policy), math.ceil(fewest_rows(*critics) / how.candidates)
+        (member,) = policy["seeds"]
+        self.random = Randomness([f"{member} episode {episode}" for episode in episodes], f"evaluate {seed}")
+
+    def __call__(self, observations: Array, running: Array) -> Array:
+        """Actions (R, A) in [-1, 1], from observations (R, O) of the episodes at the places `running` (R,)."""
+        judges, count = self.judges[running], self.how.candidates
+        shares = [np.flatnonzero(judges == judge) for judge in np.unique(judges)]
+        places = np.concatenate([np.resize(share, max(len(share), self.fewest_apart)) for share in shares])
+        places = np.pad(places, (0, max(0, self.fewest - len(places))), "edge")  # where states are few, some act twice
+        rows = torch.from_numpy(running[places])
+        noises = self.policy.noises(self.random, "act", count)[rows]  # (R, T, N, A)
+        uniform = self.random.uniform("selection", count)[rows]  # (R, N)
+        self.random.step += 1
+        states = torch.from_numpy(observations[places])[None]
+        noises = noises.transpose(0, 1).flatten(1, 2)[None]  # (1, T, R N, A)
+        sizes = count * np.bincount(judges[places], minlength=len(self.guidances))
+        ranker = RowsApart(self.guidances, sizes.tolist()) if self.guidances else None
+        actions = np.empty((len(running), noises.shape[-1]), np.float32)
+        actions[places] = act(self.policy, ranker, states, noises, uniform[None], self.how)[0].numpy()
+        return actions
+
+
+@dataclass(frozen=True)
+class Play:
+    """A task for a worker: rollouts of a policy of one member, each a number of episode and a judge, as for `Agent`."""
+
+    policy: Bundle
+    guidances: tuple[Bundle, ...]
+    judges: tuple[int, ...]
+    episodes: tuple[int, ...]
+    how: Inference
+    seed: int
+    products: str
+
+
+def play(task: Play, watch: Watch, **film: Any) -> tuple[Array, Array]:
+    """Raw returns and lengths of a task's episodes, as from `data.rollout`; on one thread, so that no bit depends on
+    how many there are.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        choose_products(task.products)
+        agent = Agent(task.policy, task.guidances, task.how, seed=task.seed, episodes=task.episodes, judges=task.judges)
+        spec = EnvironmentSpec(**task.policy["environment"])
+        return rollout(agent, spec, task.episodes, seed=task.seed, watch=watch, **film)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def judge_offline(
+    policy: Bundle,
+    teachers: Sequence[Bundle],
+    how: Inference,
+    held_out: HeldOut,
+    seed: int,
+    judges: Mapping[str, tuple[Sequence[Bundle], str]],
+) -> dict[str, Any]:
+    """What can be said of a policy without playing, on up to 2,000 held-out states; lists hold a figure per member.
+
+    distance: root mean square difference between its action and the data's, in [-1, 1]; chance: between the data's
+    actions of two states. For each of `judges`, guidances and how they judge as one: mean Q of its actions and of the
+    data's, and how often its own is higher.
+    """
+    count = len(policy["seeds"])
+    some = np.linspace(0, len(held_out.rewards) - 1, min(len(held_out.rewards), 2_000)).astype(np.int64)
+    observations, actions = (torch.from_numpy(array[some]) for array in (held_out.observations, held_out.actions))
+    states, data = observations.expand(count, -1, -1), actions.expand(count, -1, -1)
+    actor, random = build_policy(policy, "cpu"), Randomness(policy["seeds"], f"evaluate {seed} offline")
+    noises = actor.noises(random, "act", len(some) * how.candidates)
+    uniform = random.uniform("selection", len(some), how.candidates)
+    ranker = build_judge(teachers, how.ensemble, count, "cpu", how.candidates) if teachers else None
+    chosen = act(actor, ranker, states, noises, uniform, how).clamp(-1, 1)
+    values = {}
+    for name, (bundles, rule) in judges.items():
+        guidance = build_judge(bundles, rule, count, "cpu")
+        own, given = guidance.q(states, chosen), guidance.q(states, data)
+        values[name] = {"policy": own.mean(1).tolist(), "data": given.mean(1).tolist()}
+        values[name]["higher"] = (own > given).float().mean(1).tolist()
+    return {
+        "states": len(some),
+        "distance": (chosen - data).square().mean((1, 2)).sqrt().tolist(),
+        "chance": float((actions - actions.roll(len(some) // 2, 0)).square().mean().sqrt()),
+        "values": values,
+    }
+
+
 def load_agent(
     path: Path | str,
     guidance: Path | str | Sequence[Path | str] | None = None,
@@ -2387,3 +1953,439 @@ def load_agent(
         return actions if np.ndim(observations) == 2 else actions[0]
 
     return choose
+
+
+# --- learning -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Parameters:
+    """A network that learns: its optimizer, initial learning rate, and what its section says of both."""
+
+    network: Stack
+    learning_rate: float
+    section: TrainingSection
+
+    def __post_init__(self) -> None:
+        self.gradient = self.network.vector.grad = torch.zeros_like(self.network.vector)
+        weight_decay = self.section.weight_decay
+        self.adam = torch.optim.AdamW([self.network.vector], self.learning_rate, weight_decay=weight_decay, fused=True)
+
+
+class Learner:
+    """Modules that learn together under one loss, with Adam, cosine decay and a gradient-norm limit per member.
+
+    frozen: guidance that the loss uses and nothing here changes; it only counts as held.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[tuple[Guidance | Policy, TrainingSection]],
+        loss: Callable[[Batch, Randomness, float], Loss],
+        frozen: Sequence[Judge] = (),
+    ) -> None:
+        self.modules, self.loss, self.frozen = [module for module, _ in modules], loss, frozen
+        self.networks = [
+            Parameters(network, rate, section) for module, section in modules for network, rate in module.networks()
+        ]
+        self.parameters = [parameter for each in self.networks for parameter in each.network.parameters()]
+
+    def update(self, loss: Tensor, step: int, steps: int) -> None:
+        """One gradient step of every network, then targets and averages follow. loss: (S,)."""
+        gradients = iter(torch.autograd.grad(loss.sum(), self.parameters))
+        for each in self.networks:
+            pieces = [next(gradients).flatten(1) for _ in each.network.parameters()]
+            torch.cat(pieces, dim=1, out=each.gradient[:, : each.network.size])
+            by_member = each.gradient.view(len(loss), -1)  # (S, copies * P)
+            if each.section.gradient_norm > 0:
+                norm = torch.linalg.vector_norm(by_member, dim=1, keepdim=True)
+                by_member.mul_((each.section.gradient_norm / (norm + 1e-6)).clamp(max=1.0))
+            left = 0.5 * (1 + math.cos(math.pi * step / steps)) if each.section.decay == "cosine" else 1.0
+            each.adam.param_groups[0]["lr"] = each.learning_rate * left
+            each.adam.step()
+        for module in self.modules:
+            module.follow(step)
+
+    def broken_member(self) -> int | None:
+        """The first member with a weight that is not finite."""
+        rows = [each.network.vector.view(each.network.members, -1) for each in self.networks]
+        finite = torch.cat(rows, dim=1).isfinite().all(1)
+        return None if finite.all() else int(finite.int().argmin())
+
+    def state(self) -> list[dict[str, Tensor]]:
+        """Optimizer states, one per network; rates and limits follow from the experiment."""
+        return [dict(each.adam.state[each.network.vector]) for each in self.networks]
+
+    def restore(self, states: Sequence[dict[str, Tensor]]) -> None:
+        for each, state in zip(self.networks, states, strict=True):
+            each.adam.load_state_dict(each.adam.state_dict() | {"state": {0: state}})
+
+
+@dataclass
+class Run:
+    """How a training run meets the world: what it goes on from, and what hears of it.
+
+    begun: an unfinished bundle of the same run. extend: it may have more steps now. save: keeps the bundle. show: hears
+    each new entry of the history. interrupted: the number of the signal to end after this step for, or 0. tell: hears
+    what is noteworthy.
+    """
+
+    device: str = "cpu"
+    begun: Bundle | None = None
+    extend: bool = False
+    save: Callable[[Bundle], None] = lambda bundle: None
+    show: Callable[[dict[str, Any]], None] = lambda entry: None
+    interrupted: Callable[[], int] = lambda: 0
+    tell: Callable[[str], None] = lambda text: None
+
+    def choose_products(self) -> str:
+        """What multiplies matrices: as in the run that was begun, where this machine can."""
+        return choose_products(None if self.begun is None else self.begun["accounting"]["products"])
+
+
+def train(
+    learner: Learner,
+    transitions: Transitions,
+    section: TrainingSection,
+    bundle: Bundle,
+    parts: Sequence[tuple[Bundle, Guidance | Policy]],
+    cost: Cost,
+    run: Run,
+) -> None:
+    """The training loop of guidance and policy alike: sample, step, log, save.
+
+    parts: the modules that learn, each with the bundle its weights go to: `bundle` itself, or one inside it.
+    """
+    steps, seeds, start = section.steps, bundle["seeds"], bundle["step"]
+    random = Randomness(seeds, f"{bundle['kind']} train", transitions.device)
+    milestones = {round(steps * (i + 1) / section.snapshots) for i in range(section.snapshots)}
+    history = History(bundle["history"], start, seeds)
+    history.pending = (bundle.get("training") or {"pending": []})["pending"]
+    due = time.monotonic() + section.save_every
+    for step in range(start, steps):
+        random.step = step
+        batch = transitions.sample(random, section.batch_size)
+        loss, metrics = learner.loss(batch, random, step / steps)
+        learner.update(loss, step, steps)
+        history.record(loss.detach(), metrics)
+        done, stopped = step + 1, run.interrupted()
+        if done % max(1, steps // 200) == 0 or done in milestones or done == steps:
+            run.show(history.average())
+        began = time.monotonic()
+        if done in milestones or stopped or began >= due:
+            if (member := learner.broken_member()) is not None:
+                history.give_up("weights", member, "not finite", done)
+            for target, module in parts:
+                keep_weights(target, module, done, done == steps, done in milestones)
+                target["accounting"] = cost.read(learner, done)
+            bundle["training"] = None if done == steps else {"optimizers": learner.state(), "pending": history.pending}
+            run.save(bundle)
+            history.saved = done
+            due = time.monotonic() + max(section.save_every, 20 * (time.monotonic() - began))  # a twentieth at most
+        if stopped and done < steps:
+            raise Interrupted(f"interrupted after step {done} of {steps}; the same command goes on", stopped)
+
+
+def keep_weights(bundle: Bundle, module: nn.Module, step: int, complete: bool, snapshot: bool) -> None:
+    """Put a module's weights into its bundle, and beside them, if this is a snapshot, those that act."""
+    weights = weights_of(module)
+    if complete:  # a companion actor has done its work
+        weights = {name: value for name, value in weights.items() if not name.startswith("actor.")}
+    bundle.update(step=step, complete=complete, weights=weights)
+    if snapshot:
+        bundle["snapshots"] = bundle["snapshots"] | {step: acting_weights(bundle)}
+
+
+class History:
+    """What a run's losses and metrics were, averaged over the steps between two entries; it ends with the first NaN.
+
+    entries: of the bundle, which this continues. saved: the last step that was saved.
+    """
+
+    def __init__(self, entries: list[dict[str, Any]], start: int, seeds: Sequence[int]) -> None:
+        self.entries, self.saved, self.seeds = entries, start, seeds
+        self.pending: list[tuple[Tensor, dict[str, Tensor]]] = []
+        self.start, self.began = start, time.perf_counter()
+
+    def record(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:
+        self.pending.append((loss, metrics))
+
+    def average(self) -> dict[str, Any]:
+        """A new entry of what came since the last; one transfer from the device. Raises: MdptError for a NaN."""
+        done = (self.entries[-1]["step"] if self.entries else 0) + len(self.pending)
+        losses = torch.stack([loss for loss, _ in self.pending]).cpu()  # (steps, S)
+        bad = (~losses.isfinite()).nonzero()
+        if len(bad):
+            step, member = done - len(self.pending) + int(bad[0, 0]), int(bad[0, 1])
+            self.give_up("loss", member, losses[bad[0, 0], member].item(), step)
+        names = sorted({name for _, metrics in self.pending for name in metrics})
+        means = {
+            name: torch.stack([metrics[name] for _, metrics in self.pending if name in metrics]).mean(0).tolist()
+            for name in names
+        }
+        self.entries.append({"step": done, "loss": losses.mean(0).tolist(), **means})
+        self.pending.clear()
+        return self.entries[-1]
+
+    def give_up(self, what: str, member: int, value: object, step: int) -> NoReturn:
+        """End the run: raises MdptError."""
+        last = f"the last good weights, of step {self.saved}, are kept" if self.saved else "no snapshot was reached"
+        raise MdptError(
+            f"the {what} of member {member} (seed {self.seeds[member]}) became {value} at step {step}; {last}; "
+            "lower learning_rate or look at the data"
+        )
+
+
+class Cost:
+    """What a training run costs: time, memory above the loaded dataset, parameters, optimizer state."""
+
+    def __init__(self, device: torch.device, products: str, begun: Bundle | None) -> None:
+        self.device, self.products = device, products
+        self.before = {"seconds": 0.0, "peak_bytes": 0} if begun is None else begun["accounting"]
+        self.began, self.base = time.perf_counter(), memory_now(device, restart=True)
+
+    def read(self, learner: Learner, step: int) -> dict[str, Any]:
+        """The account after `step` gradient steps; counts and bytes are of all members together."""
+        seconds = self.before["seconds"] + time.perf_counter() - self.began
+        state = [value for each in learner.networks for state in each.adam.state.values() for value in state.values()]
+        held = [p.numel() for module in (*learner.modules, *learner.frozen) for p in module.parameters()]
+        return {
+            "parameters_trained": sum(parameter.numel() for parameter in learner.parameters),
+            "parameters_held": sum(held),
+            "optimizer_bytes": sum(value.nbytes for value in state if torch.is_tensor(value)),
+            "peak_bytes": max(self.before["peak_bytes"], memory_now(self.device) - self.base),
+            "seconds": seconds,
+            "seconds_per_1000_steps": 1000 * seconds / step,
+            "device": str(self.device),
+            "products": self.products,
+        }
+
+
+def memory_now(device: torch.device, *, restart: bool = False) -> int:
+    """Peak bytes since the last restart, allocated on CUDA, resident on a CPU; restart: from the current ones on."""
+    if device.type == "cuda":
+        if restart:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        if restart:
+            Path("/proc/self/clear_refs").write_text("5")
+        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):  # no Linux, or one that hides this: the whole process's peak is all there is
+        import resource  # not there on Windows
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def pick_device(name: str) -> str:
+    """ "cpu" or "cuda". Raises: MdptError where cuda is asked for and missing."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise MdptError("device cuda: this machine or this torch has none; use --device cpu")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def train_guidance(experiment: Experiment, dataset: Dataset, run: Run) -> Bundle:
+    """Train a guidance from the data alone and judge it on held-out episodes."""
+    experiment, run = check_algorithms(experiment), replace(run, device=pick_device(run.device))
+    bundle = new_bundle("guidance", experiment, dataset)
+    transitions = Transitions(dataset.rows, dataset.sizes, run.device, dataset.section.storage == "disk")
+    cost = Cost(transitions.device, run.choose_products(), run.begun)
+    guidance = build_guidance(bundle, run.device, new=True)
+    learner = Learner([(guidance, experiment.guidance)], lambda batch, random, _: guidance.loss(batch, random))
+    go_on(bundle, run, [(bundle, guidance)], learner)
+
+    def save(bundle: Bundle) -> None:
+        if bundle["complete"]:  # never without its judgement
+            bundle["quality"] = judge_guidance(bundle, dataset.held_out, run.device)
+        run.save(bundle)
+
+    train(learner, transitions, experiment.guidance, bundle, [(bundle, guidance)], cost, replace(run, save=save))
+    return bundle
+
+
+def train_policy(experiment: Experiment, dataset: Dataset, teachers: Sequence[Bundle], run: Run) -> Bundle:
+    """Train a policy under frozen guidance, together with its own ("joint"), or unguided.
+
+    teachers: one, or several that teach as one by `[policy] ensemble`. Raises: MdptError where they cannot.
+    """
+    experiment, run = check_algorithms(experiment), replace(run, device=pick_device(run.device))
+    section = experiment.policy
+    if bool(teachers) != (section.scheme == "guidance-first"):
+        raise MdptError(
+            f"scheme {section.scheme}: got {len(teachers)} teachers; guidance-first alone has any, one or more"
+        )
+    bundle = new_bundle("policy", experiment, dataset)
+    transitions = Transitions(dataset.rows, dataset.sizes, run.device, dataset.section.storage == "disk")
+    cost = Cost(transitions.device, run.choose_products(), run.begun)
+    policy = build_policy(bundle, run.device, new=True)
+    parts: list[tuple[Bundle, Guidance | Policy]] = [(bundle, policy)]
+    frozen: list[Judge] = []
+    joint: Guidance | None = None
+    if section.scheme == "joint":
+        bundle["guidances"] = [new_bundle("guidance", experiment, dataset)]
+        joint = build_guidance(bundle["guidances"][0], run.device, new=True, companion=False)
+        parts.insert(0, (bundle["guidances"][0], joint))
+    if teachers:
+        check_teachers(bundle, teachers, section.ensemble)
+        bare: Bundle = {"snapshots": {}, "training": None}  # what acts, not how it got there
+        bundle["guidances"] = [each | bare | {"weights": acting_weights(each)} for each in teachers]
+        frozen = [build_judge(teachers, section.ensemble, policy.members, run.device)]
+    guidance = joint or next(iter(frozen), None)
+
+    def loss(batch: Batch, random: Randomness, done: float) -> Loss:
+        guided = section.guidance_from <= done < section.guidance_until
+        own = policy.loss(batch, guidance if guided else None, random)
+        if joint is None:
+            return own
+        labelled = learns_labels(section) and done >= section.guidance_from  # until then it knows no labels
+        act_alone = functools.partial(policy.act_alone, w=float(labelled))
+        return add(own, joint.loss(batch, random, act_alone))
+
+    tables: dict[str, TrainingSection] = {"guidance": experiment.guidance, "policy": section}
+    learner = Learner([(module, tables[target["kind"]]) for target, module in parts], loss, frozen)
+    go_on(bundle, run, parts, learner)
+    train(learner, transitions, section, bundle, parts, cost, run)
+    return bundle
+
+
+def go_on(bundle: Bundle, run: Run, parts: Sequence[tuple[Bundle, Guidance | Policy]], learner: Learner) -> None:
+    """Bring a new bundle, its modules and their optimizers to where the run that was begun stopped, if one was.
+
+    Raises: MdptError where that was another run, naming what differs.
+    """
+    if (begun := run.begun) is None:
+        return
+    check_same_run(bundle, begun, run.extend)
+    bundle |= {key: begun[key] for key in ("step", "history", "accounting")}
+    for target, module in parts:
+        stored = begun if target is bundle else begun["guidances"][0]
+        target["snapshots"] = stored["snapshots"]
+        module.load_state_dict(stored["weights"])
+    learner.restore(begun["training"]["optimizers"])
+    bundle["training"] = {
+        "pending": [
+            (loss.to(run.device), {name: value.to(run.device) for name, value in metrics.items()})
+            for loss, metrics in begun["training"]["pending"]
+        ]
+    }
+    steps, planned = (each["experiment"][each["kind"]]["steps"] for each in (bundle, begun))
+    schedule = f"; the learning rate now falls over {steps} steps, not {planned}" if steps != planned else ""
+    run.tell(f"going on from step {begun['step']}{schedule}")
+    device, products = begun["accounting"]["device"].partition(":")[0], begun["accounting"]["products"]
+    if device != run.device:
+        run.tell(f"was begun on {device}, goes on on {run.device}: other random numbers than it would have had")
+    elif products != run.choose_products():
+        run.tell(f"was begun with {products} matrix products, which this machine has not: its rounding changes")
+
+
+def check_same_run(ours: Bundle, theirs: Bundle, extend: bool) -> None:
+    """Raises: MdptError naming what differs, of all that shapes a module: its tables, seeds, training set, guidance.
+
+    extend: there may be more steps.
+    """
+    if ours["kind"] != theirs["kind"]:
+        raise MdptError(
+            f"is an unfinished {theirs['kind']} bundle, expected a {ours['kind']} bundle; choose another --out, or "
+            "--overwrite to replace it"
+        )
+    joint = ours["kind"] == "policy" and ours["experiment"]["policy"]["scheme"] == "joint"
+    unused = {"guidance": {"steps", "batch_size"} if joint else set()}  # the pace is the policy's
+    fields = {
+        f"[{table}] {key}": [bundle["experiment"][table].get(key) for bundle in (ours, theirs)]
+        for table in ("guidance", "policy")
+        if joint or table == ours["kind"]
+        for key in ours["experiment"][table].keys() - unused.get(table, set()) - {"snapshots", "save_every"}
+    }
+    fields |= {
+        f"[data] {key}": [bundle["experiment"]["data"].get(key) for bundle in (ours, theirs)]
+        for key in ("seed", "fraction", "held_out", "reward_scale", "normalization")
+    }
+    fields["seeds"] = [bundle["seeds"] for bundle in (ours, theirs)]
+    fields["environment"] = [EnvironmentSpec(**bundle["environment"]) for bundle in (ours, theirs)]
+    fields["data (by content)"] = [bundle["dataset"]["hash"][:8] for bundle in (ours, theirs)]
+    steps = f"[{ours['kind']}] steps"
+    longer = fields[steps][0] > fields[steps][1]
+    section = ours["experiment"]["policy"]
+    movable = ours["kind"] != "policy" or (section["guidance_from"], section["guidance_until"]) == (0, 1)  # no window
+    if extend and longer and movable:
+        del fields[steps]
+    changed = {name: f"{name} was {was}, is {now}" for name, (now, was) in sorted(fields.items()) if now != was}
+    if not joint and not (
+        len(ours["guidances"]) == len(theirs["guidances"])
+        and all(map(same_weights, ours["guidances"], theirs["guidances"]))
+    ):
+        changed["guidance"] = "the guidance has other weights"
+    if changed:
+        hint = "; --extend lets it have more steps" if [*changed] == [steps] and longer and movable else ""
+        raise MdptError(f"was begun as another run: {'; '.join(changed.values())}{hint}; --overwrite begins anew")
+
+
+def same_weights(first: Bundle, second: Bundle) -> bool:
+    """Whether two bundles act alike."""
+    ours, theirs = acting_weights(first), acting_weights(second)
+    return ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
+
+
+def judge_guidance(bundle: Bundle, held_out: HeldOut, device: str) -> list[dict[str, Any]]:
+    """What `guidance_quality` finds of a guidance bundle at each of its snapshots, the last of which is what it is."""
+    discount = bundle["experiment"]["guidance"]["discount"]
+    return [
+        {"step": step} | guidance_quality(build_guidance(bundle | {"weights": weights}, device), held_out, discount)
+        for step, weights in bundle["snapshots"].items()
+        if len(held_out.rewards)
+    ]
+
+
+OTHERS = 4  # actions that an action is measured against
+
+
+@torch.no_grad()
+def guidance_quality(guidance: Guidance, held_out: HeldOut, discount: float) -> dict[str, Any]:
+    """How far to trust a guidance, on held-out episodes; lists hold a figure per member.
+
+    correlation: Pearson's, of V and discounted Monte-Carlo returns; advantage_correlation: of return - V and what Q gives
+    to the row's action above the mean of OTHERS actions of other rows, which is about actions alone (not of Q - V: there
+    an error of V is on both sides, and correlates where actions matter to nothing). Over rows whose return is known: the
+    episode ended, or what a time limit cut off weighs at most 5 %. Where none is, all rows count, and V at the limit
+    stands for what came after it (bootstrapped). V is an upper expectile: it lies above the returns, unless values have
+    not spread yet. q_spread: the deviation of Q over members, averaged, and over rows.
+    """
+    found = []
+    device = guidance.value.vector.device
+    apart = [max(1, len(held_out.actions) * k // (OTHERS + 1)) for k in range(1, OTHERS + 1)]  # mostly other episodes
+    others = [np.roll(held_out.actions, rows, axis=0) for rows in apart]
+    tensors = [torch.from_numpy(array) for array in (held_out.observations, held_out.actions, *others)]
+    for block in zip(*(torch.split(tensor, 8192) for tensor in tensors), strict=True):
+        observations, *actions = (part.to(device).expand(guidance.members, -1, -1) for part in block)
+        found.append(
+            torch.stack([guidance.v(observations), *(guidance.q(observations, each) for each in actions)]).cpu()
+        )
+    v, q, *theirs = torch.cat(found, dim=-1).double().numpy()  # (S, rows)
+    gains = q - np.mean(theirs, axis=0)
+    rewards, terminals, timeouts = held_out.rewards, held_out.terminals, held_out.timeouts
+    shared, known = discounted_returns(rewards, terminals, timeouts, discount)
+    returns = np.broadcast_to(shared, v.shape)
+    if bootstrapped := not known.any():
+        _, stops = episode_bounds(terminals, timeouts)
+        cut = np.zeros(len(rewards), dtype=np.bool_)
+        cut[stops - 1] = ~terminals[stops - 1]
+        known, columns = ~cut, np.where(cut, v, rewards)  # (S, rows): a last V is a last reward
+        returns = np.stack([discounted_returns(column, terminals, timeouts, discount)[0] for column in columns])
+    v, gains, returns = v[:, known], gains[:, known], returns[:, known]
+
+    def correlate(first: Array, second: Array) -> list[float | None]:
+        return [
+            float(np.corrcoef(one, other)[0, 1]) if known.sum() > 1 and one.std() > 0 and other.std() > 0 else None
+            for one, other in zip(first, second, strict=True)
+        ]
+
+    return {
+        "rows": int(known.sum()),
+        "bootstrapped": bootstrapped,
+        "correlation": correlate(v, returns),
+        "advantage_correlation": correlate(gains, returns - v),
+        "mean_v": v.mean(1).tolist() if known.any() else [None] * len(v),
+        "mean_return": returns.mean(1).tolist() if known.any() else [None] * len(v),
+        "q_spread_members": float(q.std(0).mean()) if len(q) > 1 else None,
+        "q_spread_rows": float(q.std(1).mean()),
+    }
