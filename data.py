@@ -84,6 +84,10 @@ class Interrupted(MdptError):
         self.code = 128 + number
 
 
+class MdptWarning(UserWarning):
+    """What a function of this package reports while it goes on; the command line prints it as `warning: ...`."""
+
+
 def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
@@ -527,6 +531,36 @@ def check_experiment(where: str, content: dict[str, Any], overrides: Sequence[st
         return Experiment.model_validate(content)
     except ValidationError as error:
         raise MdptError(_explain(where, error)) from error
+
+
+def experiment_as_stored(tables: dict[str, Any], where: str = "the experiment") -> tuple[Experiment, list[str]]:
+    """The experiment of a file that mdpt wrote, perhaps by an older or newer version.
+
+    A field that the file lacks takes the value `before` of its `json_schema_extra`, which says what mdpt did before the
+    field existed, else its default.
+
+    Returns: the experiment, and what was left out as unknown, such as "policy.nonsense" or "nonsense".
+
+    Raises: MdptError for a value that is not allowed.
+    """
+    known, unknown = _known_fields(tables, Experiment, "")
+    return check_experiment(where, known), unknown
+
+
+def _known_fields(table: dict[str, Any], section: type[Section], prefix: str) -> tuple[dict[str, Any], list[str]]:
+    """The fields of a table that its section knows, completed by `before`, and the names of the others."""
+    known: dict[str, Any] = {}
+    unknown = [f"{prefix}{key}" for key in table if key not in section.model_fields]
+    for name, info in section.model_fields.items():
+        extra = info.json_schema_extra
+        if isinstance(info.default, Section) and isinstance(inner := table.get(name, {}), dict):
+            known[name], more = _known_fields(inner, type(info.default), f"{name}.")
+            unknown += more
+        elif name in table:
+            known[name] = table[name]
+        elif isinstance(extra, dict) and "before" in extra:
+            known[name] = extra["before"]
+    return known, unknown
 
 
 def _override(content: dict[str, Any], override: str) -> None:
@@ -1989,22 +2023,58 @@ class HeldOut:
     timeouts: Array
 
 
+@dataclass(frozen=True)
+class RewardScale:
+    """How rewards are scaled before values are learned from them: multiplier * raw + offset.
+
+    rule: "none", "minus-one", "return-range" or "number".
+    """
+
+    rule: str
+    multiplier: float
+    offset: float
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which data these are.
+
+    source, name: as in [data]; a file by its name. transitions: rows of the file. no_environment: why there is no
+    environment to play in, or "". hash: SHA-256 of the content of all columns that are read.
+    """
+
+    source: str
+    name: str
+    transitions: int
+    no_environment: str
+    hash: str
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Training transitions as rows, held-out episodes, and where they came from."""
+    """Training transitions as rows, held-out episodes, and where they came from.
+
+    The next row of `rows` is the next step of the same episode, up to its end in `ends`. At a time limit of data
+    without next_observations the last row of an episode is no transition, because what followed it is unknown; its
+    action is kept in `cut_actions`, as the next action of the row before. The same holds for the last row of a file.
+    """
 
     environment: EnvironmentSpec
     section: DataSection  # with what its source knew
     rows: Array  # (n, 2 O + A + 2) float32: raw observations, actions in [-1, 1], scaled rewards, next ones, terminals
+    ends: Array  # (E,) int64, increasing: one past the last row of each training episode that has rows
+    cut_actions: Array  # (E, A) float32 in [-1, 1]: the action after that last row; NaN where there is none
     mean: Array  # (O,) float32, of the training observations
     deviation: Array  # (O,) float32
     constant: Array  # (O,) bool, those that never vary
     held_out: HeldOut
-    episode_returns: Array  # (E,) float64, raw, undiscounted, of all whole episodes used, held-out ones included
-    episode_lengths: Array  # (E,) int64
-    reward_scale: dict[str, float | str]  # scaled = multiplier * raw + offset
-    identity: dict[str, str | int]  # source, name, rows of the file, hash, why there is no environment
-    facts: dict[str, Any]  # about the file: how many terminals and timeouts it has
+    episode_returns: Array  # (W,) float64, raw, undiscounted, of all whole episodes used, held-out ones included
+    episode_lengths: Array  # (W,) int64
+    reward_scale: RewardScale
+    identity: Identity
+    terminal_count: int  # in the whole file
+    timeout_count: int
+    timeouts_counted: bool  # whether the file has no timeouts, so that time limits were counted
     warnings: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -2105,15 +2175,20 @@ def prepare(
     scale = _reward_scale(section.reward_scale or "none", returns, spec.max_episode_steps)
     scaled = _scale_rewards(episodes.rewards, scale, where)
     aside = np.repeat(held, episodes.lengths)  # (n,)
-    kept = transition_rows(episodes.timeouts, "next_observations" in columns.arrays) & np.repeat(
-        train, episodes.lengths
-    )
+    transitions = transition_rows(episodes.timeouts, "next_observations" in columns.arrays)
+    kept = transitions & np.repeat(train, episodes.lengths)
     if not kept.any():
         raise MdptError(
             f"{where}: no transition is left to train on; lower held_out (now {section.held_out}) or add episodes."
         )
     rows = _allocate(section.storage, int(kept.sum()), 2 * widths[0] + widths[1] + 2)
-    observations, actions, digest, clipped = _fill(rows, columns, spec, episodes, scaled, kept, aside, show)
+    counts = np.add.reduceat(kept, episodes.starts, dtype=np.int64)  # transitions of each episode
+    last = (episodes.starts + episodes.lengths - 1)[counts > 0]
+    cut = np.zeros(len(kept), dtype=np.bool_)  # (n,)
+    cut[last] = ~transitions[last]
+    observations, actions, after, digest, clipped = _fill(rows, columns, spec, episodes, scaled, kept, aside, cut, show)
+    cut_actions = np.full((len(last), widths[1]), np.nan, dtype=np.float32)
+    cut_actions[cut[last]] = after
     mean, deviation, constant = moments(rows, widths[0])
     told += tuple(f"{where}: observation columns {text}." for text in _hidden_columns(mean, deviation, constant))
     if section.normalization == "none":
@@ -2122,6 +2197,8 @@ def prepare(
         environment=spec,
         section=section,
         rows=rows,
+        ends=np.cumsum(counts[counts > 0]),
+        cut_actions=cut_actions,
         mean=mean,
         deviation=deviation,
         constant=constant,
@@ -2129,18 +2206,10 @@ def prepare(
         episode_returns=returns,
         episode_lengths=episodes.lengths[whole],
         reward_scale=scale,
-        identity={
-            "source": section.source,
-            "name": columns.name,
-            "transitions": len(scaled),
-            "no_environment": missing,
-            "hash": digest,
-        },
-        facts={
-            "terminals": int(episodes.terminals.sum()),
-            "timeouts": int(episodes.timeouts.sum()),
-            "timeouts_counted": "timeouts" not in columns.arrays,
-        },
+        identity=Identity(section.source, columns.name, len(scaled), missing, digest),
+        terminal_count=int(episodes.terminals.sum()),
+        timeout_count=int(episodes.timeouts.sum()),
+        timeouts_counted="timeouts" not in columns.arrays,
         warnings=warnings + told + clipped,
     )
 
@@ -2228,11 +2297,13 @@ def _fill(
     rewards: Array,
     train: Array,
     aside: Array,
+    cut: Array,
     show: Show,
-) -> tuple[Array, Array, str, tuple[str, ...]]:
+) -> tuple[Array, Array, Array, str, tuple[str, ...]]:
     """Read the wide columns and put the transitions `train` (n,) into rows, with scaled rewards (n,).
 
-    Returns observations and actions of the rows `aside` (n,), a hash of all columns' content, and warnings.
+    Returns: observations and actions of the rows `aside` (n,), actions of the rows `cut` (n,), a hash of the content of
+    all columns, and warnings.
     """
     wide, total = spec.observation_dim, len(train)
     low, high = _bounds(spec)
@@ -2242,7 +2313,7 @@ def _fill(
     own = "next_observations" in columns.arrays
     digests = {key: hashlib.sha256() for key in ("observations", "actions", *(["next_observations"] if own else []))}
     digests |= {key: hashlib.sha256(getattr(episodes, key).data) for key in ("rewards", "terminals", "timeouts")}
-    kept: list[tuple[Array, Array]] = []
+    kept: list[tuple[Array, Array, Array]] = []
     filled, outside, most = 0, 0, 0.0
     for start in range(0, total, CHUNK):
         stop = min(start + CHUNK, total)
@@ -2259,7 +2330,7 @@ def _fill(
             digests[key].update(np.ascontiguousarray(array).data)
         scaled = scale_actions(part["actions"], spec)
         chosen, held = train[start:stop], aside[start:stop]
-        kept.append((part["observations"][held], scaled[held]))
+        kept.append((part["observations"][held], scaled[held], scaled[cut[start:stop]]))
         places = np.flatnonzero(chosen)
         following = part["next_observations"][places] if own else block[places + 1]
         target = rows[filled : filled + len(places)]
@@ -2268,10 +2339,10 @@ def _fill(
         filled += len(places)
         if total > 10 * CHUNK:
             show("read", stop, total)
-    observations, actions = (np.concatenate(arrays) for arrays in zip(*kept, strict=True))
+    observations, actions, after = (np.concatenate(arrays) for arrays in zip(*kept, strict=True))
     clipped = f"{columns.where}: clipped the actions of {outside} rows, out of bounds by {most:.1e} at most."
     found = json.dumps(sorted((key, digest.hexdigest()) for key, digest in digests.items()))
-    return observations, actions, hashlib.sha256(found.encode()).hexdigest(), (clipped,) * (outside > 0)
+    return observations, actions, after, hashlib.sha256(found.encode()).hexdigest(), (clipped,) * (outside > 0)
 
 
 def _allocate(storage: str, count: int, width: int) -> Array:
@@ -2321,8 +2392,31 @@ def _hidden_columns(mean: Array, deviation: Array, constant: Array) -> Iterator[
         yield f"{np.flatnonzero(faint).tolist()} vary by less than 0.0001, too little to be seen; use another unit"
 
 
-def describe_data(dataset: Dataset) -> dict[str, Any]:
-    """What a user wants to know of a dataset before training on it, as plain values."""
+@dataclass(frozen=True)
+class Description:
+    """What a user wants to know of a dataset before training on it.
+
+    transitions: to train on. held_out: rows. lengths: shortest, median and longest whole episode, in steps. returns:
+    quartiles, from worst to best. histogram: episodes by return. constant: observation columns that never vary. at_bounds:
+    fraction of actions at a bound, per dimension. duplicates: fraction of transitions that repeat the observation and
+    action of another. terminals, timeouts: how many the whole file has. timeouts_counted: the file has no timeouts.
+    """
+
+    transitions: int
+    held_out: int
+    lengths: list[float]
+    returns: list[float]
+    histogram: list[int]
+    constant: list[int]
+    at_bounds: list[float]
+    duplicates: float
+    terminals: int
+    timeouts: int
+    timeouts_counted: bool
+
+
+def describe_data(dataset: Dataset) -> Description:
+    """Summarize a dataset in one pass over its rows."""
     wide, many = dataset.environment.observation_dim, len(dataset)
     order = np.random.default_rng(0).standard_normal(wide + dataset.environment.action_dim)
     keys, bound = np.empty(many), np.zeros(dataset.environment.action_dim)
@@ -2330,17 +2424,19 @@ def describe_data(dataset: Dataset) -> dict[str, Any]:
         part = dataset.rows[start : start + CHUNK, : len(order)]
         keys[start : start + CHUNK] = part.astype(np.float64) @ order
         bound += (np.abs(part[:, wide:]) >= 1 - 1e-6).sum(0)
-    return {
-        "transitions": many,
-        "held_out": len(dataset.held_out.rewards),
-        "lengths": np.quantile(dataset.episode_lengths, [0, 0.5, 1]).tolist(),
-        "returns": np.quantile(dataset.episode_returns, [0, 0.25, 0.5, 0.75, 1]).tolist(),
-        "histogram": histogram(dataset.episode_returns).tolist(),
-        "constant": np.flatnonzero(dataset.constant).tolist(),
-        "at_bounds": (bound / many).tolist(),
-        "duplicates": 1 - len(np.unique(keys)) / many,
-        **dataset.facts,
-    }
+    return Description(
+        transitions=many,
+        held_out=len(dataset.held_out.rewards),
+        lengths=np.quantile(dataset.episode_lengths, [0, 0.5, 1]).tolist(),
+        returns=np.quantile(dataset.episode_returns, [0, 0.25, 0.5, 0.75, 1]).tolist(),
+        histogram=histogram(dataset.episode_returns).tolist(),
+        constant=np.flatnonzero(dataset.constant).tolist(),
+        at_bounds=(bound / many).tolist(),
+        duplicates=1 - len(np.unique(keys)) / many,
+        terminals=dataset.terminal_count,
+        timeouts=dataset.timeout_count,
+        timeouts_counted=dataset.timeouts_counted,
+    )
 
 
 def histogram(values: Array, bins: int = 20) -> Array:
@@ -2358,13 +2454,11 @@ def looks_late(columns: Columns, starts: Array, terminals: Array, rewards: Array
     return not any(columns.read("actions", row, row + 1).any() for row in ends.tolist())
 
 
-def _reward_scale(
-    rule: str | float | tuple[float, float], returns: Array, max_episode_steps: int
-) -> dict[str, float | str]:
+def _reward_scale(rule: str | float | tuple[float, float], returns: Array, max_episode_steps: int) -> RewardScale:
     if rule == "none":
-        return {"rule": rule, "multiplier": 1.0, "offset": 0.0}
+        return RewardScale(rule, 1.0, 0.0)
     if rule == "minus-one":
-        return {"rule": rule, "multiplier": 1.0, "offset": -1.0}
+        return RewardScale(rule, 1.0, -1.0)
     if rule == "return-range":
         if len(returns) == 1:
             raise MdptError(
@@ -2377,17 +2471,17 @@ def _reward_scale(
                 f"reward_scale 'return-range': all returns are equal, {returns.min():.7g} to {returns.max():.7g}; choose "
                 "'none' or a number."
             )
-        return {"rule": rule, "multiplier": max_episode_steps / spread, "offset": 0.0}
+        return RewardScale(rule, max_episode_steps / spread, 0.0)
     factor, offset = rule if isinstance(rule, tuple) else (float(rule), 0.0)
-    return {"rule": "number", "multiplier": factor, "offset": offset}
+    return RewardScale("number", factor, offset)
 
 
-def _scale_rewards(rewards: Array, scale: dict[str, Any], where: str) -> Array:
+def _scale_rewards(rewards: Array, scale: RewardScale, where: str) -> Array:
     """Rewards (n,) as values are learned from them, float32."""
     with np.errstate(over="ignore"):
-        scaled: Array = (rewards * scale["multiplier"] + scale["offset"]).astype(np.float32)
+        scaled: Array = (rewards * scale.multiplier + scale.offset).astype(np.float32)
     if not np.isfinite(scaled).all():
         raise MdptError(
-            f"{where}: rewards x {scale['multiplier']:.4g} are no finite float32; choose another reward_scale."
+            f"{where}: rewards x {scale.multiplier:.4g} are no finite float32; choose another reward_scale."
         )
     return scaled

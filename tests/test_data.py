@@ -28,6 +28,7 @@ import pytest
 from gymnasium.spaces import flatten
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import Field
 from toy_environment import Parted, Toy
 
 from mdpt import data
@@ -39,6 +40,7 @@ from mdpt.data import (
     EnvironmentSpec,
     Experiment,
     MdptError,
+    RewardScale,
     Shard,
     Watch,
     Workers,
@@ -479,6 +481,38 @@ def test_what_cannot_be_extended_is_told(tmp_path: Path, extends: str, told: str
     assert told in str(caught.value)
 
 
+def test_an_experiment_of_another_version_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A field that was added later takes what held before it, else its default; what is unknown is named."""
+
+    class Later(data.PolicySection):
+        added: float = Field(1.0, json_schema_extra={"before": 0.0})
+        other: int = Field(3)
+
+    class LaterExperiment(Experiment):
+        policy: Later = Later()
+        label: str = Field("new", json_schema_extra={"before": "old"})
+
+    stored = Experiment.model_validate({"policy": {"eta": 0.5}, "data": {"reference": [0, 1]}}).model_dump()
+    del stored["policy"]["algorithm"], stored["guidance"], stored["seeds"]
+    stored["policy"]["nonsense"] = stored["more"] = 1
+    assert data.experiment_as_stored(stored) == (
+        Experiment.model_validate({"policy": {"eta": 0.5}, "data": {"reference": [0, 1]}}),
+        ["more", "policy.nonsense"],
+    )
+    monkeypatch.setattr(data, "Experiment", LaterExperiment)
+    later, unknown = data.experiment_as_stored(stored)
+    assert isinstance(later, LaterExperiment) and unknown == ["more", "policy.nonsense"]
+    assert (later.policy.added, later.policy.other, later.policy.eta, later.label) == (0.0, 3, 0.5, "old")
+    assert data.experiment_as_stored({})[0].policy == Later(added=0.0)
+    assert data.check_experiment("", {}).policy == Later(added=1.0)
+    for tables, told in (
+        ({"policy": {"eta": "x"}}, r"\[policy\] eta = 'x'"),
+        ({"policy": 3}, r"\[policy\] = 3: should"),
+    ):
+        with pytest.raises(MdptError, match=told):
+            data.experiment_as_stored(tables)
+
+
 # --- files ------------------------------------------------------------------------------------------------------
 
 
@@ -490,7 +524,7 @@ def test_a_file_of_other_types_gives_the_same_rows(tmp_path: Path) -> None:
     scaled = data.scale_actions(sound["actions"], SPEC)
     by_hand = [sound["observations"], scaled, sound["rewards"][:, None], np.ones((10, 3)), np.zeros((10, 1))]
     assert np.array_equal(one.rows, np.hstack(by_hand)) and one.rows.dtype == np.float32
-    assert np.array_equal(two.rows, one.rows) and two.identity["hash"] == one.identity["hash"]
+    assert np.array_equal(two.rows, one.rows) and two.identity.hash == one.identity.hash
     assert one.warnings == two.warnings == ()
 
 
@@ -761,15 +795,46 @@ def test_dataset_without_held_out_episodes(tmp_path: Path) -> None:
     assert loaded.episode_returns.tolist() == [3, 18]  # the last episode is incomplete
     assert loaded.episode_lengths.tolist() == [3, 4]
     assert (loaded.environment.id, len(loaded), len(loaded.held_out.rewards), loaded.warnings) == (TOY, 8, 0, ())
-    assert {key: loaded.identity[key] for key in ("source", "name", "transitions", "no_environment")} == {
-        "source": "hdf5",
-        "name": "a.hdf5",
-        "transitions": 9,
-        "no_environment": "",
-    }
+    assert replace(loaded.identity, hash="") == data.Identity("hdf5", "a.hdf5", 9, "", "")
     only = load(toy_file(tmp_path / "b.hdf5", [5]), held_out=0.5)
     assert only.episode_returns.tolist() == [10]
     assert only.warnings == (f"{tmp_path / 'b.hdf5'}: a single episode, so none is held out.",)
+
+
+@pytest.mark.parametrize("storage", ["memory", "disk"])
+@pytest.mark.parametrize("chunk", [data.CHUNK, 3])
+def test_rows_follow_up_to_the_ends(storage: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row r acts with r / 100. Episodes: 0 to 2 ends by a terminal, 3 and 4 by a time limit, 5 by both, 6 to 9 by
+    both, and 10 to 12 end with the file."""
+    monkeypatch.setenv("MDPT_CACHE", str(tmp_path))
+    monkeypatch.setattr(data, "CHUNK", chunk)
+    numbers = np.arange(13)
+    flags = {"terminals": np.isin(numbers, [2, 5, 9]), "timeouts": np.isin(numbers, [4, 5, 9])}
+    arrays = rows(13, actions=np.stack([numbers / 100] * 2, axis=1), **flags)
+
+    def ends(**changed: Any) -> tuple[list[int], list[float], list[int]]:
+        loaded = load_arrays(arrays | changed, storage=storage, fraction=fraction, held_out=held_out, seed=4)
+        assert loaded.ends.dtype == np.int64 and loaded.cut_actions.dtype == np.float32
+        assert loaded.cut_actions.shape == (len(loaded.ends), 2) and loaded.ends[-1] == len(loaded)
+        cut, used = loaded.cut_actions[:, 1] * 100, loaded.column("actions")[:, 0] * 100
+        return loaded.ends.tolist(), np.nan_to_num(cut, nan=-1).round().tolist(), used.round().tolist()
+
+    fraction, held_out = 1.0, 0.0
+    # Rows 4, 5, 9 and 12 are no transitions, because what followed them is unknown; nothing is left of the third episode.
+    assert ends() == ([3, 4, 7, 9], [-1, 4, 9, 12], [0, 1, 2, 3, 6, 7, 8, 10, 11])
+    assert ends(next_observations=np.ones((13, 3))) == ([3, 5, 6, 10, 13], [-1] * 5, [*range(13)])
+    fraction, held_out = (
+        0.8,
+        0.4,
+    )  # of the four complete episodes the last three are used, the first of which is held out
+    assert ends() == ([3], [9], [6, 7, 8])
+    assert ends(next_observations=np.ones((13, 3))) == ([1, 5], [-1] * 2, [5, 6, 7, 8, 9])
+
+
+def test_the_last_row_of_a_file_is_the_next_action_of_the_row_before() -> None:
+    arrays = rows(4, actions=np.full((4, 2), 0.5), terminals=[0, 0, 0, 1], timeouts=np.zeros(4))
+    loaded = load_arrays(arrays)
+    assert loaded.ends.tolist() == [3] and loaded.cut_actions.tolist() == [[0.5, 0.5]]
 
 
 def test_held_out_episodes_are_whole_and_apart(tmp_path: Path) -> None:
@@ -810,7 +875,7 @@ def test_a_fraction_is_of_whole_episodes(tmp_path: Path) -> None:
             assert len(places) == count and 10 not in places
             assert used == [row for place in places for row in range(starts[place], starts[place + 1])]
             assert loaded.episode_lengths.tolist() == [lengths[place] for place in places]
-            assert loaded.identity["transitions"] == 35 and loaded.identity["hash"] == load(path).identity["hash"]
+            assert loaded.identity.transitions == 35 and loaded.identity.hash == load(path).identity.hash
             assert last < {*used}  # a larger fraction adds episodes, and drops none
             last = {*used}
         drawn.add(frozenset(last))
@@ -825,18 +890,18 @@ def test_a_fraction_is_of_whole_episodes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rule", "expected"),
     [
-        ("none", {"rule": "none", "multiplier": 1.0, "offset": 0.0}),
-        ("minus-one", {"rule": "minus-one", "multiplier": 1.0, "offset": -1.0}),
-        ("return-range", {"rule": "return-range", "multiplier": 6 / 15, "offset": 0.0}),
-        (None, {"rule": "return-range", "multiplier": 6 / 15, "offset": 0.0}),
-        (0.25, {"rule": "number", "multiplier": 0.25, "offset": 0.0}),
-        ((4.0, -2.0), {"rule": "number", "multiplier": 4.0, "offset": -2.0}),
+        ("none", RewardScale("none", 1.0, 0.0)),
+        ("minus-one", RewardScale("minus-one", 1.0, -1.0)),
+        ("return-range", RewardScale("return-range", 6 / 15, 0.0)),
+        (None, RewardScale("return-range", 6 / 15, 0.0)),
+        (0.25, RewardScale("number", 0.25, 0.0)),
+        ((4.0, -2.0), RewardScale("number", 4.0, -2.0)),
     ],
 )
-def test_reward_scale(tmp_path: Path, rule: str | float | None, expected: dict[str, Any]) -> None:
+def test_reward_scale(tmp_path: Path, rule: str | float | None, expected: RewardScale) -> None:
     loaded = load(toy_file(tmp_path / "a.hdf5", [3, 4, 2]), reward_scale=rule)  # returns 3 and 18
     assert loaded.reward_scale == expected
-    assert np.allclose(loaded.column("rewards"), expected["multiplier"] * np.arange(8) + expected["offset"])
+    assert np.allclose(loaded.column("rewards"), expected.multiplier * np.arange(8) + expected.offset)
 
 
 def test_observations_may_stay_as_they_are(tmp_path: Path) -> None:
@@ -853,7 +918,7 @@ def test_returns_that_hardly_differ_give_no_range(tmp_path: Path) -> None:
         load(toy_file(path, [3, 4, 2], rewards=rewards), reward_scale="return-range")
     rewards[4] = 2**-9
     loaded = load(toy_file(path, [3, 4, 2], rewards=rewards), reward_scale="return-range")
-    assert loaded.reward_scale["multiplier"] == 6 * 2**9
+    assert loaded.reward_scale.multiplier == 6 * 2**9
     with pytest.raises(MdptError, match="all returns are equal, 0 to 0"):
         load(toy_file(path, [3, 4, 2], rewards=0 * rewards), reward_scale="return-range")
 
@@ -891,13 +956,13 @@ def test_dataset_errors(tmp_path: Path) -> None:
 def test_identity_follows_the_content(tmp_path: Path) -> None:
     one, same = toy_file(tmp_path / "a.hdf5", [3, 4]), toy_file(tmp_path / "b.hdf5", [3, 4])
     other = toy_file(tmp_path / "c.hdf5", [4, 3])
-    hashes = [load(path).identity["hash"] for path in (one, same, other)]
+    hashes = [load(path).identity.hash for path in (one, same, other)]
     assert hashes[0] == hashes[1] != hashes[2]
     for key in ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations"):
         arrays = rows(next_observations=np.ones((10, 3)), actions=np.zeros((10, 2)))
-        before = load_arrays(arrays).identity["hash"]
+        before = load_arrays(arrays).identity.hash
         arrays[key] = put(arrays[key], 5, 1 - arrays[key].flat[5] / 2)  # any other value, of a flag too
-        assert load_arrays(arrays).identity["hash"] != before, key
+        assert load_arrays(arrays).identity.hash != before, key
 
 
 def test_a_file_without_timeouts_says_so(tmp_path: Path) -> None:
@@ -906,11 +971,11 @@ def test_a_file_without_timeouts_says_so(tmp_path: Path) -> None:
         del file["timeouts"]
     loaded = load(whole)
     assert loaded.warnings == (f"{whole}: no 'timeouts'; episodes end at terminals and every 6 rows.",)
-    assert loaded.facts == {"terminals": 1, "timeouts": 1, "timeouts_counted": True}
+    assert (loaded.terminal_count, loaded.timeout_count, loaded.timeouts_counted) == (1, 1, True)
     bare = load(whole, environment=None, reference=None, held_out=0.5)
     told = "no 'timeouts'; episodes end at terminals alone. [data] max_episode_steps cuts them."
     assert bare.warnings == (f"{whole}: {told}", f"{whole}: a single episode, so none is held out.")
-    assert bare.facts["timeouts"] == 0
+    assert bare.timeout_count == 0
 
 
 def test_data_without_an_environment(tmp_path: Path) -> None:
@@ -918,7 +983,7 @@ def test_data_without_an_environment(tmp_path: Path) -> None:
     loaded = load(path, environment=None, reference=None, action_range=(0.0, 4.0), max_episode_steps=None)
     assert loaded.environment == EnvironmentSpec(None, 2, 2, (0.0, 0.0), (4.0, 4.0), 40)  # the longest episode
     assert loaded.column("actions")[0].tolist() == [-0.75, -0.5]
-    assert loaded.identity["no_environment"] == "[data] names no environment"
+    assert loaded.identity.no_environment == "[data] names no environment"
     assert loaded.section.reference is None
     limited = load(path, environment=None, reference=None, max_episode_steps=50)
     assert limited.environment == EnvironmentSpec(None, 2, 2, (-1.0, -1.0), (1.0, 1.0), 50)
@@ -935,7 +1000,7 @@ def test_a_dataset_is_loaded_again_as_it_was(
     reference = None if environment is None else (0.0, 1.0)
     path = write(tmp_path / "a.hdf5", noisy())
     loaded = load(path, environment=environment, reference=reference, action_range=(-1.0, 5.0))
-    assert loaded.facts["timeouts_counted"]
+    assert loaded.timeouts_counted
     monkeypatch.setattr(data, "environment_spec", None)  # it need not be made
     again = data.load_dataset(loaded.section, spec=loaded.environment)
     assert same(again, loaded) and (again.environment, again.section) == (loaded.environment, loaded.section)
@@ -967,10 +1032,10 @@ def test_what_a_source_knows_holds_where_the_user_says_nothing(monkeypatch: pyte
     assert found == {key: None for key in facts} | {"environment": PARTED, "environment_kwargs": {}} | {
         key: facts[key] for key in ("reward_scale", "reference")
     }
-    assert loaded.environment == data.environment_spec(PARTED) and loaded.identity["no_environment"] == ""
+    assert loaded.environment == data.environment_spec(PARTED) and loaded.identity.no_environment == ""
     loaded, _ = settle({key: facts[key] for key in ("max_episode_steps", "reward_scale")}, "none fits", 2)
     assert loaded.environment == EnvironmentSpec(None, 2, 2, (-1.0, -1.0), (1.0, 1.0), 4)
-    assert loaded.identity["no_environment"] == "none fits"
+    assert loaded.identity.no_environment == "none fits"
 
 
 def test_only_the_first_observation_columns_are_used(tmp_path: Path) -> None:
@@ -980,7 +1045,7 @@ def test_only_the_first_observation_columns_are_used(tmp_path: Path) -> None:
         load(write(tmp_path / "a.hdf5", arrays), observation_columns=2),
         load(write(tmp_path / "b.hdf5", narrow)),
     )
-    assert loaded.environment == other.environment and loaded.identity["hash"] == other.identity["hash"]
+    assert loaded.environment == other.environment and loaded.identity.hash == other.identity.hash
     assert np.array_equal(loaded.rows, other.rows) and (loaded.column("next_observations") == [0, 1]).all()
     with pytest.raises(MdptError, match=r"'observations' has shape \(10, 4\), expected \(10, 2\) for toy_env"):
         load(tmp_path / "a.hdf5")
@@ -1010,7 +1075,7 @@ def same(one: Dataset, other: Dataset) -> bool:
     """To the last bit."""
     held = [[*vars(each.held_out).values()] for each in (one, other)]
     return (
-        one.identity | {"name": ""} == other.identity | {"name": ""}
+        replace(one.identity, name="") == replace(other.identity, name="")
         and np.array_equal(one.rows, other.rows)
         and all(map(np.array_equal, *held))
         and [text.partition(": ")[2] for text in one.warnings] == [text.partition(": ")[2] for text in other.warnings]
@@ -1114,19 +1179,19 @@ def test_what_is_told_of_a_dataset(tmp_path: Path) -> None:
     actions[:4, 0] = [1, -1, 0.25, 1]
     rewards = np.array([1, 1, 1, 2, 2, 2, 2, 5, 5])
     path = toy_file(tmp_path / "a.hdf5", [3, 4, 2], observations=observations, actions=actions, rewards=rewards)
-    assert data.describe_data(load(path)) == {
-        "transitions": 8,
-        "held_out": 0,
-        "lengths": [3, 3.5, 4],
-        "returns": [3, 4.25, 5.5, 6.75, 8],
-        "histogram": [1] + 18 * [0] + [1],
-        "constant": [1],
-        "at_bounds": [3 / 8, 1],
-        "duplicates": 1 / 8,  # rows 0 and 3
-        "terminals": 2,
-        "timeouts": 0,
-        "timeouts_counted": False,
-    }
+    assert data.describe_data(load(path)) == data.Description(
+        transitions=8,
+        held_out=0,
+        lengths=[3, 3.5, 4],
+        returns=[3, 4.25, 5.5, 6.75, 8],
+        histogram=[1] + 18 * [0] + [1],
+        constant=[1],
+        at_bounds=[3 / 8, 1],
+        duplicates=1 / 8,  # rows 0 and 3
+        terminals=2,
+        timeouts=0,
+        timeouts_counted=False,
+    )
 
 
 # --- work in other processes ------------------------------------------------------------------------------------
@@ -1499,7 +1564,7 @@ def test_collected_rows(collected: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     ours = data.load_dataset(changed_settings(environment=None, held_out=0.1, reward_scale="none"))
     assert ours.environment == loaded.environment and ours.section.reference == "bullet-hopper"  # by default
     assert len(ours.episode_returns) == falls < ends.sum()  # an end of a shard is no episode's end
-    assert ours.identity["name"] == collected.name and ours.identity["source"] == "collect"
+    assert ours.identity.name == collected.name and ours.identity.source == "collect"
     assert np.array_equal(ours.rows, loaded.rows)
     assert ends[:600].sum() < ends[600:].sum()  # the better agent's episodes last longer
 
