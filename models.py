@@ -12,22 +12,36 @@ import difflib
 import functools
 import hashlib
 import math
+import os
 import platform
 import sys
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain, pairwise, zip_longest
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Protocol, Self
+from typing import Annotated, Any, Literal, NoReturn, Protocol, Self, get_type_hints
 
 import numpy as np
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    model_serializer,
+    model_validator,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mdpt import data
 from mdpt.data import (
     Array,
     Dataset,
@@ -37,7 +51,9 @@ from mdpt.data import (
     HeldOut,
     Interrupted,
     MdptError,
+    MdptWarning,
     PolicySection,
+    RewardScale,
     TrainingSection,
     Watch,
     check_experiment,
@@ -51,10 +67,13 @@ from mdpt.data import (
     written_whole,
 )
 
+Kind = Literal["guidance", "policy"]
+Products = Literal["oneDNN", "default"]
+
 # --- matrix products ----------------------------------------------------------------------------------------------
 
 
-def choose_products(wanted: str | None = None) -> str:
+def choose_products(wanted: Products | None = None) -> Products:
     """Route the CPU's float32 matrix products for this process: "oneDNN" or "default"; returns which it is.
 
     wanted: what an earlier process used, taken where this one can; None: oneDNN on AMD's processors, for which MKL has
@@ -62,7 +81,7 @@ def choose_products(wanted: str | None = None) -> str:
     machine was busy. CUDA is untouched.
     """
     exact = _onednn_is_exact()
-    chosen = (wanted or ("oneDNN" if _is_amd() else "default")) if exact else "default"
+    chosen: Products = (wanted or ("oneDNN" if _is_amd() else "default")) if exact else "default"
     if exact:
         _switch().fp32_precision = "bf16" if chosen == "oneDNN" else "none"
     return chosen
@@ -178,15 +197,15 @@ class Batch:
 
 
 class Transitions:
-    """Rows (n, 2 O + A + 2) of a dataset as one tensor, so that a batch is one gather.
+    """The rows of a dataset as one tensor, so that a batch is one gather.
 
-    sizes: widths of the columns, in the order of `Batch`. on_disk: the rows stay there, and only batches come to the
-    training device.
+    With storage "disk" the rows stay there, and only batches come to the training device.
     """
 
-    def __init__(self, rows: Array, sizes: Sequence[int], device: torch.device | str, on_disk: bool = False) -> None:
-        self.device, self.sizes = torch.device(device), list(sizes)
-        self.rows = torch.from_numpy(rows) if on_disk else torch.from_numpy(rows).to(device)
+    def __init__(self, dataset: Dataset, device: torch.device | str) -> None:
+        self.device, self.sizes = torch.device(device), dataset.sizes
+        rows = torch.from_numpy(dataset.rows)
+        self.rows = rows if dataset.section.storage == "disk" else rows.to(device)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -312,8 +331,8 @@ class Stack(nn.Module):
         clone.pack()
         return clone
 
-    def onlooker(self) -> Self:
-        """The same weights, also as they learn, with no gradient to them."""
+    def shared_view(self) -> Self:
+        """A view that shares these weights; gradients pass through it to the inputs only."""
         clone = copy.deepcopy(self).requires_grad_(False)
         clone.pack(self.vector)
         return clone
@@ -1141,6 +1160,15 @@ def check_algorithms(run: Experiment) -> Experiment:
     return run.model_copy(update={"policy": section.model_copy(update={"network": network})})
 
 
+def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read and check an experiment file, as `data.load_experiment`, and fill in what follows from its algorithms."""
+    run = data.load_experiment(path, overrides)
+    try:
+        return check_algorithms(run)
+    except MdptError as error:
+        raise MdptError(f"{path}: {error}") from error
+
+
 def guided_steps(section: PolicySection, step: int | None = None) -> range:
     """The steps, until `step` or ever, in whose loss guidance_from and guidance_until let a guidance be."""
     first, end = (math.ceil(share * section.steps) for share in (section.guidance_from, section.guidance_until))
@@ -1160,47 +1188,21 @@ def learns_labels(section: PolicySection, step: int | None = None) -> bool:
 
 # --- bundles ------------------------------------------------------------------------------------------------------
 
-Bundle = dict[str, Any]
+BUNDLE_FORMAT, BUNDLE_VERSION = "mdpt bundle", 6  # a new field leaves the version as it is, a new meaning raises it
 
-ACTING = ("average.", "target_q.", "value.")  # the weights that act or are asked for values
+ACTING = ("average.", "target_q.", "value.")  # weights that act or give values; the others only learn
 
-BUNDLE_FORMAT, BUNDLE_VERSION = "mdpt bundle", 6
-
-
-def new_bundle(kind: str, experiment: Experiment, dataset: Dataset) -> Bundle:
-    """All of a bundle that does not change while it learns."""
-    returns, reference = dataset.episode_returns, dataset.section.reference
-    return {
-        "format": BUNDLE_FORMAT,
-        "version": BUNDLE_VERSION,
-        "kind": kind,
-        "experiment": experiment.model_copy(update={"data": dataset.section}).model_dump(),
-        "seeds": list(experiment.seeds),
-        "environment": asdict(dataset.environment),
-        "reference": None if reference is None else reference_returns(reference),
-        "dataset": dataset.identity
-        | {
-            "training_transitions": len(dataset),
-            "episodes": len(returns),
-            "mean_return": float(returns.mean()),
-            "best_return": float(returns.max()),
-        },
-        "normalizer": {"mean": torch.from_numpy(dataset.mean), "deviation": torch.from_numpy(dataset.deviation)},
-        "reward_scale": dataset.reward_scale,
-        "versions": {"mdpt": version(), "torch": str(torch.__version__), "python": platform.python_version()},
-        "step": 0,
-        "complete": False,
-        "history": [],
-        "snapshots": {},
-        "accounting": {},
-        "guidances": [],  # of a policy: those it learns under
-    }
+NOT_WRITTEN = "is not a bundle as mdpt writes it; write it anew"
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """A tensor that holds what it claims to."""
+    """The tensor itself. Raises: ValueError unless it is a contiguous float32 tensor of finite numbers."""
     if type(tensor) is not Tensor or tensor.layout != torch.strided or not tensor.is_contiguous():
         raise ValueError("should be a plain tensor")
+    if tensor.dtype != torch.float32:
+        raise ValueError(f"should be float32, not {tensor.dtype}")
+    if not tensor.isfinite().all():
+        raise ValueError("has numbers that are not finite")
     return tensor
 
 
@@ -1210,33 +1212,53 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class Part(BaseModel):
-    """A table of a bundle: every key of its kind, none more, every number finite."""
+    """A table of a bundle, strictly typed, every number finite.
+
+    When a file is validated, the context is a list: unknown fields are left out, and their names are appended to it.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_unknown(cls, content: Any, info: ValidationInfo) -> Any:
+        if not isinstance(content, dict) or info.context is None:
+            return content
+        table = "" if cls is Bundle else f"{cls.__name__.lower()}."
+        info.context.extend(f"{table}{shown(key)[1:-1]}" for key in content.keys() - cls.model_fields.keys())
+        return {key: value for key, value in content.items() if key in cls.model_fields}
 
-class Environment(Part):
-    """An `EnvironmentSpec`."""
 
-    id: str | None
-    observation_dim: Annotated[int, Field(ge=1)]
-    action_dim: Annotated[int, Field(ge=1)]
-    action_low: tuple[float, ...]
-    action_high: tuple[float, ...]
-    max_episode_steps: Annotated[int, Field(ge=1)]
-    kwargs: dict[str, Any]
-    flattened: bool
-    repeatable: bool
+def stored(kind: type[Any]) -> BeforeValidator:
+    """Validate the table that a bundle stores of a dataclass, and build the dataclass from it."""
+    hints = get_type_hints(kind)
+    members: dict[str, Any] = {each.name: (hints[each.name], each) for each in fields(kind)}
+    table = create_model(kind.__name__, __base__=Part, **members)
+
+    def build(value: Any, info: ValidationInfo) -> Any:
+        return value if isinstance(value, kind) else kind(**dict(table.model_validate(value, context=info.context)))
+
+    return BeforeValidator(build)
+
+
+def experiment_of(value: Any, info: ValidationInfo) -> Any:
+    """The experiment that a bundle stores; fields that it lacks have the value that mdpt used before they existed."""
+    if not isinstance(value, dict):
+        return value
+    experiment, unknown = data.experiment_as_stored(value)
+    if info.context is not None:
+        info.context.extend(f"experiment.{name}" for name in unknown)
+    return check_algorithms(experiment)
 
 
 class Data(Part):
-    """What is known of the data: their identity, and returns of whole episodes."""
+    """The data that a bundle learned from: their `Identity`, and raw undiscounted returns of whole episodes."""
 
     source: str
     name: str
     hash: str
     no_environment: str
-    transitions: Count
+    transitions: Count  # rows of the file
     training_transitions: Count
     episodes: Count
     mean_return: float
@@ -1244,47 +1266,59 @@ class Data(Part):
 
 
 class Account(Part):
-    """As `Cost.read` gives it."""
+    """What training has cost so far; counts and bytes are totals over all members."""
 
-    parameters_trained: Count
-    parameters_held: Count
-    optimizer_bytes: Count
-    peak_bytes: int
-    seconds: float
-    seconds_per_1000_steps: float
+    parameters_trained: Count = 0
+    parameters_held: Count = 0
+    optimizer_bytes: Count = 0
+    peak_bytes: int = 0  # above the loaded dataset
+    seconds: float = 0.0
+    seconds_per_1000_steps: float = 0.0
     device: str
-    products: Literal["oneDNN", "default"]
-
-
-class RewardScale(Part):
-    rule: str
-    multiplier: float
-    offset: float
+    products: Products
 
 
 class Versions(Part):
+    """The versions that wrote a bundle."""
+
     mdpt: str
     torch: str
     python: str
 
 
 class Training(Part):
-    """What only going on needs: states as `Learner.state`, and what `History` has yet to average."""
+    """What an unfinished bundle needs to go on: optimizer states, one per network, and `History.pending`."""
 
     optimizers: list[Tensors]
     pending: list[tuple[Plain, Tensors]]
 
 
 class Entry(Part):
-    """Of a training history: a step, and for each metric a number per member."""
+    """An entry of the training history: metrics, one number per member, averaged over the steps since the entry before.
 
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, list[float]]
+    step: gradient steps done. On disk the metrics lie beside `step`.
+    """
+
     step: Count
+    metrics: dict[str, list[float]]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, content: Any) -> Any:
+        if not isinstance(content, dict) or isinstance(content.get("metrics"), dict):
+            return content
+        return {"step": content.get("step"), "metrics": {key: content[key] for key in content if key != "step"}}
+
+    @model_serializer
+    def _spread(self) -> dict[str, Any]:
+        return {"step": self.step, **self.metrics}
 
 
 class Quality(Part):
-    """As `guidance_quality` finds it, at a step: lists hold a number per member, None where no return is known."""
+    """How far to trust a guidance, by `guidance_quality`: lists hold a number per member, None where none is defined.
+
+    step: gradient steps done. rows: held-out rows that count. bootstrapped: their returns end in V at a time limit.
+    """
 
     step: Count
     rows: Count
@@ -1297,43 +1331,93 @@ class Quality(Part):
     q_spread_rows: float
 
 
-class Schema(Part):
-    """A bundle."""
+class Bundle(Part):
+    """A guidance or a policy: all members' weights, and all that is needed to use them or to go on training them.
 
-    format: str
-    version: int
-    kind: Literal["guidance", "policy"]
-    experiment: dict[str, Any]
+    guidances: of a policy, those that it learns under. snapshots: weights that act, by gradient step. training: None once
+    it is complete, and in a guidance inside a policy. digest: SHA-256 of the file that it was read from, not stored.
+    """
+
+    format: str = BUNDLE_FORMAT
+    version: int = BUNDLE_VERSION
+    kind: Kind
+    experiment: Annotated[Experiment, BeforeValidator(experiment_of)]
     seeds: Annotated[list[int], Field(min_length=1, max_length=256)]
-    environment: Environment
-    reference: tuple[float, float] | None
+    environment: Annotated[EnvironmentSpec, stored(EnvironmentSpec)]
+    reference: tuple[float, float] | None  # raw returns of scores 0 and 100
     dataset: Data
-    normalizer: Tensors
-    reward_scale: RewardScale
+    normalizer: Tensors  # mean, deviation (O,)
+    reward_scale: Annotated[RewardScale, stored(RewardScale)]
     versions: Versions
-    step: Annotated[int, Field(ge=1)]
+    step: Count
     complete: bool
     history: list[Entry]
     snapshots: dict[int, Tensors]
     accounting: Account
-    guidances: list[Schema]
+    guidances: list[Bundle]
     weights: Tensors
     training: Training | None = None
     quality: list[Quality] = []
+    digest: Annotated[str, Field(exclude=True)] = ""
+
+    @property
+    def section(self) -> TrainingSection:
+        """The table of the experiment that this module learns by."""
+        return self.experiment.guidance if self.kind == "guidance" else self.experiment.policy
+
+    @property
+    def joint(self) -> bool:
+        """Whether this is a policy that learns together with its guidance."""
+        return self.kind == "policy" and self.experiment.policy.scheme == "joint"
+
+    @property
+    def acting(self) -> dict[str, Tensor]:
+        """The weights that act or give values."""
+        return {name: tensor for name, tensor in self.weights.items() if name.startswith(ACTING)}
+
+
+def new_bundle(kind: Kind, experiment: Experiment, dataset: Dataset, account: Account) -> Bundle:
+    """A bundle at step 0, without weights."""
+    returns, reference = dataset.episode_returns, dataset.section.reference
+    return Bundle(
+        kind=kind,
+        experiment=experiment.model_copy(update={"data": dataset.section}),
+        seeds=list(experiment.seeds),
+        environment=dataset.environment,
+        reference=None if reference is None else reference_returns(reference),
+        dataset=Data(
+            **asdict(dataset.identity),
+            training_transitions=len(dataset),
+            episodes=len(returns),
+            mean_return=float(returns.mean()),
+            best_return=float(returns.max()),
+        ),
+        normalizer={"mean": torch.from_numpy(dataset.mean), "deviation": torch.from_numpy(dataset.deviation)},
+        reward_scale=dataset.reward_scale,
+        versions=Versions(mdpt=version(), torch=str(torch.__version__), python=platform.python_version()),
+        step=0,
+        complete=False,
+        history=[],
+        snapshots={},
+        accounting=account,
+        guidances=[],
+        weights={},
+    )
 
 
 def save_bundle(path: Path, bundle: Bundle) -> None:
-    """Write a bundle, plain containers and tensors only, so that it is there whole or not at all."""
+    """Write a bundle as plain containers and tensors, so that the file is there whole or not at all."""
     with written_whole(path, "choose another --out") as temporary, temporary.open("wb") as file:
-        torch.save(bundle, file)
+        torch.save(bundle.model_dump(), file)
 
 
 def read_bundle(path: Path) -> Bundle:
-    """Read a bundle of either kind onto the CPU, opened with weights_only=True.
+    """Read a bundle of either kind onto the CPU.
 
-    FILE@STEP gives the snapshot of that gradient step (a joint run's guidance likewise), FILE@last the last weights.
+    FILE@STEP gives the weights of the snapshot of that gradient step, of the policy and of a guidance that learned
+    together with it; FILE@last gives the last weights.
 
-    Raises: MdptError for a file that is missing, damaged, no bundle, of another version, or without that snapshot.
+    Raises: MdptError for a file that is missing, damaged, not a bundle, of another version, or without that snapshot.
     """
     if path.is_dir():
         raise MdptError(f"{path}: is a folder; expected a bundle")
@@ -1348,150 +1432,101 @@ def read_bundle(path: Path) -> Bundle:
         raise MdptError(
             f"{path}: is an experiment file; expected a bundle, which `mdpt guidance` and `mdpt policy` write"
         )
+    content, digest = _load(path)
+    if not isinstance(content, dict) or str(content.get("format")) != BUNDLE_FORMAT:
+        raise MdptError(f"{path}: is not an mdpt bundle; expected a file written by `mdpt guidance` or `mdpt policy`")
+    if (number := shown(content.get("version"))) != str(BUNDLE_VERSION):
+        raise MdptError(
+            f"{path}: bundle version {number}, this mdpt reads version {BUNDLE_VERSION}; "
+            "train it anew or use the mdpt that wrote it"
+        )
+    unknown: list[str] = []
     try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            if any(entry.compress_type for entry in entries) or archive.testzip():
-                raise ValueError("an entry is packed, or not what was written")
-            if sum(entry.file_size for entry in entries) > path.stat().st_size:
-                raise ValueError("it claims to hold more than it does")
-            if len({entry.filename for entry in entries}) < len(entries) or entries[0].header_offset:
-                raise ValueError("readers of zip files would not agree on what is in it")
-        bundle = torch.load(path, map_location="cpu", weights_only=True)
+        bundle = Bundle.model_validate(content, context=unknown)
+        check_shapes(bundle)
+    except ValidationError as error:
+        where, problem = error.errors()[0]["loc"], error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise MdptError(f"{path}: {NOT_WRITTEN}: {'.'.join(map(str, where))}: {problem}") from error
+    except MdptError as error:
+        raise MdptError(f"{path}: {error}") from error
+    if unknown:
+        names = ", ".join(dict.fromkeys(unknown))
+        text = f"{path}: written by mdpt {bundle.versions.mdpt}, this mdpt leaves out what it does not know: {names}"
+        warnings.warn(text, MdptWarning, stacklevel=2)
+    for each in (bundle, *bundle.guidances):
+        each.digest = digest
+    return bundle
+
+
+def _load(path: Path) -> tuple[Any, str]:
+    """What a file of `torch.save` holds, and its SHA-256: checked, hashed and loaded through one open file."""
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            with zipfile.ZipFile(file) as archive:
+                entries = archive.infolist()
+                if any(entry.compress_type for entry in entries) or archive.testzip():
+                    raise ValueError("an entry is packed, or its checksum is wrong")
+                if sum(entry.file_size for entry in entries) > file.seek(0, os.SEEK_END):
+                    raise ValueError("the entries claim to hold more than the file")
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True), digest
     except PermissionError as error:
         raise MdptError(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # torch raises many kinds for a damaged or foreign file
         raise MdptError(
             f"{path}: cannot be read as a bundle, it is damaged or something else; write it anew"
         ) from error
-    if not isinstance(bundle, dict) or str(bundle.get("format")) != BUNDLE_FORMAT:
-        raise MdptError(f"{path}: is no mdpt bundle; expected a file written by `mdpt guidance` or `mdpt policy`")
-    if (found := shown(bundle.get("version"))) != str(BUNDLE_VERSION):
-        raise MdptError(
-            f"{path}: bundle version {found}, this mdpt reads version {BUNDLE_VERSION}; "
-            "train it anew or use the mdpt that wrote it"
-        )
-    try:
-        Schema.model_validate(bundle)
-        check_bundle(bundle)
-    except ValidationError as error:
-        where, what = error.errors()[0]["loc"], error.errors()[0]["msg"]
-        raise MdptError(f"{path}: {ALTERED}: {'.'.join(map(str, where))}: {what}") from error
-    except MdptError as error:
-        raise MdptError(f"{path}: {error}") from error
-    return bundle
 
 
-ALTERED = "is no bundle as mdpt writes it; write it anew"
+def check_shapes(bundle: Bundle, outer: Bundle | None = None) -> None:
+    """Compare the names and shapes of a bundle's tensors with modules that hold no numbers, before any is built.
 
-
-def check_bundle(bundle: Bundle, outer: Bundle | None = None) -> None:
-    """Check what a bundle that follows the schema says against itself, before anything is allocated by it.
-
-    outer: the policy that holds it. Raises: MdptError naming the first part that does not agree.
+    outer: the policy that holds this guidance. Raises: MdptError naming the first tensor that differs.
     """
-    try:
-        run = check_algorithms(check_experiment("it", bundle["experiment"]))
-    except MdptError as error:
-        written = bundle["versions"]["mdpt"]
-        raise MdptError(f"written by mdpt {written}, which this mdpt does not follow: {error}") from error
-    kind, seeds, spec, step = bundle["kind"], bundle["seeds"], bundle["environment"], bundle["step"]
-    along = outer is not None and outer["experiment"]["policy"]["scheme"] == "joint"
-    grew_along = outer is not None and run.policy.scheme == "joint"  # beside that policy or another
-    steps = max(getattr(run, kind).steps, run.policy.steps * grew_along)
-    inside = {"unguided": (0,), "joint": (1,)}.get(run.policy.scheme, range(257)) if kind == "policy" else (0,)
-    learns = not bundle["complete"] and outer is None
-    low, high = (np.array(spec[key]) for key in ("action_low", "action_high"))
-    pending = (bundle.get("training") or {"pending": []})["pending"]
-    ends = [0, *(entry["step"] for entry in bundle["history"])]
-    qualities = bundle.get("quality", [])
-    whole = ends[-1] + len(pending) == step or outer is not None  # a joint policy's guidance has none of its own
-    agrees = {
-        "experiment": all(bundle["experiment"].get(name) == table for name, table in run.model_dump().items()),
-        "format": (bundle["format"], bundle["version"]) == (BUNDLE_FORMAT, BUNDLE_VERSION),
-        "kind": outer is None or kind == "guidance",
-        "guidances": len(bundle["guidances"]) in inside,
-        "seeds": set(seeds) <= set(run.seeds) and len(set(seeds)) == len(seeds),
-        "step": step <= steps and (outer is not None or bundle["complete"] == (step == steps)),
-        "environment": low.shape == high.shape == (spec["action_dim"],)
-        and bool(((low < high) & (high - low < 1e30)).all()),
-        "reference": spec["id"] is None
-        if bundle["reference"] is None
-        else 0 < bundle["reference"][1] - bundle["reference"][0] < math.inf,
-        "quality": all(
-            len(found) == len(seeds) for entry in qualities for found in entry.values() if type(found) is list
-        ),
-        "history": whole
-        and all(a < b for a, b in pairwise(ends))
-        and all(len(entry[key]) == len(seeds) for entry in bundle["history"] for key in entry.keys() - {"step"}),
-        "snapshots": all(1 <= at <= step for at in bundle["snapshots"]),
-        "training": (bundle.get("training") is not None) == learns,
-    }
-    if wrong := [key for key, right in agrees.items() if not right]:
-        raise MdptError(f"{ALTERED}: {wrong[0]} does not agree with the rest")
-    check_tensors("normalizer", bundle["normalizer"], dict.fromkeys(("mean", "deviation"), (spec["observation_dim"],)))
-    if not (bundle["normalizer"]["deviation"] > 1e-30).all():
-        raise MdptError(f"{ALTERED}: normalizer.deviation is not positive")
-    for loss, metrics in pending:
-        check_tensors("training.pending", {"loss": loss} | metrics, dict.fromkeys(("loss", *metrics), (len(seeds),)))
-    for inner in bundle["guidances"]:
-        check_bundle(inner, bundle)
-        check_fit(bundle, inner)
-        if run.policy.scheme == "joint" and any(inner[key] != bundle[key] for key in ("experiment", "seeds", "step")):
-            raise MdptError(f"{ALTERED}: guidances.0 is of another run")
-    check_shapes(bundle, outer is None or along, learns)
-
-
-def check_shapes(bundle: Bundle, whole: bool, learns: bool) -> None:
-    """Check the tensors of a bundle against modules that hold no numbers.
-
-    whole: it holds all its weights, not only those that act. learns: it is to go on, so has states of optimizers.
-    """
+    learns = not bundle.complete and outer is None
     module: Guidance | Policy
-    if bundle["kind"] == "policy":
+    if bundle.kind == "policy":
         module = build_policy(bundle, "meta", new=True)
     else:
         module = build_guidance(bundle, "meta", new=True, companion=learns)
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    acting = {name: shape for name, shape in shapes.items() if name.startswith(ACTING)}
-    check_tensors("weights", bundle["weights"], shapes if whole else acting)
-    for at, weights in bundle["snapshots"].items():
+    whole = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    acting = {name: shape for name, shape in whole.items() if name.startswith(ACTING)}
+    size = (bundle.environment.observation_dim,)
+    check_tensors("normalizer", bundle.normalizer, {"mean": size, "deviation": size})
+    check_tensors("weights", bundle.weights, whole if outer is None or outer.joint else acting)
+    for at, weights in bundle.snapshots.items():
         check_tensors(f"snapshots.{at}", weights, acting)
-    if learns:
-        joint = bundle["guidances"] if bundle["experiment"]["policy"]["scheme"] == "joint" else []
-        first = [build_guidance(each, "meta", new=True, companion=False) for each in joint]
-        networks = [network for part in (*first, module) for network, _ in part.networks()]
-        states = bundle["training"]["optimizers"]
-        for place, (network, state) in enumerate(zip_longest(networks, states)):
+    for inner in bundle.guidances:
+        check_shapes(inner, bundle)
+    if bundle.training is not None:
+        joint = [build_guidance(each, "meta", new=True, companion=False) for each in bundle.guidances if bundle.joint]
+        networks = [network for part in (*joint, module) for network, _ in part.networks()]
+        for place, (network, state) in enumerate(zip_longest(networks, bundle.training.optimizers)):
             shape = tuple(network.vector.shape) if network is not None else ()
-            check_tensors(
-                f"training.optimizers.{place}", state or {}, {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
-            )
+            expected = {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+            check_tensors(f"training.optimizers.{place}", state or {}, expected)
 
 
 def check_tensors(where: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises: MdptError where tensors have other names or shapes, are no float32 or not finite."""
+    """Raises: MdptError naming the first tensor that is missing, unknown, or of another shape."""
     for name in sorted(tensors.keys() | shapes.keys()):
         tensor = tensors.get(name)
         if tensor is None or name not in shapes:
-            raise MdptError(f"{ALTERED}: {where}.{name} is {'missing' if tensor is None else 'unknown'}")
-        if tuple(tensor.shape) != shapes[name] or tensor.dtype != torch.float32:
-            found = f"{tuple(tensor.shape)}, {tensor.dtype}"
-            raise MdptError(f"{ALTERED}: {where}.{name} has shape {found}; expected {shapes[name]}, {torch.float32}")
-        if not tensor.isfinite().all():
-            raise MdptError(f"{ALTERED}: {where}.{name} is not finite")
+            raise MdptError(f"{NOT_WRITTEN}: {where}.{name} is {'missing' if tensor is None else 'unknown'}")
+        if tuple(tensor.shape) != shapes[name]:
+            raise MdptError(f"{NOT_WRITTEN}: {where}.{name} has shape {tuple(tensor.shape)}; expected {shapes[name]}")
 
 
 def _at_step(bundle: Bundle, path: Path, step: str) -> Bundle:
     if step == "last":
         return bundle
-    if not step.isdecimal() or int(step) not in bundle["snapshots"]:
-        known = ", ".join(f"@{known}" for known in bundle["snapshots"])
-        raise MdptError(f"{path}: no snapshot @{step}; there are {known or 'none yet'} and @last")
-    if bundle["experiment"]["policy"]["scheme"] == "joint":  # whose guidance grew along
-        bundle["guidances"] = [_at_step(inner, path, step) for inner in bundle["guidances"]]
-    bundle["weights"] |= bundle["snapshots"][int(step)]
-    return bundle | {"step": int(step)}
+    if not step.isdecimal() or int(step) not in bundle.snapshots:
+        steps = ", ".join(f"@{each}" for each in bundle.snapshots)
+        raise MdptError(f"{path}: no snapshot @{step}; there are {steps or 'none yet'} and @last")
+    guidances = [_at_step(inner, path, step) for inner in bundle.guidances] if bundle.joint else bundle.guidances
+    weights = bundle.weights | bundle.snapshots[int(step)]
+    return bundle.model_copy(update={"step": int(step), "weights": weights, "guidances": guidances})
 
 
 def read_guidances(path: Path) -> list[Bundle]:
@@ -1502,94 +1537,93 @@ def read_guidances(path: Path) -> list[Bundle]:
     name, mark, seed = path.name.rpartition("#")
     if mark and name and not path.exists():
         bundles = read_guidances(path.with_name(name))
-        seeds = [str(known) for bundle in bundles for known in bundle["seeds"]]
+        seeds = [str(each) for bundle in bundles for each in bundle.seeds]
         if "@" in seed:
             raise MdptError(f"{path}: a member of a snapshot is named FILE@STEP#SEED")
         if seeds.count(seed) != 1:
-            raise MdptError(f"{path}: there is not one member of this seed; the seeds are {', '.join(seeds)}")
-        return [
-            select_members(bundle, [bundle["seeds"].index(int(seed))])
-            for bundle in bundles
-            if int(seed) in bundle["seeds"]
-        ]
+            raise MdptError(f"{path}: expected one member of seed {seed}; the seeds are {', '.join(seeds)}")
+        (bundle,) = (each for each in bundles if int(seed) in each.seeds)
+        return [select_members(bundle, [bundle.seeds.index(int(seed))])]
     bundle = read_bundle(path)
-    if bundle["kind"] != "policy":
+    if bundle.kind != "policy":
         return [bundle]
-    if not bundle["guidances"]:
+    if not bundle.guidances:
         raise MdptError(f"{path}: this policy was trained unguided and holds no guidance; give a guidance bundle")
-    return list(bundle["guidances"])
+    return bundle.guidances
 
 
 def read_named(names: Sequence[str]) -> list[Bundle]:
-    """The guidances in files, a name twice once, or of "none" none. Raises: MdptError, also for none beside others."""
+    """The guidances in files, a repeated name once; of "none" alone an empty list.
+
+    Raises: MdptError, also for "none" beside other names.
+    """
     if "none" in names and len(names) > 1:
-        raise MdptError(f"{', '.join(names)}: none is no guidance beside others; leave it out")
+        raise MdptError(f"{', '.join(names)}: none cannot be combined with other guidances; leave it out")
     return [bundle for name in dict.fromkeys(names) if name != "none" for bundle in read_guidances(Path(name))]
 
 
 def read_policy(path: Path) -> Bundle:
     """The policy bundle in `path`. Raises: MdptError, also for a guidance bundle."""
     bundle = read_bundle(path)
-    if bundle["kind"] != "policy":
-        raise MdptError(f"{path}: is a {bundle['kind']} bundle; expected a policy bundle, written by `mdpt policy`")
+    if bundle.kind != "policy":
+        raise MdptError(f"{path}: is a {bundle.kind} bundle; expected a policy bundle, written by `mdpt policy`")
     return bundle
 
 
 def check_fit(first: Bundle, second: Bundle) -> list[str]:
-    """Warnings about using two bundles together.
+    """Check that two bundles are of one environment; returns warnings where they learned from other data.
 
-    Raises: MdptError listing each environment property in which they differ, by value.
+    Raises: MdptError listing the values of each environment property in which they differ.
     """
-    ours, theirs = first["environment"], second["environment"]
-    own = {"repeatable"} | ({"max_episode_steps"} if ours["id"] is None else set())  # without one the data's longest
-    facts = [key for key in ours if key not in own]
-    mismatches = [f"{key} {ours[key]} against {theirs[key]}" for key in facts if ours[key] != theirs[key]]
+    ours, theirs = asdict(first.environment), asdict(second.environment)
+    # without an environment, max_episode_steps is the length of the longest episode of the data
+    own = {"repeatable"} | ({"max_episode_steps"} if first.environment.id is None else set())
+    mismatches = [
+        f"{key} {value} against {theirs[key]}" for key, value in ours.items() if key not in own and value != theirs[key]
+    ]
     if mismatches:
         raise MdptError(
-            f"the {first['kind']} and the {second['kind']} do not fit together: {'; '.join(mismatches)}; "
+            f"the {first.kind} and the {second.kind} do not fit together: {'; '.join(mismatches)}; "
             "use bundles of one environment"
         )
     both, known = (first, second), "swapping is known to hold only under one data distribution"
-    if first["dataset"]["hash"] != second["dataset"]["hash"]:
-        names = [f"the {bundle['kind']} learned from {bundle['dataset']['name']}" for bundle in both]
+    if first.dataset.hash != second.dataset.hash:
+        names = [f"the {bundle.kind} learned from {bundle.dataset.name}" for bundle in both]
         return [f"{' and '.join(names)}: {known}"]
-    shares = [tuple(bundle["experiment"]["data"][key] for key in ("fraction", "held_out", "seed")) for bundle in both]
+    sections = [bundle.experiment.data for bundle in both]
+    shares = [(section.fraction, section.held_out, section.seed) for section in sections]
     if shares[0] != shares[1]:
-        names = [f"the {bundle['kind']} {share}" for bundle, share in zip(both, shares, strict=True)]
+        names = [f"the {bundle.kind} {share}" for bundle, share in zip(both, shares, strict=True)]
         return [f"other episodes of one dataset, by fraction, held_out and seed: {' and '.join(names)}: {known}"]
     return []
 
 
-def check_teachers(bundle: Bundle, teachers: Sequence[Bundle], rule: str) -> list[str]:
-    """Warnings about a policy and all that guides it by a rule of `ENSEMBLES`, or "none".
+def check_ensemble(guidances: Sequence[Bundle], rule: str) -> None:
+    """Check that guidances can judge together by a rule of `ENSEMBLES`, or, where it is "none", that there is one.
 
-    Raises: MdptError where they do not fit, or cannot judge as one.
+    Raises: MdptError where they cannot.
     """
-    warnings = list(dict.fromkeys(warning for teacher in teachers for warning in check_fit(bundle, teacher)))
-    if rule == "none" and len(teachers) > 1:
+    if rule == "none" and len(guidances) > 1:
         raise MdptError(
-            f"{len(teachers)} guidances act together only as an ensemble; set policy.ensemble, under which a policy learns, "
-            "or evaluation.ensemble, by which it acts, to mean, median or min, the latter also to rank"
+            f"{len(guidances)} guidances act together only as an ensemble; set policy.ensemble, under which a policy "
+            "learns, or evaluation.ensemble, by which it acts, to mean, median or min, the latter also to rank"
         )
-    if rule != "rank":
-        scales = [values_scale(teacher) for teacher in teachers]
-        for other in scales[1:]:
-            if other != scales[0]:
-                raise MdptError(
-                    f"values of {scales[0]} and of {other} have no {rule} together; leave one out (only "
-                    "evaluation.ensemble=rank knows no scale)"
-                )
-    return warnings
+    scales = list(dict.fromkeys(map(values_scale, guidances)))
+    if rule != "rank" and len(scales) > 1:
+        raise MdptError(
+            f"values of {scales[0]} and of {scales[1]} have no {rule} together; leave one out "
+            "(evaluation.ensemble=rank is independent of the scale of Q)"
+        )
 
 
 def values_scale(guidance: Bundle) -> str:
-    """What its values count: guidances with another scale have no mean."""
-    scale, discount = guidance["reward_scale"], guidance["experiment"]["guidance"]["discount"]
-    return f"rewards x {scale['multiplier']:.6g} + {scale['offset']:.6g}, discounted by {discount:g}"
+    """The unit of a guidance's values, in words: only guidances of one unit have a mean."""
+    scale, discount = guidance.reward_scale, guidance.experiment.guidance.discount
+    return f"rewards x {scale.multiplier:.6g} + {scale.offset:.6g}, discounted by {discount:g}"
 
 
 def pair_members(policies: int, guidances: int) -> list[int]:
-    """The guidance member that goes with each policy member: by position; one guidance member serves all.
+    """The guidance member for each policy member: by position, or the only one.
 
     Raises: MdptError for any other difference in number, naming both.
     """
@@ -1602,65 +1636,72 @@ def pair_members(policies: int, guidances: int) -> list[int]:
 
 
 def select_members(bundle: Bundle, members: Sequence[int]) -> Bundle:
-    """The bundle of the given members, in the given order, repetitions allowed, with no more than acting needs."""
-    count = len(bundle["seeds"])
+    """The bundle of the given members, in the given order, repetitions allowed, with only what acting needs."""
+    count = len(bundle.seeds)
 
     def rows(tensor: Tensor) -> Tensor:  # (S copies, ...)
         return tensor.view(count, -1, *tensor.shape[1:])[list(members)].flatten(0, 1)
 
-    weights = {name: rows(tensor) for name, tensor in acting_weights(bundle).items()}
-    bare: Bundle = {"history": [], "snapshots": {}, "training": None, "guidances": []}
-    if "quality" in bundle:
-        bare["quality"] = [
-            {key: [found[i] for i in members] if isinstance(found, list) else found for key, found in entry.items()}
-            for entry in bundle["quality"]
-        ]
-    return bundle | bare | {"weights": weights, "seeds": [bundle["seeds"][member] for member in members]}
+    def chosen(quality: Quality) -> Quality:
+        lists = {name: [value[i] for i in members] for name, value in quality if isinstance(value, list)}
+        return quality.model_copy(update=lists)
+
+    update = {
+        "seeds": [bundle.seeds[member] for member in members],
+        "weights": {name: rows(tensor) for name, tensor in bundle.acting.items()},
+        "quality": [chosen(each) for each in bundle.quality],
+    }
+    return bundle.model_copy(update={"history": [], "snapshots": {}, "training": None, "guidances": []} | update)
+
+
+def same_weights(first: Bundle, second: Bundle) -> bool:
+    """Whether the weights that act are equal to the bit."""
+    ours, theirs = first.acting, second.acting
+    return ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
 
 
 def build_guidance(bundle: Bundle, device: str, *, new: bool = False, companion: bool = True) -> Guidance:
-    """The guidance of a bundle, frozen, without what only its training needed; new: one that is yet to learn."""
-    guidance = Guidance(*_shape(bundle, device), companion=new and companion)
+    """The guidance of a bundle, frozen, without what only its training needs.
+
+    new: one with initial weights, which is to learn; companion: with the actor that its algorithm may need.
+    """
+    random, normalizer, wide, actions = _shape(bundle, device)
+    guidance = Guidance(random, normalizer, bundle.experiment.guidance, wide, actions, companion=new and companion)
     if new:
-        guidance.learning = [guidance.online_q.onlooker()]
+        guidance.learning = [guidance.online_q.shared_view()]
         return guidance
-    del guidance.online_q  # its targets speak for it
-    guidance.load_state_dict(acting_weights(bundle))
+    del guidance.online_q  # its targets give all values
+    guidance.load_state_dict(bundle.acting)
     return guidance.requires_grad_(False)
 
 
 def build_judge(bundles: Sequence[Bundle], rule: str, members: int, device: str, candidates: int = 1) -> Judge:
-    """What judges the actions of policy members: a guidance member each, by position, or all members as one."""
+    """The judge of the actions of policy members: one guidance member each, by position, or all members as one."""
     if rule == "none":
         (bundle,) = bundles
-        return build_guidance(select_members(bundle, pair_members(members, len(bundle["seeds"]))), device)
+        return build_guidance(select_members(bundle, pair_members(members, len(bundle.seeds))), device)
     return Ensemble([build_guidance(bundle, device) for bundle in bundles], rule, candidates)
 
 
 def build_policy(bundle: Bundle, device: str, *, new: bool = False) -> Policy:
-    """The policy of a bundle, without its guidance, ready to act; new: one that is yet to learn."""
-    policy = Policy(*_shape(bundle, device))
+    """The policy of a bundle, without its guidance, ready to act; new: one with initial weights, which is to learn."""
+    random, normalizer, wide, actions = _shape(bundle, device)
+    policy = Policy(random, normalizer, bundle.experiment.policy, wide, actions)
     if not new:
         del policy.denoiser  # its average acts
-        policy.load_state_dict(acting_weights(bundle))
+        policy.load_state_dict(bundle.acting)
         policy.requires_grad_(False).times = policy.average.times()
     return policy
 
 
-def acting_weights(bundle: Bundle) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in bundle["weights"].items() if name.startswith(ACTING)}
-
-
-def _shape(bundle: Bundle, device: str) -> tuple[Randomness, Normalizer, Any, int, int]:
-    section = getattr(Experiment.model_validate(bundle["experiment"]), bundle["kind"])
-    seeds = bundle["seeds"]
-    random = Shapes(seeds) if device == "meta" else Randomness(seeds, f"{bundle['kind']} init", device)
-    sizes = bundle["environment"]["observation_dim"], bundle["environment"]["action_dim"]
-    return random, Normalizer(**bundle["normalizer"]).to(device), section, *sizes
+def _shape(bundle: Bundle, device: str) -> tuple[Randomness, Normalizer, int, int]:
+    random = Shapes(bundle.seeds) if device == "meta" else Randomness(bundle.seeds, f"{bundle.kind} init", device)
+    normalizer = Normalizer(bundle.normalizer["mean"], bundle.normalizer["deviation"]).to(device)
+    return random, normalizer, bundle.environment.observation_dim, bundle.environment.action_dim
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """Named weights as independent CPU tensors, online and target or averaged ones."""
+    """All weights by name, online, target and averaged ones, as independent CPU tensors."""
     return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
 
 
@@ -1669,9 +1710,9 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Inference:
-    """How an action is chosen: N candidates, ranked by a guidance, sampled at a temperature, perhaps steered.
+    """How an action is chosen from N candidates; the fields are those of [evaluation], in effect.
 
-    ensemble: the rule that makes one of all members of all guidances, or "none": one member judges.
+    ensemble: the rule by which all members of all guidances judge as one, or "none": one member judges.
     """
 
     candidates: int = 1
@@ -1686,18 +1727,18 @@ class Inference:
 
 
 def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference, dict[str, bool]]:
-    """What [evaluation] asks of `act`, and which of its settings act. Without a guidance nothing can be ranked.
+    """The settings for `act`, from [evaluation], and for each field there whether it has an effect.
 
-    step: of the policy's weights.
+    guided: whether there is a guidance; without one nothing can be ranked. step: gradient steps of the policy's weights.
 
-    Raises: MdptError for a w that this policy cannot take, or a gradient of ranks.
+    Raises: MdptError for a w that this policy cannot use, or for the gradient of ranks.
     """
-    section, labels = run.evaluation, learns_labels(run.policy, step)  # a policy that saw none has nothing to weigh
-    always = guided_steps(run.policy, step) == range(step)  # else it cloned, too
-    if labels and section.w != 1 and run.policy.label_dropout == 0 and always:
+    section, labels = run.evaluation, learns_labels(run.policy, step)  # w weighs labels that the policy has learned
+    unlabelled = run.policy.label_dropout > 0 or guided_steps(run.policy, step) != range(step)
+    if labels and section.w != 1 and not unlabelled:
         raise MdptError(
-            f"evaluation.w = {section.w:g}: this policy learned with label_dropout 0 and knows no noise without a label; "
-            "only 1 is possible"
+            f"evaluation.w = {section.w:g}: this policy learned with label_dropout 0, so it cannot predict noise without a "
+            "label; only 1 is possible"
         )
     ranked, steered = guided and section.guide != "gradient", guided and section.guide != "rank"
     ensemble = (section.ensemble or run.policy.ensemble) if guided else "none"
@@ -1705,7 +1746,9 @@ def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference,
         raise MdptError(
             f"evaluation.ensemble = 'rank' has no gradient for guide {section.guide!r}; use another, 'none', or guide 'rank'"
         )
-    scaled = section.temperature_on != "steps" or run.policy.sampler != "dpm-solver++"  # whose only noise is the first
+    scaled = (
+        section.temperature_on != "steps" or run.policy.sampler != "dpm-solver++"
+    )  # else the only noise is the first
     how = Inference(
         candidates=section.candidates if ranked else 1,
         selection=section.selection,
@@ -1732,7 +1775,7 @@ def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference,
 
 
 class Ranker(Protocol):
-    """What acting asks of a guidance."""
+    """What acting needs of a guidance."""
 
     def q(self, observations: Tensor, actions: Tensor) -> Tensor:
         """Values of actions, as `Guidance.q`."""
@@ -1740,16 +1783,17 @@ class Ranker(Protocol):
 
 @dataclass(frozen=True)
 class RowsApart:
-    """Judges that share the rows out: the first judges the first `sizes[0]`, and so on."""
+    """Judges of consecutive rows: the first judges the first `sizes[0]` rows, the second the next `sizes[1]`, and so on."""
 
-    guidances: Sequence[Judge]
+    judges: Sequence[Judge]
     sizes: Sequence[int]
 
     def q(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """Raw (1, rows, O), scaled (1, rows, A) -> (1, rows)."""
+        """Raw observations (1, rows, O), scaled actions (1, rows, A) -> (1, rows)."""
         shares = (torch.split(tensor, list(self.sizes), dim=1) for tensor in (observations, actions))
-        judged = zip(self.guidances, *shares, strict=True)
-        return torch.cat([guidance.q(states, chosen) for guidance, states, chosen in judged], dim=1)
+        return torch.cat(
+            [judge.q(states, chosen) for judge, states, chosen in zip(self.judges, *shares, strict=True)], 1
+        )
 
 
 @torch.no_grad()
@@ -1761,11 +1805,12 @@ def act(
     uniform: Tensor,
     how: Inference,
 ) -> Tensor:
-    """Choose actions: raw observations (S, B, O) -> (S, B, A), scaled.
+    """Choose actions: raw observations (S, B, O) -> scaled actions (S, B, A).
 
-    Of N candidates per state the guidance takes the best ("max"), or draws one with probability proportional to
-    exp(weight_temperature * q) ("softmax"; V would cancel, since it does not depend on the action). noises: standard
-    normal, as from `Policy.noises` for B N rows. uniform: (S, B, N) in [0, 1), for "softmax".
+    Of N candidates per state, the one with the highest Q ("max"), or one drawn with probability proportional to
+    exp(weight_temperature * Q) ("softmax"; V would cancel, since it does not depend on the action).
+
+    noises: standard normal, as from `Policy.noises` for B N rows. uniform: (S, B, N) in [0, 1), for "softmax".
     """
     scale = torch.full((noises.shape[1], 1, 1), 1.0 if how.temperature_on == "start" else how.temperature)
     scale[0] = 1.0 if how.temperature_on == "steps" else how.temperature
@@ -1788,21 +1833,21 @@ def act(
     return actions.gather(2, best).squeeze(2)
 
 
-SMALL = 16**3  # multiplications; torch multiplies matrices another way where there are no more than these
+SMALL_PRODUCT = 16**3  # multiplications, up to which torch uses another kernel for matrix products
 
 
 def fewest_rows(*parts: nn.Module) -> int:
-    """Rows from which on no product of these modules is SMALL: what a row gives then depends on no other, by oneDNN."""
+    """Smallest batch at which torch uses one kernel for all products, so that a row's result is independent of its size."""
     sizes = [layer.weight[0].numel() for part in parts for layer in part.modules() if isinstance(layer, Linear)]
-    return 1 + SMALL // min(sizes, default=SMALL + 1)
+    return 1 + SMALL_PRODUCT // min(sizes, default=SMALL_PRODUCT + 1)
 
 
 class Agent:
-    """One policy member in numbered episodes that run side by side, perhaps under a guidance member each.
+    """One policy member in numbered episodes that run side by side, perhaps judged by one guidance member each.
 
-    judges: the position of each episode's guidance member, ascending; by default the first serves all, or an ensemble
-    of all members of all guidances. What an episode draws depends on the policy member's seed, the episode's number, the
-    step and `seed` alone.
+    judges: for each episode the position of its guidance member, ascending; by default the first judges all, or an
+    ensemble of all members of all guidances does. The random numbers of an episode depend on the policy member's seed, the
+    episode's number, the step and `seed` alone.
     """
 
     def __init__(
@@ -1817,28 +1862,28 @@ class Agent:
     ) -> None:
         self.policy, self.how, apart = build_policy(policy, "cpu"), how, [guidances] if guidances else []
         if how.ensemble == "none":
-            apart = [[select_members(each, [member])] for each in guidances for member in range(len(each["seeds"]))]
-        self.guidances = [build_judge(each, how.ensemble, 1, "cpu", how.candidates) for each in apart]
-        self.judges = np.array(judges or [0] * len(episodes))
-        critics = chain.from_iterable(one.guidances if isinstance(one, Ensemble) else [one] for one in self.guidances)
-        self.fewest, self.fewest_apart = fewest_rows(self.policy), math.ceil(fewest_rows(*critics) / how.candidates)
-        (member,) = policy["seeds"]
+            apart = [[select_members(each, [member])] for each in guidances for member in range(len(each.seeds))]
+        self.judges = [build_judge(each, how.ensemble, 1, "cpu", how.candidates) for each in apart]
+        self.judge_of = np.array(judges or [0] * len(episodes))  # by episode
+        critics = chain.from_iterable(one.guidances if isinstance(one, Ensemble) else [one] for one in self.judges)
+        self.fewest, self.fewest_judged = fewest_rows(self.policy), math.ceil(fewest_rows(*critics) / how.candidates)
+        (member,) = policy.seeds
         self.random = Randomness([f"{member} episode {episode}" for episode in episodes], f"evaluate {seed}")
 
     def __call__(self, observations: Array, running: Array) -> Array:
         """Actions (R, A) in [-1, 1], from observations (R, O) of the episodes at the places `running` (R,)."""
-        judges, count = self.judges[running], self.how.candidates
-        shares = [np.flatnonzero(judges == judge) for judge in np.unique(judges)]
-        places = np.concatenate([np.resize(share, max(len(share), self.fewest_apart)) for share in shares])
-        places = np.pad(places, (0, max(0, self.fewest - len(places))), "edge")  # where states are few, some act twice
+        judge_of, count = self.judge_of[running], self.how.candidates
+        shares = [np.flatnonzero(judge_of == judge) for judge in np.unique(judge_of)]
+        places = np.concatenate([np.resize(share, max(len(share), self.fewest_judged)) for share in shares])
+        places = np.pad(places, (0, max(0, self.fewest - len(places))), "edge")  # few states are repeated
         rows = torch.from_numpy(running[places])
         noises = self.policy.noises(self.random, "act", count)[rows]  # (R, T, N, A)
         uniform = self.random.uniform("selection", count)[rows]  # (R, N)
         self.random.step += 1
         states = torch.from_numpy(observations[places])[None]
         noises = noises.transpose(0, 1).flatten(1, 2)[None]  # (1, T, R N, A)
-        sizes = count * np.bincount(judges[places], minlength=len(self.guidances))
-        ranker = RowsApart(self.guidances, sizes.tolist()) if self.guidances else None
+        sizes = count * np.bincount(judge_of[places], minlength=len(self.judges))
+        ranker = RowsApart(self.judges, sizes.tolist()) if self.judges else None
         actions = np.empty((len(running), noises.shape[-1]), np.float32)
         actions[places] = act(self.policy, ranker, states, noises, uniform[None], self.how)[0].numpy()
         return actions
@@ -1846,7 +1891,7 @@ class Agent:
 
 @dataclass(frozen=True)
 class Play:
-    """A task for a worker: rollouts of a policy of one member, each a number of episode and a judge, as for `Agent`."""
+    """A task for a worker: rollouts of a policy of one member, with the arguments of `Agent`."""
 
     policy: Bundle
     guidances: tuple[Bundle, ...]
@@ -1854,60 +1899,84 @@ class Play:
     episodes: tuple[int, ...]
     how: Inference
     seed: int
-    products: str
+    products: Products
 
 
 def play(task: Play, watch: Watch, **film: Any) -> tuple[Array, Array]:
-    """Raw returns and lengths of a task's episodes, as from `data.rollout`; on one thread, so that no bit depends on
-    how many there are.
+    """Raw returns and lengths of a task's episodes, as from `data.rollout`.
+
+    On one thread, so that results are equal to the bit whatever the number of threads.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         choose_products(task.products)
         agent = Agent(task.policy, task.guidances, task.how, seed=task.seed, episodes=task.episodes, judges=task.judges)
-        spec = EnvironmentSpec(**task.policy["environment"])
-        return rollout(agent, spec, task.episodes, seed=task.seed, watch=watch, **film)
+        return rollout(agent, task.policy.environment, task.episodes, seed=task.seed, watch=watch, **film)
     finally:
         torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class Values:
+    """A judge's opinion of a policy on held-out states, one number per member.
+
+    policy: mean Q of the policy's actions. data: mean Q of the data's actions. higher: fraction of states where the
+    policy's action has the higher Q.
+    """
+
+    policy: list[float]
+    data: list[float]
+    higher: list[float]
+
+
+@dataclass(frozen=True)
+class Offline:
+    """What is known of a policy without playing.
+
+    states: held-out states used. distance: per member, root mean square difference between its actions and the data's, in
+    [-1, 1]. chance: the same between actions of two states of the data. values: by the name of the judge.
+    """
+
+    states: int
+    distance: list[float]
+    chance: float
+    values: dict[str, Values]
+
+
+OFFLINE_STATES = 2_000  # at most
 
 
 @torch.no_grad()
 def judge_offline(
     policy: Bundle,
-    teachers: Sequence[Bundle],
+    guidances: Sequence[Bundle],
     how: Inference,
     held_out: HeldOut,
     seed: int,
     judges: Mapping[str, tuple[Sequence[Bundle], str]],
-) -> dict[str, Any]:
-    """What can be said of a policy without playing, on up to 2,000 held-out states; lists hold a figure per member.
+) -> Offline:
+    """Compare a policy's actions with the data's on held-out states.
 
-    distance: root mean square difference between its action and the data's, in [-1, 1]; chance: between the data's
-    actions of two states. For each of `judges`, guidances and how they judge as one: mean Q of its actions and of the
-    data's, and how often its own is higher.
+    guidances: by which the policy acts. judges: by name, guidances and the rule by which they judge as one.
     """
-    count = len(policy["seeds"])
-    some = np.linspace(0, len(held_out.rewards) - 1, min(len(held_out.rewards), 2_000)).astype(np.int64)
-    observations, actions = (torch.from_numpy(array[some]) for array in (held_out.observations, held_out.actions))
-    states, data = observations.expand(count, -1, -1), actions.expand(count, -1, -1)
-    actor, random = build_policy(policy, "cpu"), Randomness(policy["seeds"], f"evaluate {seed} offline")
-    noises = actor.noises(random, "act", len(some) * how.candidates)
-    uniform = random.uniform("selection", len(some), how.candidates)
-    ranker = build_judge(teachers, how.ensemble, count, "cpu", how.candidates) if teachers else None
+    count = len(policy.seeds)
+    rows = np.linspace(0, len(held_out.rewards) - 1, min(len(held_out.rewards), OFFLINE_STATES)).astype(np.int64)
+    observations, actions = (torch.from_numpy(array[rows]) for array in (held_out.observations, held_out.actions))
+    states, given = observations.expand(count, -1, -1), actions.expand(count, -1, -1)
+    actor, random = build_policy(policy, "cpu"), Randomness(policy.seeds, f"evaluate {seed} offline")
+    noises = actor.noises(random, "act", len(rows) * how.candidates)
+    uniform = random.uniform("selection", len(rows), how.candidates)
+    ranker = build_judge(guidances, how.ensemble, count, "cpu", how.candidates) if guidances else None
     chosen = act(actor, ranker, states, noises, uniform, how).clamp(-1, 1)
     values = {}
     for name, (bundles, rule) in judges.items():
-        guidance = build_judge(bundles, rule, count, "cpu")
-        own, given = guidance.q(states, chosen), guidance.q(states, data)
-        values[name] = {"policy": own.mean(1).tolist(), "data": given.mean(1).tolist()}
-        values[name]["higher"] = (own > given).float().mean(1).tolist()
-    return {
-        "states": len(some),
-        "distance": (chosen - data).square().mean((1, 2)).sqrt().tolist(),
-        "chance": float((actions - actions.roll(len(some) // 2, 0)).square().mean().sqrt()),
-        "values": values,
-    }
+        judge = build_judge(bundles, rule, count, "cpu")
+        own, other = judge.q(states, chosen), judge.q(states, given)
+        values[name] = Values(own.mean(1).tolist(), other.mean(1).tolist(), (own > other).float().mean(1).tolist())
+    distance = (chosen - given).square().mean((1, 2)).sqrt().tolist()
+    chance = float((actions - actions.roll(len(rows) // 2, 0)).square().mean().sqrt())
+    return Offline(len(rows), distance, chance, values)
 
 
 def load_agent(
@@ -1919,24 +1988,27 @@ def load_agent(
 ) -> Callable[[Array], Array]:
     """A policy for other programs: observations (O,) or (E, O) -> actions (A,) or (E, A), in the environment's unit.
 
-    guidance: another bundle to act under than what is inside, several, or "none". member: by position. evaluation: fields
-    of [evaluation], such as candidates, ensemble or seed, over those of the policy's experiment.
+    guidance: the guidance bundle, or several, to act under, or "none"; by default those inside the policy bundle. member:
+    by position. evaluation: fields of [evaluation], such as candidates, ensemble or seed, in place of the bundle's.
 
-    Raises: MdptError, as for `mdpt evaluate`.
+    Raises: MdptError, as `mdpt evaluate` does.
     """
     bundle = read_policy(Path(path))
     names = [guidance] if isinstance(guidance, str | Path) else guidance or ()
-    teachers = read_named(list(map(str, names))) if names else bundle["guidances"]
-    if member not in range(count := len(bundle["seeds"])):
+    guidances = read_named(list(map(str, names))) if names else bundle.guidances
+    if member not in range(count := len(bundle.seeds)):
         raise MdptError(f"{path}: has no member {member}; there are 0 to {count - 1}")
-    table = bundle["experiment"] | {"evaluation": bundle["experiment"]["evaluation"] | evaluation}
-    run = check_experiment(str(path), table)
-    how, _ = pick_inference(run, bool(teachers), bundle["step"])
-    check_teachers(bundle, teachers, how.ensemble)
+    tables = bundle.experiment.model_dump()
+    run = check_experiment(str(path), tables | {"evaluation": tables["evaluation"] | evaluation})
+    how, _ = pick_inference(run, bool(guidances), bundle.step)
+    for each in guidances:
+        for warning in check_fit(bundle, each):
+            warnings.warn(warning, MdptWarning, stacklevel=2)
+    check_ensemble(guidances, how.ensemble)
     if how.ensemble == "none":
-        teachers = [select_members(each, [pair_members(count, len(each["seeds"]))[member]]) for each in teachers]
-    one, spec, agents = select_members(bundle, [member]), EnvironmentSpec(**bundle["environment"]), {}
-    choose_products()  # as where it is scored
+        guidances = [select_members(each, [pair_members(count, len(each.seeds))[member]]) for each in guidances]
+    one, spec, agents = select_members(bundle, [member]), bundle.environment, {}
+    choose_products()  # as `mdpt evaluate` does
 
     def choose(observations: Array) -> Array:
         rows = np.atleast_2d(np.asarray(observations, dtype=np.float32))
@@ -1948,7 +2020,7 @@ def load_agent(
         if not len(rows):
             return np.empty((0, spec.action_dim), np.float32)
         if len(rows) not in agents:
-            agents[len(rows)] = Agent(one, teachers, how, seed=run.evaluation.seed, episodes=range(len(rows)))
+            agents[len(rows)] = Agent(one, guidances, how, seed=run.evaluation.seed, episodes=range(len(rows)))
         actions = unscale_actions(agents[len(rows)](rows, np.arange(len(rows))), spec)
         return actions if np.ndim(observations) == 2 else actions[0]
 
@@ -1960,7 +2032,7 @@ def load_agent(
 
 @dataclass
 class Parameters:
-    """A network that learns: its optimizer, initial learning rate, and what its section says of both."""
+    """A network that learns, with its optimizer and initial learning rate; section: how both change over the run."""
 
     network: Stack
     learning_rate: float
@@ -1973,9 +2045,9 @@ class Parameters:
 
 
 class Learner:
-    """Modules that learn together under one loss, with Adam, cosine decay and a gradient-norm limit per member.
+    """Modules that learn together under one loss, by Adam, with a decaying learning rate and a gradient-norm limit.
 
-    frozen: guidance that the loss uses and nothing here changes; it only counts as held.
+    frozen: guidances that the loss uses and nothing here changes; they only count as parameters held.
     """
 
     def __init__(
@@ -1991,7 +2063,7 @@ class Learner:
         self.parameters = [parameter for each in self.networks for parameter in each.network.parameters()]
 
     def update(self, loss: Tensor, step: int, steps: int) -> None:
-        """One gradient step of every network, then targets and averages follow. loss: (S,)."""
+        """Take one gradient step with every network, then move targets and averages. loss: (S,)."""
         gradients = iter(torch.autograd.grad(loss.sum(), self.parameters))
         for each in self.networks:
             pieces = [next(gradients).flatten(1) for _ in each.network.parameters()]
@@ -2013,34 +2085,37 @@ class Learner:
         return None if finite.all() else int(finite.int().argmin())
 
     def state(self) -> list[dict[str, Tensor]]:
-        """Optimizer states, one per network; rates and limits follow from the experiment."""
+        """Optimizer states, one per network; learning rates and limits follow from the experiment."""
         return [dict(each.adam.state[each.network.vector]) for each in self.networks]
 
     def restore(self, states: Sequence[dict[str, Tensor]]) -> None:
+        """Take optimizer states, as from `state`."""
         for each, state in zip(self.networks, states, strict=True):
             each.adam.load_state_dict(each.adam.state_dict() | {"state": {0: state}})
 
 
 @dataclass
 class Run:
-    """How a training run meets the world: what it goes on from, and what hears of it.
+    """What a training run needs beside experiment and data.
 
-    begun: an unfinished bundle of the same run. extend: it may have more steps now. save: keeps the bundle. show: hears
-    each new entry of the history. interrupted: the number of the signal to end after this step for, or 0. tell: hears
-    what is noteworthy.
+    device: "cpu" or "cuda". begun: the unfinished bundle of the same run, to go on from. extend: the experiment may have
+    more steps than that one's. save: store the bundle. show: report a new entry of the history. interrupted: the number of
+    the signal to end after this step for, or 0. tell: report in one line what a user should know.
     """
 
     device: str = "cpu"
     begun: Bundle | None = None
     extend: bool = False
     save: Callable[[Bundle], None] = lambda bundle: None
-    show: Callable[[dict[str, Any]], None] = lambda entry: None
+    show: Callable[[Entry], None] = lambda entry: None
     interrupted: Callable[[], int] = lambda: 0
     tell: Callable[[str], None] = lambda text: None
 
-    def choose_products(self) -> str:
-        """What multiplies matrices: as in the run that was begun, where this machine can."""
-        return choose_products(None if self.begun is None else self.begun["accounting"]["products"])
+    def account(self) -> Account:
+        """The account so far; its matrix products are those of the run that was begun, where this machine has them."""
+        before = self.begun.accounting if self.begun else Account(device=self.device, products="default")
+        products = choose_products(self.begun.accounting.products if self.begun else None)
+        return before.model_copy(update={"device": self.device, "products": products})
 
 
 def train(
@@ -2054,13 +2129,12 @@ def train(
 ) -> None:
     """The training loop of guidance and policy alike: sample, step, log, save.
 
-    parts: the modules that learn, each with the bundle its weights go to: `bundle` itself, or one inside it.
+    parts: the modules that learn, each with the bundle that takes its weights: `bundle` itself, or one inside it.
     """
-    steps, seeds, start = section.steps, bundle["seeds"], bundle["step"]
-    random = Randomness(seeds, f"{bundle['kind']} train", transitions.device)
+    steps, start = section.steps, bundle.step
+    random = Randomness(bundle.seeds, f"{bundle.kind} train", transitions.device)
     milestones = {round(steps * (i + 1) / section.snapshots) for i in range(section.snapshots)}
-    history = History(bundle["history"], start, seeds)
-    history.pending = (bundle.get("training") or {"pending": []})["pending"]
+    history = History(bundle)
     due = time.monotonic() + section.save_every
     for step in range(start, steps):
         random.step = step
@@ -2069,7 +2143,7 @@ def train(
         learner.update(loss, step, steps)
         history.record(loss.detach(), metrics)
         done, stopped = step + 1, run.interrupted()
-        if done % max(1, steps // 200) == 0 or done in milestones or done == steps:
+        if done % max(1, steps // HISTORY_ENTRIES) == 0 or done in milestones or done == steps:
             run.show(history.average())
         began = time.monotonic()
         if done in milestones or stopped or began >= due:
@@ -2077,42 +2151,46 @@ def train(
                 history.give_up("weights", member, "not finite", done)
             for target, module in parts:
                 keep_weights(target, module, done, done == steps, done in milestones)
-                target["accounting"] = cost.read(learner, done)
-            bundle["training"] = None if done == steps else {"optimizers": learner.state(), "pending": history.pending}
+                target.accounting = cost.read(learner, done)
+            pending = None if done == steps else Training(optimizers=learner.state(), pending=history.pending)
+            bundle.training = pending
             run.save(bundle)
             history.saved = done
-            due = time.monotonic() + max(section.save_every, 20 * (time.monotonic() - began))  # a twentieth at most
+            due = time.monotonic() + max(section.save_every, 20 * (time.monotonic() - began))  # a twentieth of the time
         if stopped and done < steps:
             raise Interrupted(f"interrupted after step {done} of {steps}; the same command goes on", stopped)
 
 
 def keep_weights(bundle: Bundle, module: nn.Module, step: int, complete: bool, snapshot: bool) -> None:
-    """Put a module's weights into its bundle, and beside them, if this is a snapshot, those that act."""
+    """Put a module's weights into its bundle, and where this is a snapshot, a copy of those that act."""
     weights = weights_of(module)
-    if complete:  # a companion actor has done its work
+    if complete:  # the companion actor is needed no more
         weights = {name: value for name, value in weights.items() if not name.startswith("actor.")}
-    bundle.update(step=step, complete=complete, weights=weights)
+    bundle.step, bundle.complete, bundle.weights = step, complete, weights
     if snapshot:
-        bundle["snapshots"] = bundle["snapshots"] | {step: acting_weights(bundle)}
+        bundle.snapshots = bundle.snapshots | {step: bundle.acting}
+
+
+HISTORY_ENTRIES = 200  # per run, about
 
 
 class History:
-    """What a run's losses and metrics were, averaged over the steps between two entries; it ends with the first NaN.
+    """Writes the history of a bundle: losses and metrics averaged over the steps from one entry to the next.
 
-    entries: of the bundle, which this continues. saved: the last step that was saved.
+    pending: loss and metrics, (S,) each, of the steps since the last entry. saved: the last step that was saved.
     """
 
-    def __init__(self, entries: list[dict[str, Any]], start: int, seeds: Sequence[int]) -> None:
-        self.entries, self.saved, self.seeds = entries, start, seeds
-        self.pending: list[tuple[Tensor, dict[str, Tensor]]] = []
-        self.start, self.began = start, time.perf_counter()
+    def __init__(self, bundle: Bundle) -> None:
+        self.entries, self.saved, self.seeds = bundle.history, bundle.step, bundle.seeds
+        self.pending = bundle.training.pending if bundle.training else []
 
     def record(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:
+        """Add a step."""
         self.pending.append((loss, metrics))
 
-    def average(self) -> dict[str, Any]:
-        """A new entry of what came since the last; one transfer from the device. Raises: MdptError for a NaN."""
-        done = (self.entries[-1]["step"] if self.entries else 0) + len(self.pending)
+    def average(self) -> Entry:
+        """Add an entry, by one transfer from the device. Raises: MdptError for a loss that is not finite."""
+        done = (self.entries[-1].step if self.entries else 0) + len(self.pending)
         losses = torch.stack([loss for loss, _ in self.pending]).cpu()  # (steps, S)
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
@@ -2123,12 +2201,12 @@ class History:
             name: torch.stack([metrics[name] for _, metrics in self.pending if name in metrics]).mean(0).tolist()
             for name in names
         }
-        self.entries.append({"step": done, "loss": losses.mean(0).tolist(), **means})
+        self.entries.append(Entry(step=done, metrics={"loss": losses.mean(0).tolist()} | means))
         self.pending.clear()
         return self.entries[-1]
 
     def give_up(self, what: str, member: int, value: object, step: int) -> NoReturn:
-        """End the run: raises MdptError."""
+        """Raises: MdptError that names the member and what is kept."""
         last = f"the last good weights, of step {self.saved}, are kept" if self.saved else "no snapshot was reached"
         raise MdptError(
             f"the {what} of member {member} (seed {self.seeds[member]}) became {value} at step {step}; {last}; "
@@ -2137,32 +2215,31 @@ class History:
 
 
 class Cost:
-    """What a training run costs: time, memory above the loaded dataset, parameters, optimizer state."""
+    """Measures what a training run costs, from now on, and adds what it has cost before."""
 
-    def __init__(self, device: torch.device, products: str, begun: Bundle | None) -> None:
-        self.device, self.products = device, products
-        self.before = {"seconds": 0.0, "peak_bytes": 0} if begun is None else begun["accounting"]
+    def __init__(self, before: Account, device: torch.device) -> None:
+        self.before, self.device = before, device
         self.began, self.base = time.perf_counter(), memory_now(device, restart=True)
 
-    def read(self, learner: Learner, step: int) -> dict[str, Any]:
-        """The account after `step` gradient steps; counts and bytes are of all members together."""
-        seconds = self.before["seconds"] + time.perf_counter() - self.began
+    def read(self, learner: Learner, step: int) -> Account:
+        """The account after `step` gradient steps."""
+        seconds = self.before.seconds + time.perf_counter() - self.began
         state = [value for each in learner.networks for state in each.adam.state.values() for value in state.values()]
         held = [p.numel() for module in (*learner.modules, *learner.frozen) for p in module.parameters()]
-        return {
-            "parameters_trained": sum(parameter.numel() for parameter in learner.parameters),
-            "parameters_held": sum(held),
-            "optimizer_bytes": sum(value.nbytes for value in state if torch.is_tensor(value)),
-            "peak_bytes": max(self.before["peak_bytes"], memory_now(self.device) - self.base),
-            "seconds": seconds,
-            "seconds_per_1000_steps": 1000 * seconds / step,
-            "device": str(self.device),
-            "products": self.products,
-        }
+        return Account(
+            parameters_trained=sum(parameter.numel() for parameter in learner.parameters),
+            parameters_held=sum(held),
+            optimizer_bytes=sum(value.nbytes for value in state if torch.is_tensor(value)),
+            peak_bytes=max(self.before.peak_bytes, memory_now(self.device) - self.base),
+            seconds=seconds,
+            seconds_per_1000_steps=1000 * seconds / step,
+            device=str(self.device),
+            products=self.before.products,
+        )
 
 
 def memory_now(device: torch.device, *, restart: bool = False) -> int:
-    """Peak bytes since the last restart, allocated on CUDA, resident on a CPU; restart: from the current ones on."""
+    """Peak memory in bytes since the last restart, allocated on CUDA, resident on a CPU; restart: begin a new peak."""
     if device.type == "cuda":
         if restart:
             torch.cuda.reset_peak_memory_stats(device)
@@ -2171,32 +2248,34 @@ def memory_now(device: torch.device, *, restart: bool = False) -> int:
         if restart:
             Path("/proc/self/clear_refs").write_text("5")
         return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-    except (OSError, IndexError):  # no Linux, or one that hides this: the whole process's peak is all there is
-        import resource  # not there on Windows
+    except (OSError, IndexError):  # not Linux, or it hides this: there is only the peak of the whole process
+        import resource  # Windows has no such module
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def pick_device(name: str) -> str:
-    """ "cpu" or "cuda". Raises: MdptError where cuda is asked for and missing."""
+    """ "cpu" or "cuda" for a device of the experiment. Raises: MdptError where cuda is asked for and missing."""
     if name == "cuda" and not torch.cuda.is_available():
         raise MdptError("device cuda: this machine or this torch has none; use --device cpu")
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def train_guidance(experiment: Experiment, dataset: Dataset, run: Run) -> Bundle:
-    """Train a guidance from the data alone and judge it on held-out episodes."""
-    experiment, run = check_algorithms(experiment), replace(run, device=pick_device(run.device))
-    bundle = new_bundle("guidance", experiment, dataset)
-    transitions = Transitions(dataset.rows, dataset.sizes, run.device, dataset.section.storage == "disk")
-    cost = Cost(transitions.device, run.choose_products(), run.begun)
+    """Train a guidance from the data alone, and measure its quality on held-out episodes.
+
+    experiment: as `load_experiment` gives it.
+    """
+    bundle = new_bundle("guidance", experiment, dataset, run.account())
+    transitions = Transitions(dataset, run.device)
+    cost = Cost(bundle.accounting, transitions.device)
     guidance = build_guidance(bundle, run.device, new=True)
     learner = Learner([(guidance, experiment.guidance)], lambda batch, random, _: guidance.loss(batch, random))
     go_on(bundle, run, [(bundle, guidance)], learner)
 
     def save(bundle: Bundle) -> None:
-        if bundle["complete"]:  # never without its judgement
-            bundle["quality"] = judge_guidance(bundle, dataset.held_out, run.device)
+        if bundle.complete:  # a complete bundle always has its quality
+            bundle.quality = snapshot_quality(bundle, dataset.held_out, run.device)
         run.save(bundle)
 
     train(learner, transitions, experiment.guidance, bundle, [(bundle, guidance)], cost, replace(run, save=save))
@@ -2206,29 +2285,31 @@ def train_guidance(experiment: Experiment, dataset: Dataset, run: Run) -> Bundle
 def train_policy(experiment: Experiment, dataset: Dataset, teachers: Sequence[Bundle], run: Run) -> Bundle:
     """Train a policy under frozen guidance, together with its own ("joint"), or unguided.
 
-    teachers: one, or several that teach as one by `[policy] ensemble`. Raises: MdptError where they cannot.
+    experiment: as `load_experiment` gives it. teachers: for "guidance-first", one guidance, or several that `check_ensemble`
+    lets judge together by `[policy] ensemble`. Raises: MdptError where they do not fit the scheme or the data.
     """
-    experiment, run = check_algorithms(experiment), replace(run, device=pick_device(run.device))
     section = experiment.policy
     if bool(teachers) != (section.scheme == "guidance-first"):
         raise MdptError(
-            f"scheme {section.scheme}: got {len(teachers)} teachers; guidance-first alone has any, one or more"
+            f"scheme {section.scheme}: got {len(teachers)} teachers; guidance-first needs one or more, other schemes none"
         )
-    bundle = new_bundle("policy", experiment, dataset)
-    transitions = Transitions(dataset.rows, dataset.sizes, run.device, dataset.section.storage == "disk")
-    cost = Cost(transitions.device, run.choose_products(), run.begun)
+    bundle = new_bundle("policy", experiment, dataset, run.account())
+    transitions = Transitions(dataset, run.device)
+    cost = Cost(bundle.accounting, transitions.device)
     policy = build_policy(bundle, run.device, new=True)
     parts: list[tuple[Bundle, Guidance | Policy]] = [(bundle, policy)]
     frozen: list[Judge] = []
     joint: Guidance | None = None
     if section.scheme == "joint":
-        bundle["guidances"] = [new_bundle("guidance", experiment, dataset)]
-        joint = build_guidance(bundle["guidances"][0], run.device, new=True, companion=False)
-        parts.insert(0, (bundle["guidances"][0], joint))
+        bundle.guidances = [new_bundle("guidance", experiment, dataset, bundle.accounting)]
+        joint = build_guidance(bundle.guidances[0], run.device, new=True, companion=False)
+        parts.insert(0, (bundle.guidances[0], joint))
     if teachers:
-        check_teachers(bundle, teachers, section.ensemble)
-        bare: Bundle = {"snapshots": {}, "training": None}  # what acts, not how it got there
-        bundle["guidances"] = [each | bare | {"weights": acting_weights(each)} for each in teachers]
+        for warning in dict.fromkeys(warning for each in teachers for warning in check_fit(bundle, each)):
+            warnings.warn(warning, MdptWarning, stacklevel=2)
+        bundle.guidances = [
+            each.model_copy(update={"snapshots": {}, "training": None, "weights": each.acting}) for each in teachers
+        ]
         frozen = [build_judge(teachers, section.ensemble, policy.members, run.device)]
     guidance = joint or next(iter(frozen), None)
 
@@ -2237,155 +2318,173 @@ def train_policy(experiment: Experiment, dataset: Dataset, teachers: Sequence[Bu
         own = policy.loss(batch, guidance if guided else None, random)
         if joint is None:
             return own
-        labelled = learns_labels(section) and done >= section.guidance_from  # until then it knows no labels
+        labelled = learns_labels(section) and done >= section.guidance_from  # before, it knows no labels
         act_alone = functools.partial(policy.act_alone, w=float(labelled))
         return add(own, joint.loss(batch, random, act_alone))
 
-    tables: dict[str, TrainingSection] = {"guidance": experiment.guidance, "policy": section}
-    learner = Learner([(module, tables[target["kind"]]) for target, module in parts], loss, frozen)
+    learner = Learner([(module, target.section) for target, module in parts], loss, frozen)
     go_on(bundle, run, parts, learner)
     train(learner, transitions, section, bundle, parts, cost, run)
     return bundle
 
 
 def go_on(bundle: Bundle, run: Run, parts: Sequence[tuple[Bundle, Guidance | Policy]], learner: Learner) -> None:
-    """Bring a new bundle, its modules and their optimizers to where the run that was begun stopped, if one was.
+    """Bring a new bundle, its modules and their optimizers to the state of `run.begun`, if there is one.
 
-    Raises: MdptError where that was another run, naming what differs.
+    Raises: MdptError where that is another run, naming what differs.
     """
-    if (begun := run.begun) is None:
+    begun = run.begun
+    if begun is None:
         return
     check_same_run(bundle, begun, run.extend)
-    bundle |= {key: begun[key] for key in ("step", "history", "accounting")}
+    if begun.training is None:
+        raise MdptError("is complete; choose another --out, or --overwrite to replace it")
+    bundle.step, bundle.history = begun.step, list(begun.history)
     for target, module in parts:
-        stored = begun if target is bundle else begun["guidances"][0]
-        target["snapshots"] = stored["snapshots"]
-        module.load_state_dict(stored["weights"])
-    learner.restore(begun["training"]["optimizers"])
-    bundle["training"] = {
-        "pending": [
-            (loss.to(run.device), {name: value.to(run.device) for name, value in metrics.items()})
-            for loss, metrics in begun["training"]["pending"]
-        ]
-    }
-    steps, planned = (each["experiment"][each["kind"]]["steps"] for each in (bundle, begun))
+        stored = begun if target is bundle else begun.guidances[0]
+        target.snapshots = stored.snapshots
+        module.load_state_dict(stored.weights)
+    learner.restore(begun.training.optimizers)
+    pending = [
+        (loss.to(run.device), {name: value.to(run.device) for name, value in metrics.items()})
+        for loss, metrics in begun.training.pending
+    ]
+    bundle.training = begun.training.model_copy(update={"pending": pending})
+    steps, planned = bundle.section.steps, begun.section.steps
     schedule = f"; the learning rate now falls over {steps} steps, not {planned}" if steps != planned else ""
-    run.tell(f"going on from step {begun['step']}{schedule}")
-    device, products = begun["accounting"]["device"].partition(":")[0], begun["accounting"]["products"]
+    run.tell(f"going on from step {begun.step}{schedule}")
+    device, products = begun.accounting.device.partition(":")[0], begun.accounting.products
     if device != run.device:
-        run.tell(f"was begun on {device}, goes on on {run.device}: other random numbers than it would have had")
-    elif products != run.choose_products():
-        run.tell(f"was begun with {products} matrix products, which this machine has not: its rounding changes")
+        run.tell(f"was begun on {device}, goes on on {run.device}: the random numbers differ from there on")
+    elif products != bundle.accounting.products:
+        run.tell(f"was begun with {products} matrix products, which this machine does not have: rounding differs")
+
+
+PACE = ("steps", "batch_size", "snapshots", "save_every")  # of a joint run they are the policy's
+FREE = ("snapshots", "save_every")  # what a run that goes on may change
+
+
+def run_facts(bundle: Bundle) -> dict[str, Any]:
+    """What decides the result of a training run, by the name that a message gives it: fields, seeds, data."""
+    tables = {bundle.kind: bundle.section} | ({"guidance": bundle.experiment.guidance} if bundle.joint else {})
+    facts = {
+        f"[{name}] {key}": value
+        for name, section in tables.items()
+        for key, value in section
+        if key not in (FREE if name == bundle.kind else PACE)
+    }
+    section = bundle.experiment.data
+    shapers = ("seed", "fraction", "held_out", "reward_scale", "normalization")
+    return (
+        facts
+        | {f"[data] {key}": getattr(section, key) for key in shapers}
+        | {
+            "seeds": bundle.seeds,
+            "environment": bundle.environment,
+            "data (by content)": bundle.dataset.hash[:8],
+        }
+    )
 
 
 def check_same_run(ours: Bundle, theirs: Bundle, extend: bool) -> None:
-    """Raises: MdptError naming what differs, of all that shapes a module: its tables, seeds, training set, guidance.
+    """Check that an unfinished bundle, `theirs`, is of the run that is to begin, `ours`.
 
-    extend: there may be more steps.
+    extend: ours may have more steps. Raises: MdptError naming what differs.
     """
-    if ours["kind"] != theirs["kind"]:
+    if ours.kind != theirs.kind:
         raise MdptError(
-            f"is an unfinished {theirs['kind']} bundle, expected a {ours['kind']} bundle; choose another --out, or "
+            f"is an unfinished {theirs.kind} bundle, expected a {ours.kind} bundle; choose another --out, or "
             "--overwrite to replace it"
         )
-    joint = ours["kind"] == "policy" and ours["experiment"]["policy"]["scheme"] == "joint"
-    unused = {"guidance": {"steps", "batch_size"} if joint else set()}  # the pace is the policy's
-    fields = {
-        f"[{table}] {key}": [bundle["experiment"][table].get(key) for bundle in (ours, theirs)]
-        for table in ("guidance", "policy")
-        if joint or table == ours["kind"]
-        for key in ours["experiment"][table].keys() - unused.get(table, set()) - {"snapshots", "save_every"}
-    }
-    fields |= {
-        f"[data] {key}": [bundle["experiment"]["data"].get(key) for bundle in (ours, theirs)]
-        for key in ("seed", "fraction", "held_out", "reward_scale", "normalization")
-    }
-    fields["seeds"] = [bundle["seeds"] for bundle in (ours, theirs)]
-    fields["environment"] = [EnvironmentSpec(**bundle["environment"]) for bundle in (ours, theirs)]
-    fields["data (by content)"] = [bundle["dataset"]["hash"][:8] for bundle in (ours, theirs)]
-    steps = f"[{ours['kind']}] steps"
-    longer = fields[steps][0] > fields[steps][1]
-    section = ours["experiment"]["policy"]
-    movable = ours["kind"] != "policy" or (section["guidance_from"], section["guidance_until"]) == (0, 1)  # no window
-    if extend and longer and movable:
-        del fields[steps]
-    changed = {name: f"{name} was {was}, is {now}" for name, (now, was) in sorted(fields.items()) if now != was}
-    if not joint and not (
-        len(ours["guidances"]) == len(theirs["guidances"])
-        and all(map(same_weights, ours["guidances"], theirs["guidances"]))
+    now, was = run_facts(ours), run_facts(theirs)
+    changed = [name for name in sorted(now) if now[name] != was.get(name)]
+    steps, policy = f"[{ours.kind}] steps", ours.experiment.policy
+    windowed = ours.kind == "policy" and (policy.guidance_from, policy.guidance_until) != (0, 1)  # fractions of steps
+    extensible = steps in changed and now[steps] > was[steps] and not windowed
+    if extend and extensible:
+        changed.remove(steps)
+    problems = [f"{name} was {was.get(name)}, is {now[name]}" for name in changed]
+    if not ours.joint and not (
+        len(ours.guidances) == len(theirs.guidances) and all(map(same_weights, ours.guidances, theirs.guidances))
     ):
-        changed["guidance"] = "the guidance has other weights"
-    if changed:
-        hint = "; --extend lets it have more steps" if [*changed] == [steps] and longer and movable else ""
-        raise MdptError(f"was begun as another run: {'; '.join(changed.values())}{hint}; --overwrite begins anew")
+        problems.append("the guidance has other weights")
+    if problems:
+        hint = "; --extend lets it have more steps" if extensible and changed == [steps] and len(problems) == 1 else ""
+        raise MdptError(f"was begun as another run: {'; '.join(problems)}{hint}; --overwrite begins anew")
 
 
-def same_weights(first: Bundle, second: Bundle) -> bool:
-    """Whether two bundles act alike."""
-    ours, theirs = acting_weights(first), acting_weights(second)
-    return ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
-
-
-def judge_guidance(bundle: Bundle, held_out: HeldOut, device: str) -> list[dict[str, Any]]:
-    """What `guidance_quality` finds of a guidance bundle at each of its snapshots, the last of which is what it is."""
-    discount = bundle["experiment"]["guidance"]["discount"]
+def snapshot_quality(bundle: Bundle, held_out: HeldOut, device: str) -> list[Quality]:
+    """The quality of a guidance at each of its snapshots, the last of which has its final weights."""
     return [
-        {"step": step} | guidance_quality(build_guidance(bundle | {"weights": weights}, device), held_out, discount)
-        for step, weights in bundle["snapshots"].items()
+        guidance_quality(
+            build_guidance(bundle.model_copy(update={"weights": weights}), device),
+            held_out,
+            bundle.experiment.guidance.discount,
+            step,
+        )
+        for step, weights in bundle.snapshots.items()
         if len(held_out.rewards)
     ]
 
 
-OTHERS = 4  # actions that an action is measured against
+OTHER_ACTIONS = 4  # that an action is compared with
+QUALITY_ROWS = 8192  # judged at a time
 
 
 @torch.no_grad()
-def guidance_quality(guidance: Guidance, held_out: HeldOut, discount: float) -> dict[str, Any]:
-    """How far to trust a guidance, on held-out episodes; lists hold a figure per member.
+def guidance_quality(guidance: Guidance, held_out: HeldOut, discount: float, step: int) -> Quality:
+    """Compare a guidance with the returns of held-out episodes.
 
-    correlation: Pearson's, of V and discounted Monte-Carlo returns; advantage_correlation: of return - V and what Q gives
-    to the row's action above the mean of OTHERS actions of other rows, which is about actions alone (not of Q - V: there
-    an error of V is on both sides, and correlates where actions matter to nothing). Over rows whose return is known: the
-    episode ended, or what a time limit cut off weighs at most 5 %. Where none is, all rows count, and V at the limit
-    stands for what came after it (bootstrapped). V is an upper expectile: it lies above the returns, unless values have
-    not spread yet. q_spread: the deviation of Q over members, averaged, and over rows.
+    correlation: Pearson's, between V and discounted Monte-Carlo returns. advantage_correlation: between return - V and the
+    amount by which Q of the row's action exceeds the mean Q of OTHER_ACTIONS actions of other rows, which measures actions
+    alone. (Q - V would not: an error of V is in return - V, too, and correlates where actions do not matter.) Rows count
+    whose return is known: the episode ended, or what a time limit cut off weighs at most 5 %. Where there is none, all rows
+    count, and V at the time limit stands for what came after it (bootstrapped). V is an upper expectile, so it lies above
+    the returns once it has moved away from its initial values. q_spread: standard deviation of Q over members, averaged over
+    rows, and over rows, averaged over members.
     """
-    found = []
-    device = guidance.value.vector.device
-    apart = [max(1, len(held_out.actions) * k // (OTHERS + 1)) for k in range(1, OTHERS + 1)]  # mostly other episodes
-    others = [np.roll(held_out.actions, rows, axis=0) for rows in apart]
-    tensors = [torch.from_numpy(array) for array in (held_out.observations, held_out.actions, *others)]
-    for block in zip(*(torch.split(tensor, 8192) for tensor in tensors), strict=True):
-        observations, *actions = (part.to(device).expand(guidance.members, -1, -1) for part in block)
-        found.append(
-            torch.stack([guidance.v(observations), *(guidance.q(observations, each) for each in actions)]).cpu()
-        )
-    v, q, *theirs = torch.cat(found, dim=-1).double().numpy()  # (S, rows)
-    gains = q - np.mean(theirs, axis=0)
+    v, q, theirs = _held_out_values(guidance, held_out)
+    gains = q - theirs
     rewards, terminals, timeouts = held_out.rewards, held_out.terminals, held_out.timeouts
-    shared, known = discounted_returns(rewards, terminals, timeouts, discount)
+    shared, counts = discounted_returns(rewards, terminals, timeouts, discount)
     returns = np.broadcast_to(shared, v.shape)
-    if bootstrapped := not known.any():
+    if bootstrapped := not counts.any():
         _, stops = episode_bounds(terminals, timeouts)
         cut = np.zeros(len(rewards), dtype=np.bool_)
         cut[stops - 1] = ~terminals[stops - 1]
-        known, columns = ~cut, np.where(cut, v, rewards)  # (S, rows): a last V is a last reward
+        counts, columns = ~cut, np.where(cut, v, rewards)  # (S, rows): a last V is a last reward
         returns = np.stack([discounted_returns(column, terminals, timeouts, discount)[0] for column in columns])
-    v, gains, returns = v[:, known], gains[:, known], returns[:, known]
+    v, gains, returns = v[:, counts], gains[:, counts], returns[:, counts]
 
     def correlate(first: Array, second: Array) -> list[float | None]:
         return [
-            float(np.corrcoef(one, other)[0, 1]) if known.sum() > 1 and one.std() > 0 and other.std() > 0 else None
+            float(np.corrcoef(one, other)[0, 1]) if counts.sum() > 1 and one.std() > 0 and other.std() > 0 else None
             for one, other in zip(first, second, strict=True)
         ]
 
-    return {
-        "rows": int(known.sum()),
-        "bootstrapped": bootstrapped,
-        "correlation": correlate(v, returns),
-        "advantage_correlation": correlate(gains, returns - v),
-        "mean_v": v.mean(1).tolist() if known.any() else [None] * len(v),
-        "mean_return": returns.mean(1).tolist() if known.any() else [None] * len(v),
-        "q_spread_members": float(q.std(0).mean()) if len(q) > 1 else None,
-        "q_spread_rows": float(q.std(1).mean()),
-    }
+    return Quality(
+        step=step,
+        rows=int(counts.sum()),
+        bootstrapped=bootstrapped,
+        correlation=correlate(v, returns),
+        advantage_correlation=correlate(gains, returns - v),
+        mean_v=v.mean(1).tolist() if counts.any() else [None] * len(v),
+        mean_return=returns.mean(1).tolist() if counts.any() else [None] * len(v),
+        q_spread_members=float(q.std(0).mean()) if len(q) > 1 else None,
+        q_spread_rows=float(q.std(1).mean()),
+    )
+
+
+def _held_out_values(guidance: Guidance, held_out: HeldOut) -> tuple[Array, Array, Array]:
+    """V, Q of the rows' actions, and mean Q of OTHER_ACTIONS actions of other rows: (S, rows) float64 each."""
+    found, device = [], guidance.value.vector.device
+    count = len(held_out.actions)
+    apart = [max(1, count * k // (OTHER_ACTIONS + 1)) for k in range(1, OTHER_ACTIONS + 1)]  # mostly other episodes
+    others = [np.roll(held_out.actions, rows, axis=0) for rows in apart]
+    tensors = [torch.from_numpy(array) for array in (held_out.observations, held_out.actions, *others)]
+    for block in zip(*(torch.split(tensor, QUALITY_ROWS) for tensor in tensors), strict=True):
+        observations, *actions = (part.to(device).expand(guidance.members, -1, -1) for part in block)
+        values = [guidance.v(observations), *(guidance.q(observations, each) for each in actions)]
+        found.append(torch.stack(values).cpu())
+    v, q, *theirs = torch.cat(found, dim=-1).double().numpy()
+    return v, q, np.mean(theirs, axis=0)
