@@ -1,8 +1,8 @@
 """What is learned: networks, diffusion, losses, policies, guidance, bundles, acting, the training loop.
 
-Shapes: S members (one per seed), B batch, N candidates, O observation dimensions, A action dimensions,
-T diffusion steps, E episodes, R episodes that still run, H hidden units. Observations are raw, actions are scaled to
-[-1, 1], rewards are scaled by the dataset's reward scale.
+Shapes: S members (one per seed), B batch, N candidates, O observation dimensions, A action dimensions, T diffusion steps,
+E episodes, R episodes that still run, H hidden units, K members of an ensemble. Observations are raw, actions are scaled to
+[-1, 1], rewards are scaled by the dataset's reward scale. Losses, values and metrics have one entry per member.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain, pairwise, zip_longest
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Protocol, Self, get_type_hints
+from typing import Annotated, Any, Generic, Literal, NoReturn, Self, TypeVar, get_type_hints
 
 import numpy as np
 import torch
@@ -74,11 +74,11 @@ Products = Literal["oneDNN", "default"]
 
 
 def choose_products(wanted: Products | None = None) -> Products:
-    """Route the CPU's float32 matrix products for this process: "oneDNN" or "default"; returns which it is.
+    """Select the library for the CPU's float32 matrix products in this process; returns the one selected.
 
-    wanted: what an earlier process used, taken where this one can; None: oneDNN on AMD's processors, for which MKL has
-    only its AVX2 kernels. The processor decides, not a timing: a run that goes on must not choose otherwise because the
-    machine was busy. CUDA is untouched.
+    wanted: what an earlier process used, taken where this machine has it. By default oneDNN on AMD processors, for which MKL
+    has only its AVX2 kernels. The choice depends on the processor and not on a timing, so that a run that goes on makes the
+    same choice. CUDA is not affected.
     """
     exact = _onednn_is_exact()
     chosen: Products = (wanted or ("oneDNN" if _is_amd() else "default")) if exact else "default"
@@ -88,15 +88,15 @@ def choose_products(wanted: Products | None = None) -> Products:
 
 
 def _switch() -> Any:
-    return getattr(torch.backends.mkldnn, "matmul", None)  # torch has it since 2.9
+    return getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
 
 
 @functools.cache
 def _onednn_is_exact() -> bool:
-    """Whether oneDNN can be had, and multiplies in float32.
+    """Whether oneDNN can be selected and multiplies in float32.
 
-    torch sends products there only by leave to round them to bfloat16. oneDNN makes use of that leave where the
-    processor has units for it, so one product is checked.
+    torch uses oneDNN only if it may round to bfloat16. oneDNN does so where the processor has units for it, which one product
+    shows.
     """
     switch = _switch()
     if not hasattr(switch, "fp32_precision") or torch.backends.cpu.get_cpu_capability() != "AVX512":
@@ -119,19 +119,24 @@ def _is_amd() -> bool:
 
 # --- randomness and batches ---------------------------------------------------------------------------------------
 
+TWISTER_WORDS = 624  # of the state of the CPU's generator, which torch keeps in 8 bytes each, after 24 bytes of its own
+
 
 class Randomness:
-    """Named streams of random numbers, one per member (or per episode of one, when acting).
+    """Named streams of random numbers, one per member (or per episode of one member, when acting).
 
-    Each draw depends on (seed, purpose, name, step) alone. So member k of many draws what seed k alone
-    draws, a resumed run draws what an uninterrupted one would have, and adding a draw changes no other.
-    Values are made for a block of steps at once, so that no training step loops over the members.
+    A draw depends on seed, purpose, name, shape and step alone. So member k of many draws what seed k alone draws, a resumed
+    run draws what an uninterrupted one draws, and adding a draw changes no other. Values are generated for a block of steps
+    at once, so that no training step loops over the members.
+
+    A name can be drawn once per step and shape: a second draw would give the same numbers, so it raises RuntimeError.
     """
 
     def __init__(self, seeds: Sequence[int | str], purpose: str, device: torch.device | str = "cpu") -> None:
         self.seeds, self.purpose, self.device, self.step = tuple(seeds), purpose, torch.device(device), 0
         self._generator = torch.Generator(self.device)
         self._blocks: dict[str, tuple[int, Tensor]] = {}
+        self._drawn: dict[str, int] = {}  # the step of the last draw
 
     def normal(self, name: str, *shape: int) -> Tensor:
         """Standard normal values, (S, *shape)."""
@@ -153,6 +158,9 @@ class Randomness:
         length = max(1, min(64, 2**20 // max(1, math.prod(shape))))
         block, offset = divmod(self.step, length)
         key = f"{name} {shape}"
+        if self._drawn.get(key) == self.step:
+            raise RuntimeError(f"{name!r} is drawn twice in step {self.step}, with the same numbers; use another name")
+        self._drawn[key] = self.step
         if key not in self._blocks or self._blocks[key][0] != block:
             members = [
                 fill(torch.empty(length, *shape, dtype=dtype, device=self.device), self._seeded(seed, key, block))
@@ -164,36 +172,44 @@ class Randomness:
     def _seeded(self, seed: int | str, key: str, block: int) -> torch.Generator:
         digest = hashlib.blake2b(f"{seed}/{self.purpose}/{key}/{block}".encode(), digest_size=16).digest()
         generator = self._generator.manual_seed(int.from_bytes(digest[:8]) >> 1)
-        if self.device.type == "cpu":  # whose Mersenne Twister takes 32 bits of a seed: fill its whole state
+        if self.device.type == "cpu":  # manual_seed uses 32 bits of a seed only: fill the whole state of the generator
             state = generator.get_state()
-            words = np.random.SeedSequence(int.from_bytes(digest)).generate_state(TWISTER, np.uint32)
-            state[24 : 24 + 8 * TWISTER] = torch.from_numpy(words.astype(np.uint64).view(np.uint8))
+            words = np.random.SeedSequence(int.from_bytes(digest)).generate_state(TWISTER_WORDS, np.uint32)
+            state[24 : 24 + 8 * TWISTER_WORDS] = torch.from_numpy(words.astype(np.uint64).view(np.uint8))
             generator.set_state(state)
         return generator
 
 
-class Shapes(Randomness):
-    """Draws that hold no numbers, for modules of which only the shapes are asked."""
-
-    def __init__(self, seeds: Sequence[int | str]) -> None:
-        self.seeds, self.device = tuple(seeds), torch.device("meta")
-
-    def _draw(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, fill: object) -> Tensor:
-        return torch.empty(len(self.seeds), *shape, dtype=dtype, device=self.device)
-
-
-TWISTER = 624  # words of its state, which torch keeps in 8 bytes each, after 24 of seed and counters
-
-
 @dataclass(frozen=True)
 class Batch:
-    """Transitions drawn for each member: observations (S, B, O), actions (S, B, A), the others (S, B)."""
+    """Transitions for each member: observations (S, B, O), actions (S, B, A), the others (S, B).
+
+    rows: their places in `source`, (S, B), from which methods find what follows in the same episode, where a loss asks.
+    """
 
     observations: Tensor
     actions: Tensor
     rewards: Tensor
     next_observations: Tensor
     terminals: Tensor
+    rows: Tensor
+    source: Transitions
+
+    def next_actions(self) -> tuple[Tensor, Tensor]:
+        """The data's actions at the next observations, (S, B, A), and whether there is one, (S, B) bool; else it is 0.
+
+        There is none after a terminal, at a time limit that is a transition, and at the end of the data.
+        """
+        episodes, ends = self.source.episodes(self.rows)
+        last = self.rows + 1 == ends  # (S, B)
+        following = self.source.take(self.rows + ~last).actions  # (S, B, A)
+        actions = torch.where(last[..., None], self.source.cut_actions[episodes], following)
+        return actions.nan_to_num(), ~actions.isnan().any(-1)
+
+    def returns(self, discount: float) -> tuple[Tensor, Tensor, Batch]:
+        """Discounted rewards from here to the end of the episode, (S, B), how many, (S, B), and the last transitions."""
+        _, ends = self.source.episodes(self.rows)
+        return self.source.returns(discount)[self.rows], ends - self.rows, self.source.take(ends - 1)
 
 
 class Transitions:
@@ -206,20 +222,47 @@ class Transitions:
         self.device, self.sizes = torch.device(device), dataset.sizes
         rows = torch.from_numpy(dataset.rows)
         self.rows = rows if dataset.section.storage == "disk" else rows.to(device)
+        self.ends = torch.from_numpy(dataset.ends).to(device)  # (E,)
+        self.cut_actions = torch.from_numpy(dataset.cut_actions).to(device)  # (E, A)
+        self._returns: dict[float, Tensor] = {}  # by discount
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, index: Tensor) -> Batch:
-        """The transitions of rows `index`, (S, B)."""
-        rows = self.rows.index_select(0, index.flatten().to(self.rows.device)).to(self.device)
-        parts = torch.split(rows.view(*index.shape, -1), self.sizes, dim=-1)
+    def take(self, rows: Tensor) -> Batch:
+        """The transitions at `rows`, (S, B)."""
+        taken = self.rows.index_select(0, rows.flatten().to(self.rows.device)).to(self.device)
+        parts = torch.split(taken.view(*rows.shape, -1), self.sizes, dim=-1)
         observations, actions, rewards, next_observations, terminals = parts
-        return Batch(observations, actions, rewards.squeeze(-1), next_observations, terminals.squeeze(-1))
+        return Batch(observations, actions, rewards.squeeze(-1), next_observations, terminals.squeeze(-1), rows, self)
 
     def sample(self, random: Randomness, batch_size: int) -> Batch:
         """A batch for each member, drawn uniformly with replacement."""
         return self.take(random.integers("batch", len(self), batch_size))
+
+    def episodes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The episode of each row, (S, B), and one past the last row of that episode, (S, B)."""
+        episodes = torch.searchsorted(self.ends, rows, right=True)
+        return episodes, self.ends[episodes]
+
+    def returns(self, discount: float) -> Tensor:
+        """Discounted rewards from each row to the end of its episode, (n,): one pass from the last row to the first."""
+        if discount not in self._returns:
+            returns, last = np.empty(len(self), np.float32), np.zeros(len(self), np.bool_)
+            last[self.ends.cpu().numpy() - 1] = True
+            total = 0.0
+            for start in reversed(range(0, len(self), BLOCK)):
+                block = slice(start, min(start + BLOCK, len(self)))
+                rewards = torch.split(self.rows[block], self.sizes, dim=1)[2][:, 0].tolist()
+                for row in range(len(rewards) - 1, -1, -1):
+                    total = rewards[row] + (0.0 if last[start + row] else discount * total)
+                    rewards[row] = total
+                returns[block] = rewards
+            self._returns[discount] = torch.from_numpy(returns).to(self.device)
+        return self._returns[discount]
+
+
+BLOCK = 65_536  # rows read at a time
 
 
 # --- networks -----------------------------------------------------------------------------------------------------
@@ -242,9 +285,9 @@ class _Mish(torch.autograd.Function):
 
 
 def _mish_parts(x: Tensor) -> tuple[Tensor, Tensor]:
-    """p and v in x tanh(softplus(x)) = x v / (1 - v), v = p - p^2 / 2, p the sigmoid of x: one function, not three.
+    """p and v of x tanh(softplus(x)) = x v / (1 - v), with p = sigmoid(x), v = p - p^2 / 2: one function instead of three.
 
-    Nothing cancels where x is negative, nothing overflows where it is large.
+    No digits cancel where x is negative, and nothing overflows where it is large.
     """
     p = torch.sigmoid(x)
     return p, torch.addcmul(p, p, p, value=-0.5)
@@ -264,8 +307,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "mish"
 class Linear(nn.Module):
     """S independent affine maps, (S, B, inputs) -> (S, B, outputs), as one batched product.
 
-    Weights and biases start uniform in +-1/sqrt(fan_in). `copies` networks per member lie side by side on the first
-    axis (twin critics: rows 2 s and 2 s + 1 belong to member s).
+    Initial weights and biases are uniform in +-1/sqrt(fan_in). With `copies` networks per member, the first axis has those of
+    member 0, then those of member 1, and so on (twin critics: rows 2 s and 2 s + 1 belong to member s).
     """
 
     def __init__(
@@ -279,6 +322,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter((bias.flatten(0, 1) * 2 - 1) * bound)
 
     def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """rows: which networks of the first axis to apply, by default all."""
         if rows is None:
             return torch.baddbmm(self.bias, x, self.weight)
         return torch.baddbmm(self.bias[rows], x, self.weight[rows])
@@ -304,14 +348,14 @@ class Stack(nn.Module):
     """
 
     copies = 1
-    size: int  # parameters of one network; a row is longer, and 0 from there on
+    size: int  # parameters of one network; the rest of its row is 0
     vector: Tensor
 
     def pack(self, vector: Tensor | None = None) -> None:
-        """Move the parameters into one tensor, each row a whole number of the longest SIMD words.
+        """Move the parameters into one tensor, whose rows are padded to a multiple of the longest SIMD word.
 
-        An optimizer then rounds a row the same way however many there are. vector: theirs from now on, in place of a new
-        one with their values.
+        An optimizer then rounds a row the same way whatever the number of rows. vector: a tensor whose values the parameters
+        take, instead of a new one with the parameters' values.
         """
         parameters = list(self.parameters())
         sizes = [parameter[0].numel() for parameter in parameters]
@@ -323,6 +367,7 @@ class Stack(nn.Module):
 
     @property
     def members(self) -> int:
+        """S."""
         return self.vector.shape[0] // self.copies
 
     def frozen_copy(self) -> Self:
@@ -346,8 +391,8 @@ class Stack(nn.Module):
 class ValueNetwork(Stack):
     """Multilayer perceptron to one value: (S copies, B, inputs) -> (S copies, B).
 
-    layer_norm: normalize before each activation, which keeps values of unseen inputs near seen ones (RLPD,
-    arXiv 2302.02948); "tanh": before the first alone, which is a tanh then (the critics of arXiv 2506.03154's authors).
+    layer_norm: normalize before each activation, so that values of unseen inputs stay near those of seen ones (RLPD, arXiv
+    2302.02948); "tanh": before the first activation only, which then is a tanh (as in the code of arXiv 2506.03154).
     """
 
     def __init__(
@@ -401,6 +446,7 @@ class Perceptron(nn.Module):
     """Hidden layers of a denoiser, one after the other. Source: Diffusion-QL (arXiv 2208.06193)."""
 
     equal_widths = False
+    reads: tuple[str, ...] = ()
 
     def __init__(self, random: Randomness, section: PolicySection) -> None:
         super().__init__()
@@ -419,6 +465,7 @@ class ResidualNetwork(nn.Module):
     """Residual blocks of a denoiser, all of one width. Source: IDQL (arXiv 2304.10573), LN-ResNet."""
 
     equal_widths = True
+    reads: tuple[str, ...] = ("dropout",)
 
     def __init__(self, random: Randomness, section: PolicySection) -> None:
         super().__init__()
@@ -440,9 +487,9 @@ NETWORKS: dict[str, type[Perceptron | ResidualNetwork]] = {"mlp": Perceptron, "r
 class Denoiser(Stack):
     """Predicts the noise in a noisy action: (S, B, A) -> (S, B, A), given the observation and the diffusion step.
 
-    The first layer acts on [action, step, observation, label]. It is kept as a sum of maps, so that the observation's
-    share is computed once for a whole chain and the step's once for all rows. `labels`: adds an embedding of {dropped,
-    worse, better}.
+    The first layer acts on [action, step, observation, label]. It is kept as a sum of maps, one per part, so that the part of
+    the observation is computed once for a whole chain, and the part of the step once for all rows. labels: add an embedding of
+    {0: dropped, 1: worse, 2: better}.
     """
 
     features: Tensor
@@ -468,16 +515,16 @@ class Denoiser(Stack):
         self.pack()
 
     def condition(self, observations: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The first layer's share of observations (S, B, O), normalized, and labels (S, B): (S, B, H)."""
-        shares = self.observation(observations)
+        """The first layer's part of normalized observations (S, B, O) and labels (S, B), by default dropped: (S, B, H)."""
+        parts = self.observation(observations)
         if self.label is not None:
             if labels is None:
                 labels = torch.zeros(observations.shape[:2], dtype=torch.int64, device=observations.device)
-            shares = shares + self.label(functional.one_hot(labels, 3).float())
-        return shares  # type: ignore[no-any-return]
+            parts = parts + self.label(functional.one_hot(labels, 3).float())
+        return parts  # type: ignore[no-any-return]
 
     def times(self) -> Tensor:
-        """The first layer's share of every diffusion step: (S, T, H)."""
+        """The first layer's part of every diffusion step: (S, T, H)."""
         features = self.features.expand(self.members, -1, -1)
         return self.time(self.time_out(mish(self.time_in(features))))  # type: ignore[no-any-return]
 
@@ -487,7 +534,7 @@ class Denoiser(Stack):
 
 
 class Normalizer(nn.Module):
-    """Observations to zero mean and unit deviation, fitted once on the training data: mean, deviation (O,)."""
+    """Scales observations to zero mean and unit standard deviation. mean, deviation: (O,), of the training data."""
 
     mean: Tensor
     inverse: Tensor
@@ -509,10 +556,10 @@ Denoise = Callable[[Tensor, int], Tensor]  # (noisy actions (S, B, A), diffusion
 def make_schedule(name: str, steps: int, beta_min: float = 0.1, beta_max: float = 10.0) -> Tensor:
     """beta_1 .. beta_T, (T,), float64.
 
-    "vp": the variance-preserving schedule of Diffusion-QL (arXiv 2208.06193, eq. after 3; arXiv 2112.07804);
-    "cosine": improved DDPM (arXiv 2102.09672, eq. 17), "cosine-levels": T levels of that curve from its begin to its end,
-    as CleanDiffuser (arXiv 2406.09509) has them; "linear": DDPM's betas (arXiv 2006.11239), spaced for T steps,
-    "linear-unscaled" as they are.
+    "vp": the variance-preserving schedule of Diffusion-QL (arXiv 2208.06193, eq. after 3; arXiv 2112.07804). "cosine":
+    improved DDPM (arXiv 2102.09672, eq. 17). "cosine-levels": T levels of that curve from its begin to its end, as in
+    CleanDiffuser (arXiv 2406.09509). "linear": DDPM's betas (arXiv 2006.11239), scaled for T steps. "linear-unscaled": those
+    betas as they are.
     """
     t = torch.arange(1, steps + 1, dtype=torch.float64)
     if name == "vp":
@@ -529,17 +576,17 @@ def make_schedule(name: str, steps: int, beta_min: float = 0.1, beta_max: float 
 
 
 def schedule_problem(section: PolicySection) -> str:
-    """What is wrong with a noise schedule for this many steps, or ""."""
+    """What makes a noise schedule unfit for this number of steps, or ""."""
     signal = torch.cumprod(1 - make_schedule(section.noise_schedule, section.diffusion_steps), 0).sqrt()
     if signal[-1] > 0.2:
-        return f"its last step still shows {signal[-1]:.0%} of the action, but sampling starts from noise alone"
+        return f"its last step keeps {signal[-1]:.0%} of the action, but sampling starts from pure noise"
     if (share := float((signal < 0.05).double().mean())) > 0.5:
-        return f"{share:.0%} of its steps are noise alone"
+        return f"{share:.0%} of its steps are nearly pure noise"
     return ""
 
 
 class Diffusion:
-    """Forward and reverse process of DDPM (arXiv 2006.11239) for actions in [-1, 1]; step t runs from 0 to T - 1."""
+    """Forward and reverse process of DDPM (arXiv 2006.11239) for actions in [-1, 1]; steps t run from 0 to T - 1."""
 
     def __init__(self, betas: Tensor, device: torch.device | str, variance: str = "posterior") -> None:
         alpha_bar = torch.cumprod(1 - betas, dim=0)
@@ -564,8 +611,8 @@ class Diffusion:
         signal, deviation = torch.split(self.levels[t], 1, dim=-1)  # (S, B, 1)
         return ((noisy - deviation * noise) / signal).clamp(-1.0, 1.0)
 
-    def reverse(self, denoise: Denoise, noises: Tensor) -> Tensor:
-        """Ancestral sampling, Algorithm 2: noises (S, T, B, A), the start's first, to clean actions (S, B, A)."""
+    def reverse(self, denoise: Denoise, noises: Tensor, steps: int | None = None) -> Tensor:
+        """Ancestral sampling, Algorithm 2, in all steps: noises (S, T, B, A), the initial one first, to actions (S, B, A)."""
         x = noises[:, 0]
         for i, t in enumerate(range(self.steps - 1, 0, -1), start=1):
             clean = self.clean(x, denoise(x, t), t)
@@ -575,11 +622,11 @@ class Diffusion:
     def solve(self, denoise: Denoise, noises: Tensor, steps: int) -> Tensor:
         """DPM-Solver++ 2M (arXiv 2211.01095, Algorithm 2) in at most `steps` network calls: noises (S, 1, B, A).
 
-        They lie evenly over the diffusion steps, or where these are many, over their log signal-to-noise ratio.
+        The calls are spaced evenly over the diffusion steps, or from EVEN_RATIOS steps on over their log signal-to-noise ratio.
         """
         log_snr = [math.log(signal / noise) for signal, noise in zip(self.signal, self.noise, strict=True)]
         grid = [round((self.steps - 1) * (1 - i / max(1, steps - 1))) for i in range(steps)]
-        if self.steps >= 200:
+        if self.steps >= EVEN_RATIOS:
             even = np.linspace(log_snr[-1], log_snr[0], steps)
             near = {int(np.abs(np.array(log_snr) - ratio).argmin()) for ratio in even}
             grid = sorted(near, reverse=True)
@@ -589,12 +636,41 @@ class Diffusion:
             mixed = clean if before is None else clean + (clean - before) * (h / (2 * h_before))
             x = (self.noise[t] / self.noise[s]) * x - self.signal[t] * math.expm1(-h) * mixed
             before, h_before = clean, h
-        return self.clean(x, denoise(x, grid[-1]), grid[-1])  # no noise is left: first order, the estimate itself
+        return self.clean(x, denoise(x, grid[-1]), grid[-1])  # to no noise: first order, the estimate itself
 
+
+EVEN_RATIOS = 200  # diffusion steps
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A line of the registry: how a denoiser turns noise into actions.
+
+    ancestral: each step draws noise, else the first only. reads: fields of [policy] that it reads beside those that all read.
+    """
+
+    run: Callable[[Diffusion, Denoise, Tensor, int], Tensor]
+    ancestral: bool
+    reads: tuple[str, ...]
+
+
+SAMPLERS = {
+    "ddpm": Sampler(Diffusion.reverse, ancestral=True, reads=("variance",)),
+    "dpm-solver++": Sampler(Diffusion.solve, ancestral=False, reads=("sampling_steps",)),
+}
 
 # --- losses -------------------------------------------------------------------------------------------------------
 
 Loss = tuple[Tensor, dict[str, Tensor]]  # the loss of each member, (S,), and metrics of the same shape
+Function = TypeVar("Function")
+
+
+@dataclass(frozen=True)
+class Rule(Generic[Function]):
+    """A line of a registry: a function, and the fields of its table that it reads, beside those that all read."""
+
+    apply: Function
+    reads: tuple[str, ...] = ()
 
 
 def expectile_loss(target_q: Tensor, v: Tensor, expectile: float) -> Loss:
@@ -605,8 +681,7 @@ def expectile_loss(target_q: Tensor, v: Tensor, expectile: float) -> Loss:
     """
     difference = target_q.detach() - v
     weight = torch.where(difference < 0, 1.0 - expectile, expectile)
-    loss = (weight * difference.square()).mean(-1)
-    return loss, {"v_loss": loss.detach(), "v": v.detach().mean(-1)}
+    return _value_loss((weight * difference.square()).mean(-1), v)
 
 
 def quantile_loss(target_q: Tensor, v: Tensor, quantile: float) -> Loss:
@@ -615,32 +690,37 @@ def quantile_loss(target_q: Tensor, v: Tensor, quantile: float) -> Loss:
     Source: implicit diffusion Q-learning, arXiv 2304.10573, section 4.1.
     """
     difference = target_q.detach() - v
-    loss = torch.maximum(quantile * difference, (quantile - 1.0) * difference).mean(-1)
-    return loss, {"v_loss": loss.detach(), "v": v.detach().mean(-1)}
+    return _value_loss(torch.maximum(quantile * difference, (quantile - 1.0) * difference).mean(-1), v)
 
 
 def gumbel_loss(target_q: Tensor, v: Tensor, temperature: float) -> Loss:
     """Gumbel regression of V towards target Q; shapes and units as for `expectile_loss`, temperature in the unit of Q.
 
-    From 7 temperatures above V on, a target teaches nothing: z is cut off there.
+    z is at most 7: a target further above V than 7 temperatures has no gradient.
     Source: extreme Q-learning, arXiv 2301.02328, eq. 9.
     """
     z = ((target_q.detach() - v) / temperature).clamp(max=7.0)
-    loss = (z.exp() - z - 1.0).mean(-1)
+    return _value_loss((z.exp() - z - 1.0).mean(-1), v)
+
+
+def _value_loss(loss: Tensor, v: Tensor) -> Loss:
     return loss, {"v_loss": loss.detach(), "v": v.detach().mean(-1)}
 
 
-VALUE_LOSSES: dict[str, Callable[[Tensor, Tensor, GuidanceSection], Loss]] = {
-    "expectile": lambda target_q, v, section: expectile_loss(target_q, v, section.expectile),
-    "quantile": lambda target_q, v, section: quantile_loss(target_q, v, section.expectile),
-    "gumbel": lambda target_q, v, section: gumbel_loss(target_q, v, section.gumbel_temperature),
+VALUE_LOSSES: dict[str, Rule[Callable[[Tensor, Tensor, GuidanceSection], Loss]]] = {
+    "expectile": Rule(lambda target_q, v, section: expectile_loss(target_q, v, section.expectile), ("expectile",)),
+    "quantile": Rule(lambda target_q, v, section: quantile_loss(target_q, v, section.expectile), ("expectile",)),
+    "gumbel": Rule(
+        lambda target_q, v, section: gumbel_loss(target_q, v, section.gumbel_temperature), ("gumbel_temperature",)
+    ),
 }
 
 
-def td_loss(q: Tensor, rewards: Tensor, terminals: Tensor, next_v: Tensor, discount: float) -> Loss:
-    """Squared error of both critics to r + discount (1 - terminal) V(s').
+def td_loss(q: Tensor, rewards: Tensor, terminals: Tensor, next_v: Tensor, discount: float | Tensor) -> Loss:
+    """Squared error of both critics to rewards + discount (1 - terminals) next_v.
 
-    q: (S, 2, B); rewards, terminals, next_v: (S, B), in scaled-reward units. A time limit is no terminal.
+    q: (S, 2, B); rewards, terminals, next_v: (S, B), in scaled-reward units; discount: a number, or (S, B). A time limit is
+    not a terminal.
     Source: implicit Q-learning, arXiv 2110.06169, eq. 6; Diffusion-QL, arXiv 2208.06193, eq. 4.
     """
     target = (rewards + discount * (1.0 - terminals) * next_v).detach()
@@ -651,7 +731,7 @@ def td_loss(q: Tensor, rewards: Tensor, terminals: Tensor, next_v: Tensor, disco
 def noise_loss(predicted: Tensor, noise: Tensor, weight: Tensor | None = None) -> Loss:
     """Mean squared error of the predicted noise.
 
-    predicted, noise: (S, B, A); weight of each transition: (S, B), or None for equal ones.
+    predicted, noise: (S, B, A); weight of each transition: (S, B), by default equal.
     Source: DDPM, arXiv 2006.11239, eq. 14; weighted: IDQL, arXiv 2304.10573, eq. 9.
     """
     error = (predicted - noise).square().mean(-1)
@@ -660,7 +740,7 @@ def noise_loss(predicted: Tensor, noise: Tensor, weight: Tensor | None = None) -
 
 
 def improvement_loss(q: Tensor) -> Loss:
-    """Minus the mean value of the policy's own actions, in units of their mean absolute value.
+    """Minus the mean Q of the policy's own actions, in units of their mean absolute Q.
 
     q: (S, B), with gradient to the actions.
     Source: Diffusion-QL, arXiv 2208.06193, eq. 3 and its normalization by the data's value scale.
@@ -669,22 +749,28 @@ def improvement_loss(q: Tensor) -> Loss:
     return loss, {"policy_q": q.detach().mean(-1)}
 
 
-def advantage_weights(advantage: Tensor, rule: str, expectile: float, inverse_temperature: float) -> Tensor:
-    """Weight of each transition in the noise error, (S, B).
-
-    "expectile": |expectile - 1(advantage < 0)|; "exponential": exp(inverse_temperature * advantage), at most 100;
-    "hard": 1(advantage >= 0).
-    Source: IDQL, arXiv 2304.10573, table 1; "exponential": implicit Q-learning, arXiv 2110.06169, eq. 7.
-    """
-    if rule == "expectile":
-        return torch.where(advantage < 0, 1.0 - expectile, expectile)
-    if rule == "hard":
-        return (advantage >= 0).float()
-    return (inverse_temperature * advantage).exp().clamp(max=100.0)
+# the weight of each transition in the noise error, (S, B), by its advantage, (S, B)
+# Source: IDQL, arXiv 2304.10573, table 1; "exponential": implicit Q-learning, arXiv 2110.06169, eq. 7
+ADVANTAGE_WEIGHTS: dict[str, Rule[Callable[[Tensor, PolicySection], Tensor]]] = {
+    "none": Rule(lambda advantage, section: torch.ones_like(advantage)),
+    "expectile": Rule(
+        lambda advantage, section: torch.where(
+            advantage < 0, 1.0 - section.advantage_expectile, section.advantage_expectile
+        ),
+        ("advantage_expectile",),
+    ),
+    "exponential": Rule(
+        lambda advantage, section: (section.advantage_inverse_temperature * advantage).exp().clamp(max=100.0),
+        ("advantage_inverse_temperature",),
+    ),
+    "hard": Rule(lambda advantage, section: (advantage >= 0).float()),
+}
 
 
 def add(first: Loss, second: Loss, weight: float = 1.0) -> Loss:
-    """first + weight * second, with the metrics of both."""
+    """first + weight * second, with the metrics of both. Raises: RuntimeError for a metric that both have."""
+    if both := first[1].keys() & second[1].keys():
+        raise RuntimeError(f"two losses have a metric {min(both)!r}; give one of them another name")
     return first[0] + weight * second[0], first[1] | second[1]
 
 
@@ -704,34 +790,39 @@ class Policy(nn.Module):
     ) -> None:
         super().__init__()
         self.section, self.normalizer, self.algorithm = section, normalizer, POLICIES[section.algorithm]
-        self.action_dim = action_dim
+        self.action_dim, self.sampler = action_dim, SAMPLERS[section.sampler]
         betas = make_schedule(section.noise_schedule, section.diffusion_steps)
         self.diffusion = Diffusion(betas, random.device, section.variance)
         self.denoiser = Denoiser(random, section, observation_dim, action_dim, self.algorithm.labels)
         self.average = self.denoiser.frozen_copy()
-        self.times: Tensor | None = None  # (S, T, H), where the weights change no more
+        self.times: Tensor | None = None  # (S, T, H), once the weights are final
 
     @property
     def members(self) -> int:
+        """S."""
         return self.average.members
 
     def networks(self) -> list[tuple[Stack, float]]:
-        """The networks that learn, and their learning rates at the start."""
+        """The networks that learn, and their initial learning rates."""
         return [(self.denoiser, self.section.learning_rate)]
 
     def loss(self, batch: Batch, guidance: Judge | None, random: Randomness) -> Loss:
-        """The algorithm's loss under a guidance, or without its guidance term where there is none."""
-        return self.algorithm.loss(self, batch, guidance, random)
+        """The algorithm's loss under a guidance. It gets None where there is none, or where none enters it."""
+        guided = guidance is not None and self.algorithm.guided(self.section)
+        return self.algorithm.loss(self, batch, guidance if guided else None, random)
 
     def follow(self, step: int) -> None:
-        """Move the average after gradient step `step`; it forgets the initial weights faster than ema_decay."""
+        """Move the average after gradient step `step`; early on it forgets faster than ema_decay."""
         if step < max(self.section.ema_from, self.section.ema_every - 1):
             self.average.follow(self.denoiser, 1.0)
         elif (step + 1) % self.section.ema_every == 0:
             self.average.follow(self.denoiser, 1.0 - min(self.section.ema_decay, (1 + step) / (10 + step)))
 
     def predict(self, batch: Batch, random: Randomness, labels: Tensor | None = None) -> Prediction:
-        """Noise the batch's actions at random diffusion steps and predict that noise."""
+        """Add noise to the batch's actions at random diffusion steps, and predict it.
+
+        Raises: RuntimeError where it is called twice in a step, since both calls would draw the same steps and noise.
+        """
         rows = batch.rewards.shape[1]
         t = random.integers("t", self.diffusion.steps, rows)
         noise = random.normal("noise", rows, self.action_dim)
@@ -748,19 +839,18 @@ class Policy(nn.Module):
         *,
         candidates: int = 1,
         w: float = 1.0,
-        guidance: Ranker | None = None,
+        guidance: Judge | RowsApart | None = None,
         guidance_weight: float = 0.0,
         jacobian: bool = False,
     ) -> Tensor:
         """Actions of the averaged policy: raw observations (S, B, O) -> (S, B N, A), the N of a state side by side.
 
-        noises: as from `noises`, for B N rows. w is the weight of classifier-free guidance (0: unguided; arXiv
-        2207.12598), for policies that know labels. guidance_weight > 0 shifts the predicted noise against dQ/da at the
-        one-step estimate of the clean action: with jacobian by -guidance_weight * sqrt(1 - alpha_bar) * dQ/dx, through
-        that estimate's network, which draws from the policy's density times exp(guidance_weight * Q), exactly so where
-        the one is Gaussian and the other linear (arXiv 2105.05233, Algorithm 2); without it by -guidance_weight *
-        sqrt(alpha_bar) * dQ/da (Q-guided flow, arXiv 2606.11087), which moves the clean action by guidance_weight *
-        sqrt(1 - alpha_bar) * dQ/da: no temperature.
+        noises: as from `noises`, for B N rows. w: weight of classifier-free guidance (0: unconditional; arXiv 2207.12598), for
+        policies with labels. guidance_weight: if positive, the predicted noise is shifted by the gradient of Q at the one-step
+        estimate of the clean action. With jacobian, by -guidance_weight * sqrt(1 - alpha_bar) * dQ/dx, through the denoiser:
+        this draws from the policy's density times exp(guidance_weight * Q), exactly so where the one is Gaussian and the other
+        linear (arXiv 2105.05233, Algorithm 2). Without, by -guidance_weight * sqrt(alpha_bar) * dQ/da (Q-guided flow, arXiv
+        2606.11087), which moves the clean action by guidance_weight * sqrt(1 - alpha_bar) * dQ/da.
         """
         network = self.average
         normalized = self.normalizer(observations)
@@ -795,27 +885,21 @@ class Policy(nn.Module):
         return self.denoise_all(denoise, noises)
 
     def act_alone(self, observations: Tensor, random: Randomness, w: float = 1.0) -> Tensor:
-        """One action for each of B states, unranked: (S, B, O) -> (S, B, A)."""
+        """One action for each of B states, without a judge: (S, B, O) -> (S, B, A)."""
         return self.sample(observations, self.noises(random, "act", observations.shape[1]), w=w)
 
     def noises(self, random: Randomness, name: str, rows: int) -> Tensor:
-        """The noise a chain needs: (S, T, rows, A), or (S, 1, rows, A) for a deterministic solver."""
-        return random.normal(name, 1 if self.solves else self.diffusion.steps, rows, self.action_dim)
-
-    @property
-    def solves(self) -> bool:
-        return self.section.sampler == "dpm-solver++"
+        """The noise that a chain needs: (S, T, rows, A), or (S, 1, rows, A) for a deterministic sampler."""
+        return random.normal(name, self.diffusion.steps if self.sampler.ancestral else 1, rows, self.action_dim)
 
     def denoise_all(self, denoise: Denoise, noises: Tensor) -> Tensor:
-        """Run the policy's sampler: noises as drawn -> clean actions (S, rows, A)."""
-        if self.solves:
-            return self.diffusion.solve(denoise, noises, self.section.sampling_steps)
-        return self.diffusion.reverse(denoise, noises)
+        """Run the sampler: noises, as from `noises`, to clean actions (S, rows, A)."""
+        return self.sampler.run(self.diffusion, denoise, noises, self.section.sampling_steps)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A step of denoising training: predicted, noise, noisy (S, B, A), t (S, B), shares of the first layer."""
+    """A step of denoising training: predicted, noise, noisy (S, B, A), t (S, B), and the first layer's parts."""
 
     predicted: Tensor
     noise: Tensor
@@ -826,16 +910,13 @@ class Prediction:
 
 
 def cloning_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Randomness) -> Loss:
-    """The noise error alone (DDPM, arXiv 2006.11239), its transitions weighted by the advantage if so set."""
+    """Noise error (DDPM, arXiv 2006.11239), under a guidance weighted by the advantage of each transition."""
     step = policy.predict(batch, random)
-    section = policy.section
-    if guidance is None or section.advantage_weight == "none":
+    if guidance is None:
         return noise_loss(step.predicted, step.noise)
     with torch.no_grad():
         advantage = guidance.advantage(batch.observations, batch.actions)
-    weights = advantage_weights(
-        advantage, section.advantage_weight, section.advantage_expectile, section.advantage_inverse_temperature
-    )
+    weights = ADVANTAGE_WEIGHTS[policy.section.advantage_weight].apply(advantage, policy.section)
     return noise_loss(step.predicted, step.noise, weights)
 
 
@@ -843,7 +924,7 @@ def chain_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Ran
     """Noise error minus eta times the scaled Q of actions from the whole chain (Diffusion-QL, arXiv 2208.06193, eq. 3)."""
     step = policy.predict(batch, random)
     cloning = noise_loss(step.predicted, step.noise)
-    if guidance is None or policy.section.eta == 0:
+    if guidance is None:
         return cloning
 
     def denoise(x: Tensor, t: int) -> Tensor:
@@ -858,7 +939,7 @@ def one_step_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: 
     """Noise error minus eta times the scaled Q of the one-step estimate of the clean action (EDP, arXiv 2305.20081, eq. 9)."""
     step = policy.predict(batch, random)
     cloning = noise_loss(step.predicted, step.noise)
-    if guidance is None or policy.section.eta == 0:
+    if guidance is None:
         return cloning
     actions = policy.diffusion.clean(step.noisy, step.predicted, step.t)
     q = guidance.one_q(batch.observations, actions, random.integers("twin", 2))
@@ -868,7 +949,7 @@ def one_step_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: 
 def noise_regression_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Randomness) -> Loss:
     """Squared error to noise - eta sqrt(1 - alpha_bar) dQ/da at the noisy action (DAC, arXiv 2405.20555)."""
     step = policy.predict(batch, random)
-    if guidance is None or policy.section.eta == 0:
+    if guidance is None:
         return noise_loss(step.predicted, step.noise)
     noisy = step.noisy.detach().requires_grad_()
     q = guidance.one_q(batch.observations, noisy, random.integers("twin", 2))
@@ -879,26 +960,35 @@ def noise_regression_loss(policy: Policy, batch: Batch, guidance: Judge | None, 
 
 
 def label_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Randomness) -> Loss:
-    """Noise error given "this action is an improvement", label dropped at random (arXiv 2505.23458; 2207.12598)."""
+    """Noise error given the label "the advantage of this action is positive", which is dropped at random.
+
+    Source: arXiv 2505.23458; classifier-free guidance, arXiv 2207.12598.
+    """
     if guidance is None:
         return cloning_loss(policy, batch, None, random)
     with torch.no_grad():
         better = guidance.advantage(batch.observations, batch.actions) > 0
-    shown = random.uniform("label", better.shape[1]) >= policy.section.label_dropout
-    step = policy.predict(batch, random, labels=shown * (1 + better.long()))
+    kept = random.uniform("label", better.shape[1]) >= policy.section.label_dropout
+    step = policy.predict(batch, random, labels=kept * (1 + better.long()))
     loss, metrics = noise_loss(step.predicted, step.noise)
     return loss, metrics | {"better": better.float().mean(-1)}
 
 
 def weighed_by_eta(section: PolicySection) -> bool:
+    """Whether a guidance enters a loss of which eta is the weight."""
     return section.eta > 0
 
 
 @dataclass(frozen=True)
 class PolicyAlgorithm:
-    """A line of the registry: how a policy learns, when a guidance enters its loss, its network, whether it has labels."""
+    """A line of the registry: how a policy learns.
+
+    reads: fields of [policy] that it reads, beside those that all read. guided: whether a guidance enters the loss; if not,
+    the loss gets None. network: the denoiser, unless the experiment names one. labels: whether actions have labels.
+    """
 
     loss: Callable[[Policy, Batch, Judge | None, Randomness], Loss]
+    reads: tuple[str, ...] = ("eta",)
     guided: Callable[[PolicySection], bool] = weighed_by_eta
     network: str = "mlp"
     labels: bool = False
@@ -909,23 +999,25 @@ def _weighted(section: PolicySection) -> bool:
 
 
 POLICIES = {
-    "bc": PolicyAlgorithm(cloning_loss, _weighted),
-    "idql": PolicyAlgorithm(cloning_loss, _weighted, network="resnet"),
+    "bc": PolicyAlgorithm(cloning_loss, ("advantage_weight",), _weighted),
+    "idql": PolicyAlgorithm(cloning_loss, ("advantage_weight",), _weighted, network="resnet"),
     "dql": PolicyAlgorithm(chain_loss),
     "edp": PolicyAlgorithm(one_step_loss),
     "dac": PolicyAlgorithm(noise_regression_loss),
-    "cfg": PolicyAlgorithm(label_loss, lambda section: section.label_dropout < 1, labels=True),
+    "cfg": PolicyAlgorithm(label_loss, ("label_dropout",), lambda section: section.label_dropout < 1, labels=True),
 }
 
 
 # --- guidance -----------------------------------------------------------------------------------------------------
 
+Actor = Callable[[Tensor, Randomness], Tensor]  # raw observations (S, B, O) -> actions (S, B, A)
+
 
 class Guidance(nn.Module):
-    """Values learned from the dataset alone. Whatever trained them, every policy and ranking uses q, v, advantage.
+    """Values learned from the dataset alone. Policies and acting use q, v and advantage, whatever algorithm trained them.
 
-    Twin critics and their Polyak targets, (2 S, ...), and V, (S, ...). `companion=False` leaves out the actor that
-    "dql" needs where it learns alone.
+    Twin critics and their Polyak targets, (2 S, ...), and V, (S, ...). companion: add the actor that some algorithms need when
+    the guidance learns alone.
     """
 
     def __init__(
@@ -943,34 +1035,36 @@ class Guidance(nn.Module):
         self.online_q = ValueNetwork(random, "q", observation_dim + action_dim, *shape, copies=2)
         self.target_q = self.online_q.frozen_copy()
         self.value = ValueNetwork(random, "v", observation_dim, *shape)
-        self.learning: list[Stack] = []  # the critics as they learn; in a list, since they are stored already
+        self.learning: list[
+            Stack
+        ] = []  # the online critics in a run that trains them; in a list, so that no name repeats
         self.actor: Policy | None = None
         if companion and self.algorithm.has_actor:
-            shared = ("activation", "time_features", "diffusion_steps", "eta", "ema_decay")
-            table = {key: getattr(section, key) for key in shared} | {
-                "algorithm": "dql",
-                "hidden": section.actor_hidden,
+            table = {
+                key: getattr(section, key) for key in ("activation", *COMPANION) if key in PolicySection.model_fields
             }
-            self.actor = Policy(random, normalizer, PolicySection(**table), observation_dim, action_dim)
+            actor = PolicySection(**table | {"algorithm": "dql", "hidden": section.actor_hidden})
+            self.actor = Policy(random, normalizer, actor, observation_dim, action_dim)
 
     @property
     def members(self) -> int:
+        """S."""
         return self.value.members
 
     def twins(self, network: Stack, observations: Tensor, actions: Tensor) -> Tensor:
-        """Both critics' values: observations (S, B, O), actions (S, B, A) -> (S, 2, B)."""
+        """Values of both critics: observations (S, B, O), actions (S, B, A) -> (S, 2, B)."""
         inputs = torch.cat([self.normalizer(observations), actions], dim=-1)
         values: Tensor = network(inputs.repeat_interleave(2, dim=0))  # (2 S, B)
         return values.view(self.members, 2, -1)
 
     def q(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """Minimum of the twin target critics: raw (S, B, O), scaled (S, B, A) -> (S, B), scaled-reward units."""
+        """Minimum of the twin target critics: raw (S, B, O), scaled (S, B, A) -> (S, B), in scaled-reward units."""
         return self.twins(self.target_q, observations, actions).amin(1)
 
     def one_q(self, observations: Tensor, actions: Tensor, twin: Tensor, members: Tensor | None = None) -> Tensor:
-        """What teaches a policy: critic `twin` (S,) in {0, 1} of each member, or of `members` (S,): (S, B).
+        """Values by which a policy learns: of critic `twin` (S,) in {0, 1} of each member, or of `members` (S,): (S, B).
 
-        The target, or where the guidance learns along the online one, which no gradient of a policy's loss reaches.
+        Of the target critics, or in a joint run of the online ones, without gradient to their weights.
         """
         inputs = torch.cat([self.normalizer(observations), actions], dim=-1)
         rows = 2 * (torch.arange(self.members, device=twin.device) if members is None else members) + twin
@@ -978,7 +1072,7 @@ class Guidance(nn.Module):
         return network(inputs, rows)  # type: ignore[no-any-return]
 
     def v(self, observations: Tensor) -> Tensor:
-        """State value: raw (S, B, O) -> (S, B), scaled-reward units."""
+        """State value: raw (S, B, O) -> (S, B), in scaled-reward units."""
         return self.value(self.normalizer(observations))  # type: ignore[no-any-return]
 
     def advantage(self, observations: Tensor, actions: Tensor) -> Tensor:
@@ -986,17 +1080,17 @@ class Guidance(nn.Module):
         return self.q(observations, actions) - self.v(observations)
 
     def networks(self) -> list[tuple[Stack, float]]:
-        """The networks that learn, and their learning rates at the start."""
+        """The networks that learn, and their initial learning rates."""
         rate = self.section.learning_rate
         actor = [] if self.actor is None else [(self.actor.denoiser, self.section.actor_learning_rate or rate)]
         return [(self.online_q, rate), (self.value, self.section.value_learning_rate or rate), *actor]
 
-    def loss(self, batch: Batch, random: Randomness, actor: Sampler | None = None) -> Loss:
-        """The algorithm's loss. actor: what acts in a joint run, in place of the companion."""
+    def loss(self, batch: Batch, random: Randomness, actor: Actor | None = None) -> Loss:
+        """The algorithm's loss. actor: the policy that acts in a joint run, in place of the companion."""
         return self.algorithm.loss(self, batch, random, actor)
 
     def follow(self, step: int) -> None:
-        """Targets and averages after gradient step `step`: target <- (1 - tau) target + tau online."""
+        """Move targets and averages after gradient step `step`: target <- (1 - tau) target + tau online."""
         if (step + 1) % self.section.target_every == 0:
             self.target_q.follow(self.online_q, self.section.tau)
         if self.actor is not None:
@@ -1005,9 +1099,9 @@ class Guidance(nn.Module):
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Guidances that judge as one, asked as one is: all their members judge each row, and a rule makes one of K figures.
+    """Guidances that judge as one: all K members of all of them judge each row, and a rule combines their values.
 
-    rule: of `ENSEMBLES`. candidates: how many rows side by side are of one state, for "rank".
+    rule: of `ENSEMBLES`. candidates: how many consecutive rows belong to one state, for "rank".
     """
 
     guidances: Sequence[Guidance]
@@ -1016,14 +1110,15 @@ class Ensemble:
 
     @property
     def members(self) -> int:
-        """K, over all guidances."""
+        """K."""
         return sum(guidance.members for guidance in self.guidances)
 
     def parameters(self) -> Iterator[nn.Parameter]:
+        """The weights of all members."""
         return chain.from_iterable(guidance.parameters() for guidance in self.guidances)
 
     def q(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """As `Guidance.q`: (S, B, O), (S, B, A) -> (S, B), of any number of policy members."""
+        """As `Guidance.q`: (S, B, O), (S, B, A) -> (S, B), for any number S of policy members."""
         return self._judge(Guidance.q, observations, actions)
 
     def v(self, observations: Tensor) -> Tensor:
@@ -1031,41 +1126,41 @@ class Ensemble:
         return self._judge(Guidance.v, observations)
 
     def advantage(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """The figure of all advantages, each against its own V."""
+        """All members' advantages combined, each against its own V."""
         return self._judge(Guidance.advantage, observations, actions)
 
     def one_q(self, observations: Tensor, actions: Tensor, twin: Tensor) -> Tensor:
-        """As `Guidance.one_q`: all members judge by the twin that a policy member drew, (S,); one by one, for the cache."""
-        found = [
+        """As `Guidance.one_q`: all members use the critic that a policy member drew, (S,)."""
+        values = [
             guidance.one_q(observations, actions, twin, torch.full_like(twin, member))
             for guidance in self.guidances
-            for member in range(guidance.members)
+            for member in range(guidance.members)  # one after another, which fits the processor's cache
         ]
-        return ENSEMBLES[self.rule](torch.stack(found), self.candidates)
+        return ENSEMBLES[self.rule](torch.stack(values), self.candidates)
 
     def _judge(self, ask: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        found = [
+        values = [
             torch.cat(
                 [ask(guidance, *(row.expand(guidance.members, -1, -1) for row in rows)) for guidance in self.guidances]
             )
-            for rows in zip(*inputs, strict=True)  # of one policy member after another: together they fill the memory
+            for rows in zip(*inputs, strict=True)  # of one policy member after another, to save memory
         ]
-        return ENSEMBLES[self.rule](torch.stack(found, dim=1), self.candidates)  # of (K, S, B)
+        return ENSEMBLES[self.rule](torch.stack(values, dim=1), self.candidates)  # of (K, S, B)
 
 
 def median(values: Tensor) -> Tensor:
-    """Over the first axis; of an even number the mean of the two in the middle."""
+    """Median over the first axis; of an even number, the mean of the two in the middle."""
     ordered, count = values.sort(0).values, len(values)
     return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
 
 
 def mean_rank(values: Tensor, candidates: int) -> Tensor:
-    """(K, S, B) -> (S, B): the place of each row among its N of one state, 0 the lowest and 1 the highest, mean over K.
+    """(K, S, B) -> (S, B): rank of each row among the N of its state, from 0, the lowest, to 1, averaged over K.
 
-    Equal ones share the mean of their places.
+    Equal values share the mean of their ranks.
     """
 
-    def places(each: Tensor) -> Tensor:  # of equal ones the first is the lowest
+    def places(each: Tensor) -> Tensor:  # of equal values the first is the lowest
         return each.argsort(dim=-1, stable=True).argsort(dim=-1).float()
 
     states = values.view(*values.shape[:2], -1, candidates)  # (K, S, B / N, N)
@@ -1082,86 +1177,117 @@ ENSEMBLES: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 Judge = Guidance | Ensemble
 
-Sampler = Callable[[Tensor, Randomness], Tensor]  # raw observations (S, B, O) -> actions (S, B, A)
 
-
-def implicit_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Sampler | None) -> Loss:
-    """Implicit Q-learning (arXiv 2110.06169, Algorithm 1; arXiv 2304.10573): no action outside the data is valued."""
+def implicit_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Actor | None) -> Loss:
+    """Implicit Q-learning (arXiv 2110.06169, Algorithm 1; arXiv 2304.10573): uses no action outside the data."""
     with torch.no_grad():
         target_q = guidance.q(batch.observations, batch.actions)
         next_v = guidance.v(batch.next_observations)
     v = guidance.v(batch.observations)
     q = guidance.twins(guidance.online_q, batch.observations, batch.actions)
     return add(
-        VALUE_LOSSES[guidance.section.value_loss](target_q, v, guidance.section),
+        VALUE_LOSSES[guidance.section.value_loss].apply(target_q, v, guidance.section),
         td_loss(q, batch.rewards, batch.terminals, next_v, guidance.section.discount),
     )
 
 
-def diffusion_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Sampler | None) -> Loss:
-    """The critics of Diffusion-QL (arXiv 2208.06193, eq. 4), bootstrapped by the actor, or else by a companion.
+def critic_loss(
+    guidance: Guidance, batch: Batch, rewards: Tensor, terminals: Tensor, next_v: Tensor, discount: float | Tensor
+) -> Loss:
+    """`td_loss` of the critics at the data's actions, plus regression of V to the mean of their target Q there."""
+    q = guidance.twins(guidance.online_q, batch.observations, batch.actions)
+    with torch.no_grad():
+        target_q = guidance.q(batch.observations, batch.actions)
+    value = expectile_loss(target_q, guidance.v(batch.observations), 0.5)
+    return add(td_loss(q, rewards, terminals, next_v, discount), value)
 
-    Of `bootstrap_candidates` next actions the best by each critic counts, and of the critics the lower. V regresses to
-    Q at the data's actions. The companion learns along by the loss of "dql".
+
+def diffusion_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Actor | None) -> Loss:
+    """The critics of Diffusion-QL (arXiv 2208.06193, eq. 4), bootstrapped by the actor, or without one by the companion.
+
+    Each critic takes the best of `bootstrap_candidates` next actions, and the lower of the two values counts. The companion
+    learns by the loss of the policy algorithm "dql".
     """
     companion = guidance.actor if actor is None else None
     if companion is not None:
         actor = companion.act_alone
     if actor is None:
-        raise RuntimeError("this guidance was built to be used, or to learn beside a policy")
+        raise RuntimeError("this guidance was built without a companion, and got no actor")
     repeated = batch.next_observations.repeat_interleave(guidance.section.bootstrap_candidates, dim=1)  # (S, B N, O)
     with torch.no_grad():
-        next_actions = actor(repeated, random)
-        both = guidance.twins(guidance.target_q, repeated, next_actions)  # (S, 2, B N)
+        both = guidance.twins(guidance.target_q, repeated, actor(repeated, random))  # (S, 2, B N)
         next_q = both.view(*both.shape[:2], batch.rewards.shape[1], -1).amax(-1).amin(1)
-        target_q = guidance.q(batch.observations, batch.actions)
-    q = guidance.twins(guidance.online_q, batch.observations, batch.actions)
-    critic = td_loss(q, batch.rewards, batch.terminals, next_q, guidance.section.discount)
-    value = expectile_loss(target_q, guidance.v(batch.observations), 0.5)
-    loss = add(critic, value)
+    loss = critic_loss(guidance, batch, batch.rewards, batch.terminals, next_q, guidance.section.discount)
     return loss if companion is None else add(loss, companion.loss(batch, guidance, random))
+
+
+def sarsa_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Actor | None) -> Loss:
+    """Evaluate the policy that made the data: bootstrap by Q of its next action, or by V(s') where there is none.
+
+    Source: Sutton and Barto, Reinforcement Learning, 2nd edition, section 6.4; offline: arXiv 2106.08909.
+    """
+    next_actions, exists = batch.next_actions()
+    with torch.no_grad():
+        next_q = guidance.q(batch.next_observations, next_actions)
+        next_v = torch.where(exists, next_q, guidance.v(batch.next_observations))
+    return critic_loss(guidance, batch, batch.rewards, batch.terminals, next_v, guidance.section.discount)
+
+
+def monte_carlo_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Actor | None) -> Loss:
+    """Regress Q to the discounted return to the end of the episode; where it was cut off, V of its last state follows.
+
+    Source: Sutton and Barto, Reinforcement Learning, 2nd edition, section 5.1.
+    """
+    discount = guidance.section.discount
+    returns, steps, last = batch.returns(discount)
+    with torch.no_grad():
+        next_v = guidance.v(last.next_observations)
+    return critic_loss(guidance, batch, returns, last.terminals, next_v, discount**steps)
 
 
 @dataclass(frozen=True)
 class GuidanceAlgorithm:
-    """A line of the registry: how a guidance learns, and whether it needs an actor to do so."""
+    """A line of the registry: how a guidance learns.
 
-    loss: Callable[[Guidance, Batch, Randomness, Sampler | None], Loss]
+    reads: fields of [guidance] that it reads, beside those that all read. has_actor: whether it needs an actor: the policy of
+    a joint run, or else a companion, which reads the fields in COMPANION.
+    """
+
+    loss: Callable[[Guidance, Batch, Randomness, Actor | None], Loss]
+    reads: tuple[str, ...] = ()
     has_actor: bool = False
 
 
+COMPANION = ("actor_learning_rate", "actor_hidden", "time_features", "eta", "diffusion_steps", "ema_decay")
+
 GUIDANCES = {
-    "idql": GuidanceAlgorithm(implicit_q_loss),
-    "dql": GuidanceAlgorithm(diffusion_q_loss, has_actor=True),
+    "idql": GuidanceAlgorithm(implicit_q_loss, ("value_loss",)),
+    "dql": GuidanceAlgorithm(diffusion_q_loss, ("bootstrap_candidates", *COMPANION), has_actor=True),
+    "sarsa": GuidanceAlgorithm(sarsa_loss),
+    "mc": GuidanceAlgorithm(monte_carlo_loss),
 }
 
 # --- algorithms and their settings --------------------------------------------------------------------------------
 
 
-def check_algorithms(run: Experiment) -> Experiment:
-    """The experiment with all that follows from its algorithms filled in; this is what bundles hold.
+WINDOW = ("guidance_from", "guidance_until")
+PACE = ("steps", "batch_size", "snapshots", "save_every")  # in a joint run those of [policy] count
 
-    Raises: MdptError for a name that no registry has, or a setting that the algorithm cannot take.
-    """
-
-    def known(where: str, name: str, registry: Mapping[str, Any]) -> Any:
-        if name in registry:
-            return registry[name]
-        near = difflib.get_close_matches(name, registry, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise MdptError(f"{where} = {name!r}: should be one of {', '.join(registry)}{hint}")
-
-    known("[guidance] algorithm", run.guidance.algorithm, GUIDANCES)
-    section = run.policy
-    algorithm = known("[policy] algorithm", section.algorithm, POLICIES)
-    network = section.network or algorithm.network
-    if known("[policy] network", network, NETWORKS).equal_widths and len(set(section.hidden)) > 1:
-        raise MdptError(f"[policy] hidden = {section.hidden}: the blocks of network {network!r} are all of one width")
-    return run.model_copy(update={"policy": section.model_copy(update={"network": network})})
+# for each table, its fields that choose a line of a registry; lines name the fields that they read, also later choices
+CHOICES: dict[Kind, dict[str, Mapping[str, Any]]] = {
+    "guidance": {"algorithm": GUIDANCES, "value_loss": VALUE_LOSSES},
+    "policy": {
+        "scheme": {"guidance-first": Rule("", ("ensemble", *WINDOW)), "joint": Rule("", WINDOW), "unguided": Rule("")},
+        "algorithm": POLICIES,
+        "network": NETWORKS,
+        "sampler": SAMPLERS,
+        "advantage_weight": ADVANTAGE_WEIGHTS,
+    },
+}
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read and check an experiment file, as `data.load_experiment`, and fill in what follows from its algorithms."""
+    """Read and check an experiment file, as `data.load_experiment` and `check_algorithms` do. Raises: MdptError."""
     run = data.load_experiment(path, overrides)
     try:
         return check_algorithms(run)
@@ -1169,20 +1295,69 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         raise MdptError(f"{path}: {error}") from error
 
 
+def check_algorithms(run: Experiment) -> Experiment:
+    """The experiment with the fields filled in that follow from its algorithms; bundles hold it in this form.
+
+    Raises: MdptError for a name that is in no registry, or a field that the algorithm cannot use.
+    """
+
+    def line(where: str, name: str, registry: Mapping[str, Any]) -> Any:
+        if name in registry:
+            return registry[name]
+        near = difflib.get_close_matches(name, registry, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise MdptError(f"{where} = {name!r}: should be one of {', '.join(registry)}{hint}")
+
+    line("[guidance] algorithm", run.guidance.algorithm, GUIDANCES)
+    section = run.policy
+    network = section.network or line("[policy] algorithm", section.algorithm, POLICIES).network
+    line("[policy] algorithm", section.algorithm, POLICIES)
+    if line("[policy] network", network, NETWORKS).equal_widths and len(set(section.hidden)) > 1:
+        raise MdptError(f"[policy] hidden = {section.hidden}: all blocks of network {network!r} have the same width")
+    return run.model_copy(update={"policy": section.model_copy(update={"network": network})})
+
+
+def unread_fields(run: Experiment, kind: Kind) -> dict[str, list[str]]:
+    """The fields that were set but have no effect on a training run, as "table.field", by the choice that ignores them.
+
+    In a joint run the fields of [guidance] count, too.
+    """
+    joint = kind == "policy" and run.policy.scheme == "joint"
+    unread: dict[str, list[str]] = {}
+    for table in ("guidance", "policy") if joint else (kind,):
+        section = run.guidance if table == "guidance" else run.policy
+        owners: dict[str, str] = {}  # of fields that not all choices read: the choice made
+        read: set[str] = set()
+        for field, registry in CHOICES[table].items():
+            choice = getattr(section, field)
+            effective = field not in owners or field in read
+            owner = owners[field] if not effective else choice if field == "algorithm" else f"{field} {choice}"
+            for line in registry.values():
+                owners = dict.fromkeys(line.reads, owner) | owners
+            read |= set(registry[choice].reads if effective else ())
+        if joint and table == "guidance":
+            owners |= dict.fromkeys(ignored := (*PACE, *COMPANION), "scheme joint")
+            read -= set(ignored)
+        for name in type(section).model_fields:
+            if name in section.model_fields_set and name in owners.keys() - read:
+                unread.setdefault(owners[name], []).append(f"{table}.{name}")
+    return unread
+
+
 def guided_steps(section: PolicySection, step: int | None = None) -> range:
-    """The steps, until `step` or ever, in whose loss guidance_from and guidance_until let a guidance be."""
+    """The steps, of the first `step` or of all, that lie between guidance_from and guidance_until."""
     first, end = (math.ceil(share * section.steps) for share in (section.guidance_from, section.guidance_until))
     return range(first, end if step is None else min(end, step))
 
 
 def learns_under_guidance(section: PolicySection, step: int | None = None) -> bool:
-    """Whether anything of a guidance enters a policy's loss, until `step` or ever."""
+    """Whether a guidance enters a policy's loss, within the first `step` steps or at all."""
     guided = section.scheme != "unguided" and len(guided_steps(section, step)) > 0
     return guided and POLICIES[section.algorithm].guided(section)
 
 
 def learns_labels(section: PolicySection, step: int | None = None) -> bool:
-    """Whether a policy learns under a label, until `step` or ever."""
+    """Whether a policy learns labels, within the first `step` steps or at all."""
     return POLICIES[section.algorithm].labels and learns_under_guidance(section, step)
 
 
@@ -1443,7 +1618,6 @@ def read_bundle(path: Path) -> Bundle:
     unknown: list[str] = []
     try:
         bundle = Bundle.model_validate(content, context=unknown)
-        check_shapes(bundle)
     except ValidationError as error:
         where, problem = error.errors()[0]["loc"], error.errors()[0]["msg"].removeprefix("Value error, ")
         raise MdptError(f"{path}: {NOT_WRITTEN}: {'.'.join(map(str, where))}: {problem}") from error
@@ -1477,45 +1651,6 @@ def _load(path: Path) -> tuple[Any, str]:
         raise MdptError(
             f"{path}: cannot be read as a bundle, it is damaged or something else; write it anew"
         ) from error
-
-
-def check_shapes(bundle: Bundle, outer: Bundle | None = None) -> None:
-    """Compare the names and shapes of a bundle's tensors with modules that hold no numbers, before any is built.
-
-    outer: the policy that holds this guidance. Raises: MdptError naming the first tensor that differs.
-    """
-    learns = not bundle.complete and outer is None
-    module: Guidance | Policy
-    if bundle.kind == "policy":
-        module = build_policy(bundle, "meta", new=True)
-    else:
-        module = build_guidance(bundle, "meta", new=True, companion=learns)
-    whole = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    acting = {name: shape for name, shape in whole.items() if name.startswith(ACTING)}
-    size = (bundle.environment.observation_dim,)
-    check_tensors("normalizer", bundle.normalizer, {"mean": size, "deviation": size})
-    check_tensors("weights", bundle.weights, whole if outer is None or outer.joint else acting)
-    for at, weights in bundle.snapshots.items():
-        check_tensors(f"snapshots.{at}", weights, acting)
-    for inner in bundle.guidances:
-        check_shapes(inner, bundle)
-    if bundle.training is not None:
-        joint = [build_guidance(each, "meta", new=True, companion=False) for each in bundle.guidances if bundle.joint]
-        networks = [network for part in (*joint, module) for network, _ in part.networks()]
-        for place, (network, state) in enumerate(zip_longest(networks, bundle.training.optimizers)):
-            shape = tuple(network.vector.shape) if network is not None else ()
-            expected = {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
-            check_tensors(f"training.optimizers.{place}", state or {}, expected)
-
-
-def check_tensors(where: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises: MdptError naming the first tensor that is missing, unknown, or of another shape."""
-    for name in sorted(tensors.keys() | shapes.keys()):
-        tensor = tensors.get(name)
-        if tensor is None or name not in shapes:
-            raise MdptError(f"{NOT_WRITTEN}: {where}.{name} is {'missing' if tensor is None else 'unknown'}")
-        if tuple(tensor.shape) != shapes[name]:
-            raise MdptError(f"{NOT_WRITTEN}: {where}.{name} has shape {tuple(tensor.shape)}; expected {shapes[name]}")
 
 
 def _at_step(bundle: Bundle, path: Path, step: str) -> Bundle:
@@ -1671,7 +1806,7 @@ def build_guidance(bundle: Bundle, device: str, *, new: bool = False, companion:
         guidance.learning = [guidance.online_q.shared_view()]
         return guidance
     del guidance.online_q  # its targets give all values
-    guidance.load_state_dict(bundle.acting)
+    load_weights(guidance, bundle.acting)
     return guidance.requires_grad_(False)
 
 
@@ -1689,15 +1824,23 @@ def build_policy(bundle: Bundle, device: str, *, new: bool = False) -> Policy:
     policy = Policy(random, normalizer, bundle.experiment.policy, wide, actions)
     if not new:
         del policy.denoiser  # its average acts
-        policy.load_state_dict(bundle.acting)
+        load_weights(policy, bundle.acting)
         policy.requires_grad_(False).times = policy.average.times()
     return policy
 
 
 def _shape(bundle: Bundle, device: str) -> tuple[Randomness, Normalizer, int, int]:
-    random = Shapes(bundle.seeds) if device == "meta" else Randomness(bundle.seeds, f"{bundle.kind} init", device)
+    random = Randomness(bundle.seeds, f"{bundle.kind} init", device)
     normalizer = Normalizer(bundle.normalizer["mean"], bundle.normalizer["deviation"]).to(device)
     return random, normalizer, bundle.environment.observation_dim, bundle.environment.action_dim
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give a module these weights. Raises: MdptError where names or shapes are not all its own."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise MdptError(f"the weights of a bundle do not fit its experiment: {' '.join(str(error).split())}") from error
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
@@ -1774,13 +1917,6 @@ def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference,
     }
 
 
-class Ranker(Protocol):
-    """What acting needs of a guidance."""
-
-    def q(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """Values of actions, as `Guidance.q`."""
-
-
 @dataclass(frozen=True)
 class RowsApart:
     """Judges of consecutive rows: the first judges the first `sizes[0]` rows, the second the next `sizes[1]`, and so on."""
@@ -1799,7 +1935,7 @@ class RowsApart:
 @torch.no_grad()
 def act(
     policy: Policy,
-    guidance: Ranker | None,
+    guidance: Judge | RowsApart | None,
     observations: Tensor,
     noises: Tensor,
     uniform: Tensor,
@@ -2141,7 +2277,7 @@ def train(
         batch = transitions.sample(random, section.batch_size)
         loss, metrics = learner.loss(batch, random, step / steps)
         learner.update(loss, step, steps)
-        history.record(loss.detach(), metrics)
+        history.pending.append((loss.detach(), metrics))
         done, stopped = step + 1, run.interrupted()
         if done % max(1, steps // HISTORY_ENTRIES) == 0 or done in milestones or done == steps:
             run.show(history.average())
@@ -2183,10 +2319,6 @@ class History:
     def __init__(self, bundle: Bundle) -> None:
         self.entries, self.saved, self.seeds = bundle.history, bundle.step, bundle.seeds
         self.pending = bundle.training.pending if bundle.training else []
-
-    def record(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:
-        """Add a step."""
-        self.pending.append((loss, metrics))
 
     def average(self) -> Entry:
         """Add an entry, by one transfer from the device. Raises: MdptError for a loss that is not finite."""
@@ -2343,7 +2475,7 @@ def go_on(bundle: Bundle, run: Run, parts: Sequence[tuple[Bundle, Guidance | Pol
     for target, module in parts:
         stored = begun if target is bundle else begun.guidances[0]
         target.snapshots = stored.snapshots
-        module.load_state_dict(stored.weights)
+        load_weights(module, stored.weights)
     learner.restore(begun.training.optimizers)
     pending = [
         (loss.to(run.device), {name: value.to(run.device) for name, value in metrics.items()})
@@ -2360,7 +2492,6 @@ def go_on(bundle: Bundle, run: Run, parts: Sequence[tuple[Bundle, Guidance | Pol
         run.tell(f"was begun with {products} matrix products, which this machine does not have: rounding differs")
 
 
-PACE = ("steps", "batch_size", "snapshots", "save_every")  # of a joint run they are the policy's
 FREE = ("snapshots", "save_every")  # what a run that goes on may change
 
 
