@@ -24,8 +24,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_models import KnownQ, Lines, make_guidance, make_policy, one_state, together, train
+from test_models import KnownQ, Lines, blank_bundle, make_experiment, make_guidance, make_policy, train
 from torch import Tensor, nn
+from toy_data import one_state, transitions
 
 from mdpt import models
 from mdpt.models import Guidance, Policy, Randomness, Run, Transitions
@@ -84,7 +85,7 @@ def mean_action(policy: Policy, n: int = 10_000) -> Tensor:
 
 def learn(policy: Policy, schedule: Schedule) -> dict[int, Tensor]:
     """The project's loop under a Q whose slope follows a schedule: the policy's mean (S,) at each snapshot's step."""
-    bundle = {"kind": "policy", "seeds": list(SEEDS), "step": 0, "history": [], "snapshots": {}}
+    bundle = blank_bundle("policy", make_experiment(SEEDS))
 
     def loss(batch: models.Batch, random: Randomness, done: float) -> models.Loss:
         slope = SLOPE * schedule(random.step)
@@ -92,10 +93,10 @@ def learn(policy: Policy, schedule: Schedule) -> dict[int, Tensor]:
         return policy.loss(batch, known, random)
 
     learner = models.Learner([(policy, policy.section)], loss)
-    cost = models.Cost(torch.device("cpu"), "default", None)
+    cost = models.Cost(bundle.accounting, torch.device("cpu"))
     models.train(learner, gaussian(), policy.section, bundle, [(bundle, policy)], cost, Run())
     means = {}
-    for step, weights in bundle["snapshots"].items():  # type: ignore[attr-defined]
+    for step, weights in bundle.snapshots.items():
         policy.load_state_dict(weights, strict=False)
         means[step] = mean_action(policy)
     return means
@@ -182,7 +183,7 @@ def behaviour(seed: int, mean: float, n: int = 300) -> Transitions:
     actions = mean + 0.25 * torch.randn(n, 1, generator=g)
     rewards = reward(observations, actions) + 0.1 * torch.randn(n, generator=g)
     columns = {"observations": observations, "actions": actions, "rewards": rewards}
-    return together(columns | {"next_observations": observations, "terminals": torch.ones(n)})
+    return transitions(columns | {"next_observations": observations, "terminals": torch.ones(n)})
 
 
 def reward(observations: Tensor, actions: Tensor) -> Tensor:
