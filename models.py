@@ -1,8 +1,8 @@
 """What is learned: networks, diffusion, losses, policies, guidance, bundles, acting, the training loop.
 
-Shapes: S members (one per seed), B batch, N candidates, O observation dimensions, A action dimensions, T diffusion steps,
-E episodes, R episodes that still run, H hidden units, K members of an ensemble. Observations are raw, actions are scaled to
-[-1, 1], rewards are scaled by the dataset's reward scale. Losses, values and metrics have one entry per member.
+Shapes: S members (one per seed), B batch, N candidates, O observation dimensions, A action dimensions, T diffusion
+steps, E episodes, R episodes that still run, H hidden units, K members of an ensemble. Observations are raw, actions
+are scaled to [-1, 1], rewards by the dataset's reward scale. Losses and metrics have one entry per member.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain, pairwise, zip_longest
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, NoReturn, Self, TypeVar, get_type_hints
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal, NoReturn, Self, get_type_hints
 
 import numpy as np
 import torch
@@ -35,7 +36,6 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     create_model,
-    model_serializer,
     model_validator,
 )
 from torch import Tensor, nn
@@ -56,15 +56,7 @@ from mdpt.data import (
     RewardScale,
     TrainingSection,
     Watch,
-    check_experiment,
-    discounted_returns,
-    episode_bounds,
-    reference_returns,
-    rollout,
     shown,
-    unscale_actions,
-    version,
-    written_whole,
 )
 
 Kind = Literal["guidance", "policy"]
@@ -76,9 +68,9 @@ Products = Literal["oneDNN", "default"]
 def choose_products(wanted: Products | None = None) -> Products:
     """Select the library for the CPU's float32 matrix products in this process; returns the one selected.
 
-    wanted: what an earlier process used, taken where this machine has it. By default oneDNN on AMD processors, for which MKL
-    has only its AVX2 kernels. The choice depends on the processor and not on a timing, so that a run that goes on makes the
-    same choice. CUDA is not affected.
+    wanted: what an earlier process used, taken where this machine has it. By default oneDNN on AMD processors, for
+    which MKL has only its AVX2 kernels. The choice depends on the processor, never on a timing, so that a run that goes
+    on makes the same choice. CUDA is not affected.
     """
     exact = _onednn_is_exact()
     chosen: Products = (wanted or ("oneDNN" if _is_amd() else "default")) if exact else "default"
@@ -95,8 +87,7 @@ def _switch() -> Any:
 def _onednn_is_exact() -> bool:
     """Whether oneDNN can be selected and multiplies in float32.
 
-    torch uses oneDNN only if it may round to bfloat16. oneDNN does so where the processor has units for it, which one product
-    shows.
+    torch uses oneDNN only if it may round to bfloat16, which it does where the processor has units for that.
     """
     switch = _switch()
     if not hasattr(switch, "fp32_precision") or torch.backends.cpu.get_cpu_capability() != "AVX512":
@@ -125,9 +116,9 @@ TWISTER_WORDS = 624  # of the state of the CPU's generator, which torch keeps in
 class Randomness:
     """Named streams of random numbers, one per member (or per episode of one member, when acting).
 
-    A draw depends on seed, purpose, name, shape and step alone. So member k of many draws what seed k alone draws, a resumed
-    run draws what an uninterrupted one draws, and adding a draw changes no other. Values are generated for a block of steps
-    at once, so that no training step loops over the members.
+    A draw depends on seed, purpose, name, shape and step alone. So member k of many draws what seed k alone draws, a
+    resumed run draws what an uninterrupted one draws, and adding a draw changes no other. Values are generated for a
+    block of steps at once, so that no training step loops over the members.
 
     A name can be drawn once per step and shape: a second draw would give the same numbers, so it raises RuntimeError.
     """
@@ -207,7 +198,7 @@ class Batch:
         return actions.nan_to_num(), ~actions.isnan().any(-1)
 
     def returns(self, discount: float) -> tuple[Tensor, Tensor, Batch]:
-        """Discounted rewards from here to the end of the episode, (S, B), how many, (S, B), and the last transitions."""
+        """Discounted rewards up to the end of the episode and their number, (S, B) each, and its last transition."""
         _, ends = self.source.episodes(self.rows)
         return self.source.returns(discount)[self.rows], ends - self.rows, self.source.take(ends - 1)
 
@@ -285,7 +276,7 @@ class _Mish(torch.autograd.Function):
 
 
 def _mish_parts(x: Tensor) -> tuple[Tensor, Tensor]:
-    """p and v of x tanh(softplus(x)) = x v / (1 - v), with p = sigmoid(x), v = p - p^2 / 2: one function instead of three.
+    """p = sigmoid(x) and v = p - p^2 / 2, with which mish(x) = x v / (1 - v): one function instead of three.
 
     No digits cancel where x is negative, and nothing overflows where it is large.
     """
@@ -307,8 +298,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "mish"
 class Linear(nn.Module):
     """S independent affine maps, (S, B, inputs) -> (S, B, outputs), as one batched product.
 
-    Initial weights and biases are uniform in +-1/sqrt(fan_in). With `copies` networks per member, the first axis has those of
-    member 0, then those of member 1, and so on (twin critics: rows 2 s and 2 s + 1 belong to member s).
+    Initial weights and biases are uniform in +-1/sqrt(fan_in). With `copies` networks per member, those of a member are
+    neighbours on the first axis (twin critics: rows 2 s and 2 s + 1 belong to member s).
     """
 
     def __init__(
@@ -354,8 +345,8 @@ class Stack(nn.Module):
     def pack(self, vector: Tensor | None = None) -> None:
         """Move the parameters into one tensor, whose rows are padded to a multiple of the longest SIMD word.
 
-        An optimizer then rounds a row the same way whatever the number of rows. vector: a tensor whose values the parameters
-        take, instead of a new one with the parameters' values.
+        An optimizer then rounds a row the same way whatever the number of rows. vector: the tensor to move into, whose
+        values the parameters take.
         """
         parameters = list(self.parameters())
         sizes = [parameter[0].numel() for parameter in parameters]
@@ -391,8 +382,8 @@ class Stack(nn.Module):
 class ValueNetwork(Stack):
     """Multilayer perceptron to one value: (S copies, B, inputs) -> (S copies, B).
 
-    layer_norm: normalize before each activation, so that values of unseen inputs stay near those of seen ones (RLPD, arXiv
-    2302.02948); "tanh": before the first activation only, which then is a tanh (as in the code of arXiv 2506.03154).
+    layer_norm: normalize before each activation, so that values of unseen inputs stay near those of seen ones (RLPD,
+    arXiv 2302.02948); "tanh": before the first activation only, which then is a tanh (arXiv 2506.03154's code).
     """
 
     def __init__(
@@ -487,8 +478,8 @@ NETWORKS: dict[str, type[Perceptron | ResidualNetwork]] = {"mlp": Perceptron, "r
 class Denoiser(Stack):
     """Predicts the noise in a noisy action: (S, B, A) -> (S, B, A), given the observation and the diffusion step.
 
-    The first layer acts on [action, step, observation, label]. It is kept as a sum of maps, one per part, so that the part of
-    the observation is computed once for a whole chain, and the part of the step once for all rows. labels: add an embedding of
+    The first layer acts on [action, step, observation, label]. It is kept as a sum of maps, so that the observation's
+    part is computed once for a whole chain, and the step's part once for all rows. labels: add an embedding of
     {0: dropped, 1: worse, 2: better}.
     """
 
@@ -515,7 +506,7 @@ class Denoiser(Stack):
         self.pack()
 
     def condition(self, observations: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The first layer's part of normalized observations (S, B, O) and labels (S, B), by default dropped: (S, B, H)."""
+        """The first layer's part of normalized observations (S, B, O) and labels (S, B), if any: (S, B, H)."""
         parts = self.observation(observations)
         if self.label is not None:
             if labels is None:
@@ -556,10 +547,9 @@ Denoise = Callable[[Tensor, int], Tensor]  # (noisy actions (S, B, A), diffusion
 def make_schedule(name: str, steps: int, beta_min: float = 0.1, beta_max: float = 10.0) -> Tensor:
     """beta_1 .. beta_T, (T,), float64.
 
-    "vp": the variance-preserving schedule of Diffusion-QL (arXiv 2208.06193, eq. after 3; arXiv 2112.07804). "cosine":
-    improved DDPM (arXiv 2102.09672, eq. 17). "cosine-levels": T levels of that curve from its begin to its end, as in
-    CleanDiffuser (arXiv 2406.09509). "linear": DDPM's betas (arXiv 2006.11239), scaled for T steps. "linear-unscaled": those
-    betas as they are.
+    "vp": variance-preserving, of Diffusion-QL (arXiv 2208.06193, eq. after 3; 2112.07804). "cosine": improved DDPM
+    (arXiv 2102.09672, eq. 17). "cosine-levels": T levels of that curve, its begin and end included, as in CleanDiffuser
+    (arXiv 2406.09509). "linear": DDPM's betas (arXiv 2006.11239), scaled for T steps. "linear-unscaled": not scaled.
     """
     t = torch.arange(1, steps + 1, dtype=torch.float64)
     if name == "vp":
@@ -612,7 +602,7 @@ class Diffusion:
         return ((noisy - deviation * noise) / signal).clamp(-1.0, 1.0)
 
     def reverse(self, denoise: Denoise, noises: Tensor, steps: int | None = None) -> Tensor:
-        """Ancestral sampling, Algorithm 2, in all steps: noises (S, T, B, A), the initial one first, to actions (S, B, A)."""
+        """Ancestral sampling, Algorithm 2, always in all steps: noises (S, T, B, A) to clean actions (S, B, A)."""
         x = noises[:, 0]
         for i, t in enumerate(range(self.steps - 1, 0, -1), start=1):
             clean = self.clean(x, denoise(x, t), t)
@@ -622,7 +612,7 @@ class Diffusion:
     def solve(self, denoise: Denoise, noises: Tensor, steps: int) -> Tensor:
         """DPM-Solver++ 2M (arXiv 2211.01095, Algorithm 2) in at most `steps` network calls: noises (S, 1, B, A).
 
-        The calls are spaced evenly over the diffusion steps, or from EVEN_RATIOS steps on over their log signal-to-noise ratio.
+        Spaced evenly over the diffusion steps, or from EVEN_RATIOS steps on over the log signal-to-noise ratio.
         """
         log_snr = [math.log(signal / noise) for signal, noise in zip(self.signal, self.noise, strict=True)]
         grid = [round((self.steps - 1) * (1 - i / max(1, steps - 1))) for i in range(steps)]
@@ -646,7 +636,7 @@ EVEN_RATIOS = 200  # diffusion steps
 class Sampler:
     """A line of the registry: how a denoiser turns noise into actions.
 
-    ancestral: each step draws noise, else the first only. reads: fields of [policy] that it reads beside those that all read.
+    ancestral: each step draws noise, else the first only. reads: as in `PolicyAlgorithm`.
     """
 
     run: Callable[[Diffusion, Denoise, Tensor, int], Tensor]
@@ -662,15 +652,17 @@ SAMPLERS = {
 # --- losses -------------------------------------------------------------------------------------------------------
 
 Loss = tuple[Tensor, dict[str, Tensor]]  # the loss of each member, (S,), and metrics of the same shape
-Function = TypeVar("Function")
 
 
 @dataclass(frozen=True)
-class Rule(Generic[Function]):
-    """A line of a registry: a function, and the fields of its table that it reads, beside those that all read."""
+class Rule:
+    """A line of a registry: a function, and the fields of its table that are its last arguments."""
 
-    apply: Function
+    apply: Callable[..., Any]
     reads: tuple[str, ...] = ()
+
+    def __call__(self, section: TrainingSection, *tensors: Tensor) -> Any:
+        return self.apply(*tensors, *(getattr(section, name) for name in self.reads))
 
 
 def expectile_loss(target_q: Tensor, v: Tensor, expectile: float) -> Loss:
@@ -707,20 +699,17 @@ def _value_loss(loss: Tensor, v: Tensor) -> Loss:
     return loss, {"v_loss": loss.detach(), "v": v.detach().mean(-1)}
 
 
-VALUE_LOSSES: dict[str, Rule[Callable[[Tensor, Tensor, GuidanceSection], Loss]]] = {
-    "expectile": Rule(lambda target_q, v, section: expectile_loss(target_q, v, section.expectile), ("expectile",)),
-    "quantile": Rule(lambda target_q, v, section: quantile_loss(target_q, v, section.expectile), ("expectile",)),
-    "gumbel": Rule(
-        lambda target_q, v, section: gumbel_loss(target_q, v, section.gumbel_temperature), ("gumbel_temperature",)
-    ),
+VALUE_LOSSES = {
+    "expectile": Rule(expectile_loss, ("expectile",)),
+    "quantile": Rule(quantile_loss, ("expectile",)),
+    "gumbel": Rule(gumbel_loss, ("gumbel_temperature",)),
 }
 
 
 def td_loss(q: Tensor, rewards: Tensor, terminals: Tensor, next_v: Tensor, discount: float | Tensor) -> Loss:
     """Squared error of both critics to rewards + discount (1 - terminals) next_v.
 
-    q: (S, 2, B); rewards, terminals, next_v: (S, B), in scaled-reward units; discount: a number, or (S, B). A time limit is
-    not a terminal.
+    q: (S, 2, B); the others (S, B), in scaled-reward units; discount may be one number. A time limit is no terminal.
     Source: implicit Q-learning, arXiv 2110.06169, eq. 6; Diffusion-QL, arXiv 2208.06193, eq. 4.
     """
     target = (rewards + discount * (1.0 - terminals) * next_v).detach()
@@ -749,21 +738,18 @@ def improvement_loss(q: Tensor) -> Loss:
     return loss, {"policy_q": q.detach().mean(-1)}
 
 
-# the weight of each transition in the noise error, (S, B), by its advantage, (S, B)
+# weight of each transition in the noise error, (S, B), by its advantage
 # Source: IDQL, arXiv 2304.10573, table 1; "exponential": implicit Q-learning, arXiv 2110.06169, eq. 7
-ADVANTAGE_WEIGHTS: dict[str, Rule[Callable[[Tensor, PolicySection], Tensor]]] = {
-    "none": Rule(lambda advantage, section: torch.ones_like(advantage)),
+ADVANTAGE_WEIGHTS = {
+    "none": Rule(torch.ones_like),
     "expectile": Rule(
-        lambda advantage, section: torch.where(
-            advantage < 0, 1.0 - section.advantage_expectile, section.advantage_expectile
-        ),
-        ("advantage_expectile",),
+        lambda advantage, expectile: torch.where(advantage < 0, 1.0 - expectile, expectile), ("advantage_expectile",)
     ),
     "exponential": Rule(
-        lambda advantage, section: (section.advantage_inverse_temperature * advantage).exp().clamp(max=100.0),
+        lambda advantage, inverse_temperature: (inverse_temperature * advantage).exp().clamp(max=100.0),
         ("advantage_inverse_temperature",),
     ),
-    "hard": Rule(lambda advantage, section: (advantage >= 0).float()),
+    "hard": Rule(lambda advantage: (advantage >= 0).float()),
 }
 
 
@@ -781,12 +767,7 @@ class Policy(nn.Module):
     """A diffusion model over actions, given the observation; the moving average of its weights acts."""
 
     def __init__(
-        self,
-        random: Randomness,
-        normalizer: Normalizer,
-        section: PolicySection,
-        observation_dim: int,
-        action_dim: int,
+        self, random: Randomness, normalizer: Normalizer, section: PolicySection, observation_dim: int, action_dim: int
     ) -> None:
         super().__init__()
         self.section, self.normalizer, self.algorithm = section, normalizer, POLICIES[section.algorithm]
@@ -845,12 +826,12 @@ class Policy(nn.Module):
     ) -> Tensor:
         """Actions of the averaged policy: raw observations (S, B, O) -> (S, B N, A), the N of a state side by side.
 
-        noises: as from `noises`, for B N rows. w: weight of classifier-free guidance (0: unconditional; arXiv 2207.12598), for
-        policies with labels. guidance_weight: if positive, the predicted noise is shifted by the gradient of Q at the one-step
-        estimate of the clean action. With jacobian, by -guidance_weight * sqrt(1 - alpha_bar) * dQ/dx, through the denoiser:
-        this draws from the policy's density times exp(guidance_weight * Q), exactly so where the one is Gaussian and the other
-        linear (arXiv 2105.05233, Algorithm 2). Without, by -guidance_weight * sqrt(alpha_bar) * dQ/da (Q-guided flow, arXiv
-        2606.11087), which moves the clean action by guidance_weight * sqrt(1 - alpha_bar) * dQ/da.
+        noises: as from `noises`, for B N rows. w: weight of classifier-free guidance (0: unconditional; arXiv
+        2207.12598), for policies with labels. guidance_weight: if positive, the predicted noise is shifted by the
+        gradient of Q at the one-step estimate of the clean action. With jacobian, by -guidance_weight sqrt(1 -
+        alpha_bar) dQ/dx, through the denoiser: this draws from the policy's density times exp(guidance_weight Q),
+        exactly if the one is Gaussian and the other linear (arXiv 2105.05233, Algorithm 2). Without, by
+        -guidance_weight sqrt(alpha_bar) dQ/da (Q-guided flow, arXiv 2606.11087).
         """
         network = self.average
         normalized = self.normalizer(observations)
@@ -916,12 +897,12 @@ def cloning_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: R
         return noise_loss(step.predicted, step.noise)
     with torch.no_grad():
         advantage = guidance.advantage(batch.observations, batch.actions)
-    weights = ADVANTAGE_WEIGHTS[policy.section.advantage_weight].apply(advantage, policy.section)
+    weights = ADVANTAGE_WEIGHTS[policy.section.advantage_weight](policy.section, advantage)
     return noise_loss(step.predicted, step.noise, weights)
 
 
 def chain_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Randomness) -> Loss:
-    """Noise error minus eta times the scaled Q of actions from the whole chain (Diffusion-QL, arXiv 2208.06193, eq. 3)."""
+    """Noise error minus eta times scaled Q of actions from the whole chain (Diffusion-QL, arXiv 2208.06193, eq. 3)."""
     step = policy.predict(batch, random)
     cloning = noise_loss(step.predicted, step.noise)
     if guidance is None:
@@ -936,7 +917,7 @@ def chain_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Ran
 
 
 def one_step_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Randomness) -> Loss:
-    """Noise error minus eta times the scaled Q of the one-step estimate of the clean action (EDP, arXiv 2305.20081, eq. 9)."""
+    """Noise error minus eta times scaled Q of the one-step clean estimate (EDP, arXiv 2305.20081, eq. 9)."""
     step = policy.predict(batch, random)
     cloning = noise_loss(step.predicted, step.noise)
     if guidance is None:
@@ -983,8 +964,8 @@ def weighed_by_eta(section: PolicySection) -> bool:
 class PolicyAlgorithm:
     """A line of the registry: how a policy learns.
 
-    reads: fields of [policy] that it reads, beside those that all read. guided: whether a guidance enters the loss; if not,
-    the loss gets None. network: the denoiser, unless the experiment names one. labels: whether actions have labels.
+    reads: fields of [policy] that it reads, beside those that all read. guided: whether a guidance enters the loss,
+    which gets None if not. network: the denoiser, unless the experiment names one. labels: whether actions have labels.
     """
 
     loss: Callable[[Policy, Batch, Judge | None, Randomness], Loss]
@@ -1014,10 +995,10 @@ Actor = Callable[[Tensor, Randomness], Tensor]  # raw observations (S, B, O) -> 
 
 
 class Guidance(nn.Module):
-    """Values learned from the dataset alone. Policies and acting use q, v and advantage, whatever algorithm trained them.
+    """Values learned from the dataset alone. Policies and acting use q, v and advantage, however they were learned.
 
-    Twin critics and their Polyak targets, (2 S, ...), and V, (S, ...). companion: add the actor that some algorithms need when
-    the guidance learns alone.
+    Twin critics and their Polyak targets, (2 S, ...), and V, (S, ...). companion: with the actor that some algorithms
+    need when the guidance learns alone.
     """
 
     def __init__(
@@ -1062,7 +1043,7 @@ class Guidance(nn.Module):
         return self.twins(self.target_q, observations, actions).amin(1)
 
     def one_q(self, observations: Tensor, actions: Tensor, twin: Tensor, members: Tensor | None = None) -> Tensor:
-        """Values by which a policy learns: of critic `twin` (S,) in {0, 1} of each member, or of `members` (S,): (S, B).
+        """Values by which a policy learns: critic `twin` (S,) in {0, 1} of each member, or of `members` (S,): (S, B).
 
         Of the target critics, or in a joint run of the online ones, without gradient to their weights.
         """
@@ -1186,7 +1167,7 @@ def implicit_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor:
     v = guidance.v(batch.observations)
     q = guidance.twins(guidance.online_q, batch.observations, batch.actions)
     return add(
-        VALUE_LOSSES[guidance.section.value_loss].apply(target_q, v, guidance.section),
+        VALUE_LOSSES[guidance.section.value_loss](guidance.section, target_q, v),
         td_loss(q, batch.rewards, batch.terminals, next_v, guidance.section.discount),
     )
 
@@ -1203,10 +1184,10 @@ def critic_loss(
 
 
 def diffusion_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Actor | None) -> Loss:
-    """The critics of Diffusion-QL (arXiv 2208.06193, eq. 4), bootstrapped by the actor, or without one by the companion.
+    """The critics of Diffusion-QL (arXiv 2208.06193, eq. 4), bootstrapped by the actor, else by the companion.
 
-    Each critic takes the best of `bootstrap_candidates` next actions, and the lower of the two values counts. The companion
-    learns by the loss of the policy algorithm "dql".
+    Each critic takes the best of `bootstrap_candidates` next actions, and the lower of the two values counts. The
+    companion learns by the loss of the policy algorithm "dql".
     """
     companion = guidance.actor if actor is None else None
     if companion is not None:
@@ -1249,8 +1230,8 @@ def monte_carlo_loss(guidance: Guidance, batch: Batch, random: Randomness, actor
 class GuidanceAlgorithm:
     """A line of the registry: how a guidance learns.
 
-    reads: fields of [guidance] that it reads, beside those that all read. has_actor: whether it needs an actor: the policy of
-    a joint run, or else a companion, which reads the fields in COMPANION.
+    reads: fields of [guidance] that it reads, beside those that all read. has_actor: whether it needs an actor: the
+    policy of a joint run, or else a companion, which reads the fields in COMPANION.
     """
 
     loss: Callable[[Guidance, Batch, Randomness, Actor | None], Loss]
@@ -1273,11 +1254,14 @@ GUIDANCES = {
 WINDOW = ("guidance_from", "guidance_until")
 PACE = ("steps", "batch_size", "snapshots", "save_every")  # in a joint run those of [policy] count
 
+SCHEMES = {"guidance-first": SimpleNamespace(reads=("ensemble", *WINDOW)), "joint": SimpleNamespace(reads=WINDOW)}
+SCHEMES["unguided"] = SimpleNamespace(reads=())
+
 # for each table, its fields that choose a line of a registry; lines name the fields that they read, also later choices
 CHOICES: dict[Kind, dict[str, Mapping[str, Any]]] = {
     "guidance": {"algorithm": GUIDANCES, "value_loss": VALUE_LOSSES},
     "policy": {
-        "scheme": {"guidance-first": Rule("", ("ensemble", *WINDOW)), "joint": Rule("", WINDOW), "unguided": Rule("")},
+        "scheme": SCHEMES,
         "algorithm": POLICIES,
         "network": NETWORKS,
         "sampler": SAMPLERS,
@@ -1310,8 +1294,8 @@ def check_algorithms(run: Experiment) -> Experiment:
 
     line("[guidance] algorithm", run.guidance.algorithm, GUIDANCES)
     section = run.policy
-    network = section.network or line("[policy] algorithm", section.algorithm, POLICIES).network
-    line("[policy] algorithm", section.algorithm, POLICIES)
+    algorithm = line("[policy] algorithm", section.algorithm, POLICIES)
+    network = section.network or algorithm.network
     if line("[policy] network", network, NETWORKS).equal_widths and len(set(section.hidden)) > 1:
         raise MdptError(f"[policy] hidden = {section.hidden}: all blocks of network {network!r} have the same width")
     return run.model_copy(update={"policy": section.model_copy(update={"network": network})})
@@ -1397,7 +1381,7 @@ class Part(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _leave_out_unknown(cls, content: Any, info: ValidationInfo) -> Any:
-        if not isinstance(content, dict) or info.context is None:
+        if not isinstance(content, dict) or info.context is None or cls is Entry:
             return content
         table = "" if cls is Bundle else f"{cls.__name__.lower()}."
         info.context.extend(f"{table}{shown(key)[1:-1]}" for key in content.keys() - cls.model_fields.keys())
@@ -1469,24 +1453,19 @@ class Training(Part):
 
 
 class Entry(Part):
-    """An entry of the training history: metrics, one number per member, averaged over the steps since the entry before.
+    """An entry of the training history; step: gradient steps done.
 
-    step: gradient steps done. On disk the metrics lie beside `step`.
+    Its other fields are `metrics`: one number per member, averaged over the steps since the entry before.
     """
 
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, list[float]]
     step: Count
-    metrics: dict[str, list[float]]
 
-    @model_validator(mode="before")
-    @classmethod
-    def _gather(cls, content: Any) -> Any:
-        if not isinstance(content, dict) or isinstance(content.get("metrics"), dict):
-            return content
-        return {"step": content.get("step"), "metrics": {key: content[key] for key in content if key != "step"}}
-
-    @model_serializer
-    def _spread(self) -> dict[str, Any]:
-        return {"step": self.step, **self.metrics}
+    @property
+    def metrics(self) -> dict[str, list[float]]:
+        """The metrics by name, "loss" among them."""
+        return self.__pydantic_extra__
 
 
 class Quality(Part):
@@ -1509,8 +1488,8 @@ class Quality(Part):
 class Bundle(Part):
     """A guidance or a policy: all members' weights, and all that is needed to use them or to go on training them.
 
-    guidances: of a policy, those that it learns under. snapshots: weights that act, by gradient step. training: None once
-    it is complete, and in a guidance inside a policy. digest: SHA-256 of the file that it was read from, not stored.
+    guidances: of a policy, those that it learns under. snapshots: weights that act, by gradient step. training: only
+    while it is not complete. digest: SHA-256 of the file that it was read from, not stored.
     """
 
     format: str = BUNDLE_FORMAT
@@ -1559,7 +1538,7 @@ def new_bundle(kind: Kind, experiment: Experiment, dataset: Dataset, account: Ac
         experiment=experiment.model_copy(update={"data": dataset.section}),
         seeds=list(experiment.seeds),
         environment=dataset.environment,
-        reference=None if reference is None else reference_returns(reference),
+        reference=None if reference is None else data.reference_returns(reference),
         dataset=Data(
             **asdict(dataset.identity),
             training_transitions=len(dataset),
@@ -1569,7 +1548,7 @@ def new_bundle(kind: Kind, experiment: Experiment, dataset: Dataset, account: Ac
         ),
         normalizer={"mean": torch.from_numpy(dataset.mean), "deviation": torch.from_numpy(dataset.deviation)},
         reward_scale=dataset.reward_scale,
-        versions=Versions(mdpt=version(), torch=str(torch.__version__), python=platform.python_version()),
+        versions=Versions(mdpt=data.version(), torch=str(torch.__version__), python=platform.python_version()),
         step=0,
         complete=False,
         history=[],
@@ -1582,7 +1561,7 @@ def new_bundle(kind: Kind, experiment: Experiment, dataset: Dataset, account: Ac
 
 def save_bundle(path: Path, bundle: Bundle) -> None:
     """Write a bundle as plain containers and tensors, so that the file is there whole or not at all."""
-    with written_whole(path, "choose another --out") as temporary, temporary.open("wb") as file:
+    with data.written_whole(path, "choose another --out") as temporary, temporary.open("wb") as file:
         torch.save(bundle.model_dump(), file)
 
 
@@ -1659,9 +1638,13 @@ def _at_step(bundle: Bundle, path: Path, step: str) -> Bundle:
     if not step.isdecimal() or int(step) not in bundle.snapshots:
         steps = ", ".join(f"@{each}" for each in bundle.snapshots)
         raise MdptError(f"{path}: no snapshot @{step}; there are {steps or 'none yet'} and @last")
-    guidances = [_at_step(inner, path, step) for inner in bundle.guidances] if bundle.joint else bundle.guidances
-    weights = bundle.weights | bundle.snapshots[int(step)]
-    return bundle.model_copy(update={"step": int(step), "weights": weights, "guidances": guidances})
+    return _at(bundle, int(step))
+
+
+def _at(bundle: Bundle, step: int) -> Bundle:
+    guidances = [_at(inner, step) for inner in bundle.guidances] if bundle.joint else bundle.guidances
+    weights = bundle.weights | bundle.snapshots[step]
+    return bundle.model_copy(update={"step": step, "weights": weights, "guidances": guidances})
 
 
 def read_guidances(path: Path) -> list[Bundle]:
@@ -1872,7 +1855,7 @@ class Inference:
 def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference, dict[str, bool]]:
     """The settings for `act`, from [evaluation], and for each field there whether it has an effect.
 
-    guided: whether there is a guidance; without one nothing can be ranked. step: gradient steps of the policy's weights.
+    guided: whether there is a guidance, without which nothing is ranked. step: gradient steps of the policy's weights.
 
     Raises: MdptError for a w that this policy cannot use, or for the gradient of ranks.
     """
@@ -1880,14 +1863,15 @@ def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference,
     unlabelled = run.policy.label_dropout > 0 or guided_steps(run.policy, step) != range(step)
     if labels and section.w != 1 and not unlabelled:
         raise MdptError(
-            f"evaluation.w = {section.w:g}: this policy learned with label_dropout 0, so it cannot predict noise without a "
-            "label; only 1 is possible"
+            f"evaluation.w = {section.w:g}: this policy learned with label_dropout 0, so it cannot predict noise "
+            "without a label; only 1 is possible"
         )
     ranked, steered = guided and section.guide != "gradient", guided and section.guide != "rank"
     ensemble = (section.ensemble or run.policy.ensemble) if guided else "none"
     if steered and ensemble == "rank":
         raise MdptError(
-            f"evaluation.ensemble = 'rank' has no gradient for guide {section.guide!r}; use another, 'none', or guide 'rank'"
+            f"evaluation.ensemble = 'rank' has no gradient for guide {section.guide!r}; choose another ensemble, 'none' "
+            "or guide 'rank'"
         )
     scaled = (
         section.temperature_on != "steps" or run.policy.sampler != "dpm-solver++"
@@ -1919,7 +1903,7 @@ def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference,
 
 @dataclass(frozen=True)
 class RowsApart:
-    """Judges of consecutive rows: the first judges the first `sizes[0]` rows, the second the next `sizes[1]`, and so on."""
+    """Judges of consecutive rows: the first judges the first `sizes[0]` rows, the second the next `sizes[1]`, ..."""
 
     judges: Sequence[Judge]
     sizes: Sequence[int]
@@ -1973,7 +1957,7 @@ SMALL_PRODUCT = 16**3  # multiplications, up to which torch uses another kernel 
 
 
 def fewest_rows(*parts: nn.Module) -> int:
-    """Smallest batch at which torch uses one kernel for all products, so that a row's result is independent of its size."""
+    """Smallest batch at which torch uses one kernel, so that a row's result is independent of the batch size."""
     sizes = [layer.weight[0].numel() for part in parts for layer in part.modules() if isinstance(layer, Linear)]
     return 1 + SMALL_PRODUCT // min(sizes, default=SMALL_PRODUCT + 1)
 
@@ -1982,8 +1966,8 @@ class Agent:
     """One policy member in numbered episodes that run side by side, perhaps judged by one guidance member each.
 
     judges: for each episode the position of its guidance member, ascending; by default the first judges all, or an
-    ensemble of all members of all guidances does. The random numbers of an episode depend on the policy member's seed, the
-    episode's number, the step and `seed` alone.
+    ensemble of all members of all guidances does. The random numbers of an episode depend on the policy member's seed,
+    the episode's number, the step and `seed` alone.
     """
 
     def __init__(
@@ -2048,7 +2032,7 @@ def play(task: Play, watch: Watch, **film: Any) -> tuple[Array, Array]:
     try:
         choose_products(task.products)
         agent = Agent(task.policy, task.guidances, task.how, seed=task.seed, episodes=task.episodes, judges=task.judges)
-        return rollout(agent, task.policy.environment, task.episodes, seed=task.seed, watch=watch, **film)
+        return data.rollout(agent, task.policy.environment, task.episodes, seed=task.seed, watch=watch, **film)
     finally:
         torch.set_num_threads(threads)
 
@@ -2068,10 +2052,10 @@ class Values:
 
 @dataclass(frozen=True)
 class Offline:
-    """What is known of a policy without playing.
+    """What is known of a policy without playing, on a number of held-out states.
 
-    states: held-out states used. distance: per member, root mean square difference between its actions and the data's, in
-    [-1, 1]. chance: the same between actions of two states of the data. values: by the name of the judge.
+    distance: per member, root mean square difference between its actions and the data's, in [-1, 1]. chance: the same
+    between the data's actions of two states. values: by the name of the judge.
     """
 
     states: int
@@ -2116,16 +2100,12 @@ def judge_offline(
 
 
 def load_agent(
-    path: Path | str,
-    guidance: Path | str | Sequence[Path | str] | None = None,
-    *,
-    member: int = 0,
-    **evaluation: Any,
+    path: Path | str, guidance: Path | str | Sequence[Path | str] | None = None, *, member: int = 0, **evaluation: Any
 ) -> Callable[[Array], Array]:
     """A policy for other programs: observations (O,) or (E, O) -> actions (A,) or (E, A), in the environment's unit.
 
-    guidance: the guidance bundle, or several, to act under, or "none"; by default those inside the policy bundle. member:
-    by position. evaluation: fields of [evaluation], such as candidates, ensemble or seed, in place of the bundle's.
+    guidance: the guidance bundle, or several, to act under, or "none"; by default those inside the policy bundle.
+    member: by position. evaluation: fields of [evaluation], such as candidates or seed, in place of the bundle's.
 
     Raises: MdptError, as `mdpt evaluate` does.
     """
@@ -2135,7 +2115,7 @@ def load_agent(
     if member not in range(count := len(bundle.seeds)):
         raise MdptError(f"{path}: has no member {member}; there are 0 to {count - 1}")
     tables = bundle.experiment.model_dump()
-    run = check_experiment(str(path), tables | {"evaluation": tables["evaluation"] | evaluation})
+    run = data.check_experiment(str(path), tables | {"evaluation": tables["evaluation"] | evaluation})
     how, _ = pick_inference(run, bool(guidances), bundle.step)
     for each in guidances:
         for warning in check_fit(bundle, each):
@@ -2157,7 +2137,7 @@ def load_agent(
             return np.empty((0, spec.action_dim), np.float32)
         if len(rows) not in agents:
             agents[len(rows)] = Agent(one, guidances, how, seed=run.evaluation.seed, episodes=range(len(rows)))
-        actions = unscale_actions(agents[len(rows)](rows, np.arange(len(rows))), spec)
+        actions = data.unscale_actions(agents[len(rows)](rows, np.arange(len(rows))), spec)
         return actions if np.ndim(observations) == 2 else actions[0]
 
     return choose
@@ -2234,9 +2214,9 @@ class Learner:
 class Run:
     """What a training run needs beside experiment and data.
 
-    device: "cpu" or "cuda". begun: the unfinished bundle of the same run, to go on from. extend: the experiment may have
-    more steps than that one's. save: store the bundle. show: report a new entry of the history. interrupted: the number of
-    the signal to end after this step for, or 0. tell: report in one line what a user should know.
+    device: "cpu" or "cuda". begun: the unfinished bundle of the same run, to go on from. extend: the experiment may
+    have more steps than that one's. save: store the bundle. show: report a new entry of the history. interrupted: the
+    number of the signal to end after this step for, or 0. tell: report in one line what a user should know.
     """
 
     device: str = "cpu"
@@ -2333,7 +2313,7 @@ class History:
             name: torch.stack([metrics[name] for _, metrics in self.pending if name in metrics]).mean(0).tolist()
             for name in names
         }
-        self.entries.append(Entry(step=done, metrics={"loss": losses.mean(0).tolist()} | means))
+        self.entries.append(Entry(step=done, loss=losses.mean(0).tolist(), **means))
         self.pending.clear()
         return self.entries[-1]
 
@@ -2398,7 +2378,7 @@ def train_guidance(experiment: Experiment, dataset: Dataset, run: Run) -> Bundle
 
     experiment: as `load_experiment` gives it.
     """
-    bundle = new_bundle("guidance", experiment, dataset, run.account())
+    bundle, discount = new_bundle("guidance", experiment, dataset, run.account()), experiment.guidance.discount
     transitions = Transitions(dataset, run.device)
     cost = Cost(bundle.accounting, transitions.device)
     guidance = build_guidance(bundle, run.device, new=True)
@@ -2407,7 +2387,11 @@ def train_guidance(experiment: Experiment, dataset: Dataset, run: Run) -> Bundle
 
     def save(bundle: Bundle) -> None:
         if bundle.complete:  # a complete bundle always has its quality
-            bundle.quality = snapshot_quality(bundle, dataset.held_out, run.device)
+            bundle.quality = [
+                guidance_quality(build_guidance(_at(bundle, step), run.device), dataset.held_out, discount, step)
+                for step in bundle.snapshots
+                if len(dataset.held_out.rewards)
+            ]
         run.save(bundle)
 
     train(learner, transitions, experiment.guidance, bundle, [(bundle, guidance)], cost, replace(run, save=save))
@@ -2417,13 +2401,13 @@ def train_guidance(experiment: Experiment, dataset: Dataset, run: Run) -> Bundle
 def train_policy(experiment: Experiment, dataset: Dataset, teachers: Sequence[Bundle], run: Run) -> Bundle:
     """Train a policy under frozen guidance, together with its own ("joint"), or unguided.
 
-    experiment: as `load_experiment` gives it. teachers: for "guidance-first", one guidance, or several that `check_ensemble`
-    lets judge together by `[policy] ensemble`. Raises: MdptError where they do not fit the scheme or the data.
+    experiment: as `load_experiment` gives it. teachers: for "guidance-first", one guidance, or several that pass
+    `check_ensemble`. Raises: MdptError where they do not fit the scheme or the data.
     """
     section = experiment.policy
     if bool(teachers) != (section.scheme == "guidance-first"):
         raise MdptError(
-            f"scheme {section.scheme}: got {len(teachers)} teachers; guidance-first needs one or more, other schemes none"
+            f"scheme {section.scheme}: got {len(teachers)} teachers; guidance-first needs one or more, the others none"
         )
     bundle = new_bundle("policy", experiment, dataset, run.account())
     transitions = Transitions(dataset, run.device)
@@ -2509,11 +2493,7 @@ def run_facts(bundle: Bundle) -> dict[str, Any]:
     return (
         facts
         | {f"[data] {key}": getattr(section, key) for key in shapers}
-        | {
-            "seeds": bundle.seeds,
-            "environment": bundle.environment,
-            "data (by content)": bundle.dataset.hash[:8],
-        }
+        | {"seeds": bundle.seeds, "environment": bundle.environment, "data (by content)": bundle.dataset.hash[:8]}
     )
 
 
@@ -2544,20 +2524,6 @@ def check_same_run(ours: Bundle, theirs: Bundle, extend: bool) -> None:
         raise MdptError(f"was begun as another run: {'; '.join(problems)}{hint}; --overwrite begins anew")
 
 
-def snapshot_quality(bundle: Bundle, held_out: HeldOut, device: str) -> list[Quality]:
-    """The quality of a guidance at each of its snapshots, the last of which has its final weights."""
-    return [
-        guidance_quality(
-            build_guidance(bundle.model_copy(update={"weights": weights}), device),
-            held_out,
-            bundle.experiment.guidance.discount,
-            step,
-        )
-        for step, weights in bundle.snapshots.items()
-        if len(held_out.rewards)
-    ]
-
-
 OTHER_ACTIONS = 4  # that an action is compared with
 QUALITY_ROWS = 8192  # judged at a time
 
@@ -2566,25 +2532,24 @@ QUALITY_ROWS = 8192  # judged at a time
 def guidance_quality(guidance: Guidance, held_out: HeldOut, discount: float, step: int) -> Quality:
     """Compare a guidance with the returns of held-out episodes.
 
-    correlation: Pearson's, between V and discounted Monte-Carlo returns. advantage_correlation: between return - V and the
-    amount by which Q of the row's action exceeds the mean Q of OTHER_ACTIONS actions of other rows, which measures actions
-    alone. (Q - V would not: an error of V is in return - V, too, and correlates where actions do not matter.) Rows count
-    whose return is known: the episode ended, or what a time limit cut off weighs at most 5 %. Where there is none, all rows
-    count, and V at the time limit stands for what came after it (bootstrapped). V is an upper expectile, so it lies above
-    the returns once it has moved away from its initial values. q_spread: standard deviation of Q over members, averaged over
-    rows, and over rows, averaged over members.
+    Rows count whose return is known: the episode ended, or what a time limit cut off weighs at most 5 %. Where there is
+    none, all rows count, and V at the time limit stands for what came after it (bootstrapped). correlation: Pearson's,
+    of V and discounted returns. advantage_correlation: of return - V and the amount by which Q of the row's action
+    exceeds the mean Q of OTHER_ACTIONS actions of other rows. (Not of Q - V: an error of V is in return - V, too, and
+    would correlate where actions do not matter.) V is an upper expectile, so it lies above the returns once it has left
+    its initial values. q_spread: standard deviation of Q, over members, and over rows, averaged over the other.
     """
     v, q, theirs = _held_out_values(guidance, held_out)
     gains = q - theirs
     rewards, terminals, timeouts = held_out.rewards, held_out.terminals, held_out.timeouts
-    shared, counts = discounted_returns(rewards, terminals, timeouts, discount)
+    shared, counts = data.discounted_returns(rewards, terminals, timeouts, discount)
     returns = np.broadcast_to(shared, v.shape)
     if bootstrapped := not counts.any():
-        _, stops = episode_bounds(terminals, timeouts)
+        _, stops = data.episode_bounds(terminals, timeouts)
         cut = np.zeros(len(rewards), dtype=np.bool_)
         cut[stops - 1] = ~terminals[stops - 1]
         counts, columns = ~cut, np.where(cut, v, rewards)  # (S, rows): a last V is a last reward
-        returns = np.stack([discounted_returns(column, terminals, timeouts, discount)[0] for column in columns])
+        returns = np.stack([data.discounted_returns(column, terminals, timeouts, discount)[0] for column in columns])
     v, gains, returns = v[:, counts], gains[:, counts], returns[:, counts]
 
     def correlate(first: Array, second: Array) -> list[float | None]:

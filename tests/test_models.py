@@ -255,7 +255,7 @@ def test_advantage_weights_by_hand() -> None:
     }
     assert expected.keys() == models.ADVANTAGE_WEIGHTS.keys()
     for name, weights in expected.items():
-        near(models.ADVANTAGE_WEIGHTS[name].apply(advantage, section), [weights], 1e-5)
+        near(models.ADVANTAGE_WEIGHTS[name](section, advantage), [weights], 1e-5)
 
 
 def test_add_weighs_the_second_and_keeps_every_metric() -> None:
@@ -1953,7 +1953,7 @@ def test_select_members_keeps_and_repeats_whole_members() -> None:
     teacher.target_q.vector.mul_(1.5)  # so that targets and online critics differ
     bundle = but(
         guidance_bundle(teacher, (5, 6, 7)),
-        history=[models.Entry(step=1, metrics={})],
+        history=[models.Entry(step=1)],
         snapshots={1: {}},
         training=models.Training(optimizers=[], pending=[]),
     )
