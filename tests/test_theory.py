@@ -134,12 +134,13 @@ def test_a_frozen_guidance_is_followed_at_once() -> None:
         within(means[step], best_mean(), 0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["dql", "edp"])
 def test_a_network_finds_the_best_mean_too(algorithm: str) -> None:
-    """One that begins with random weights, in 600 steps."""
+    """One that begins with random weights, in 400 steps."""
     settings = {"algorithm": algorithm, "eta": ETA, "diffusion_steps": 1, "ema_decay": 0.98}
-    policy = make_policy(SEEDS, steps=600, snapshots=1, learning_rate=5e-3, batch_size=1024, **settings)
-    within(learn(policy, SCHEDULES["frozen"])[600], best_mean(), 0.03)
+    policy = make_policy(SEEDS, steps=400, snapshots=1, learning_rate=5e-3, batch_size=1024, **settings)
+    within(learn(policy, SCHEDULES["frozen"])[400], best_mean(), 0.03)
 
 
 @pytest.mark.parametrize("steps", [1, 5])
@@ -153,8 +154,8 @@ def test_dac_finds_its_best_noise_at_every_diffusion_step(steps: int) -> None:
     if steps == 1:
         (signal,), (noise,) = best.diffusion.signal, best.diffusion.noise
         assert abs(expected - eta * SLOPE * noise**2 / signal) < 1e-4
-    policy = cloned(600, algorithm="dac", eta=eta, diffusion_steps=steps, learning_rate=5e-3, batch_size=1024)
-    within(learn(policy, SCHEDULES["frozen"])[600], expected, 0.03)
+    policy = cloned(400, algorithm="dac", eta=eta, diffusion_steps=steps, learning_rate=5e-3, batch_size=1024)
+    within(learn(policy, SCHEDULES["frozen"])[400], expected, 0.03)
 
 
 def test_a_guidance_that_still_learns_is_followed_late() -> None:
@@ -225,6 +226,7 @@ def first_critics() -> Guidance:
     return fitted(range(3), behaviour(0, 0.0))
 
 
+@pytest.mark.slow
 def test_critics_of_one_behaviour_rank_alike_and_of_another_do_not() -> None:
     """Other seeds on the same data, other seeds on fresh data of that behaviour, and another behaviour's data."""
     (same, gain), (fresh, gain_of_fresh), (other, gain_of_other) = judged(0, 0.0), judged(1, 0.0), judged(1, 0.8)
