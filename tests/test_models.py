@@ -62,7 +62,6 @@ from mdpt.models import (
     Normalizer,
     Policy,
     Randomness,
-    ResidualBlock,
     Run,
     Transitions,
     ValueNetwork,
@@ -389,23 +388,6 @@ def test_dql_and_edp_losses_are_cloning_plus_eta_times_value() -> None:
         near(policy.loss(batch, None, random)[0], cloning.detach(), 1e-6)
 
 
-def test_edp_and_dql_send_gradient_through_the_actions() -> None:
-    """With only the value term, a step of descent raises the known Q of the policy's own actions."""
-    rising = KnownQ(lambda observations, actions: 5.0 + actions[..., 0])
-    batch = noisy_data(o=1, a=1).sample(Again((0,), "x"), 64)
-    for algorithm in ("dql", "edp"):
-        policy = make_policy((0,), algorithm=algorithm, eta=1.0)
-        random = Again((0,), "train")
-        parameters = list(policy.denoiser.parameters())
-
-        full, before = policy.loss(batch, rising, random)  # type: ignore[arg-type]
-        value = full - policy.loss(batch, None, random)[0]
-        for parameter, gradient in zip(parameters, torch.autograd.grad(value.sum(), parameters), strict=True):
-            parameter.data -= 0.5 * gradient
-        after = policy.loss(batch, rising, random)[1]  # type: ignore[arg-type]
-        assert after["policy_q"] > before["policy_q"] + 1e-3
-
-
 def test_dac_loss_by_hand() -> None:
     """The target noise is lower where a higher action is better, here by differences of the critic in float64."""
     guidance, batch = make_guidance(SEEDS, 3, 2), noisy_data().sample(Again(SEEDS, "x"), 16)
@@ -450,36 +432,6 @@ class Lines(models.Stack):
 
     def forward(self, actions: Tensor, time: Tensor, condition: Tensor, random: Randomness | None = None) -> Tensor:
         return time[..., :1] * actions + time[..., 1:]
-
-
-def test_dac_shifts_the_noise_of_gaussian_data_by_the_slope_of_a_linear_q() -> None:
-    """The best predictor at each step is then noise / (signal^2 s^2 + noise^2) x - eta noise k, a line."""
-    n, deviation, k, eta = 200_000, 0.5, 0.7, 2.0
-    actions = deviation * torch.randn(n, generator=torch.Generator().manual_seed(0))
-    batch = one_state(actions, torch.zeros(n)).take(torch.arange(n)[None])
-    known: Any = KnownQ(lambda observations, actions: k * actions[..., 0])
-
-    def best_lines(algorithm: str, eta: float) -> Tensor:
-        policy: Any = make_policy((0,), algorithm=algorithm, eta=eta)
-        lines = policy.denoiser = Lines(torch.zeros(1, 5, 2))
-        optimizer = torch.optim.LBFGS(lines.parameters(), max_iter=100, line_search_fn="strong_wolfe")
-
-        def loss() -> Any:
-            optimizer.zero_grad()
-            value = policy.loss(batch, known, Again((0,), "train"))[0].sum()
-            value.backward()
-            return value
-
-        optimizer.step(loss)
-        return lines.pairs[0].detach().double()
-
-    alpha_bar = torch.cumprod(1 - make_schedule("vp", 5), 0)
-    noise, zero = (1 - alpha_bar).sqrt(), torch.zeros(5)
-    slope = noise / (alpha_bar * deviation**2 + noise**2)
-    steered, unsteered, cloned = best_lines("dac", eta), best_lines("dac", 0.0), best_lines("bc", 0.0)
-    near(steered, torch.stack([slope, -eta * noise * k], dim=1), 0.01)
-    near(steered - unsteered, torch.stack([zero, -eta * noise * k], dim=1), 1e-3)  # the sample's error is in both
-    assert torch.equal(unsteered, cloned)
 
 
 def test_weighted_cloning_and_labels_reach_the_loss() -> None:
@@ -808,22 +760,6 @@ def test_parameters_are_views_of_one_vector() -> None:
         assert network.vector[0, 0] == 1
 
 
-def test_follow_moves_the_target_a_little_towards_online() -> None:
-    for online in every_network():
-        target = online.frozen_copy()
-        assert not any(p.requires_grad for p in target.parameters()) and all(
-            p.requires_grad for p in online.parameters()
-        )
-        assert target.vector.data_ptr() != online.vector.data_ptr()
-        with torch.no_grad():
-            target.vector.fill_(1.0)
-            online.vector.fill_(2.0)
-        target.follow(online, 0.005)
-        for parameter in target.parameters():
-            near(parameter, torch.full(parameter.shape, 1.005), 1e-7)
-        assert (online.vector == 2.0).all()
-
-
 def test_guidance_and_policy_follow_at_their_rates() -> None:
     guidance = make_guidance(tau=0.25)
     policy = make_policy(ema_decay=0.9)
@@ -900,20 +836,6 @@ def test_onednn_multiplies_only_where_it_may(monkeypatch: pytest.MonkeyPatch) ->
         models._is_amd.cache_clear()
         assert [models.choose_products(wanted) for wanted in (None, "oneDNN")] == ["default"] * 2
         assert switch.fp32_precision == "none"
-
-
-def test_normalizer_by_hand() -> None:
-    normalize = Normalizer(torch.tensor([1.0, -2.0]), torch.tensor([2.0, 0.5]))
-    near(normalize(torch.tensor([[[3.0, -1.0]]])), [[[1.0, 2.0]]])
-    assert not normalize.state_dict() and not list(normalize.parameters())
-
-
-def test_residual_block_adds_to_its_input() -> None:
-    block = ResidualBlock(Randomness([0], "init"), "b", 4, "relu", 0.0)
-    for parameter in block.narrow.parameters():
-        parameter.data.zero_()
-    x = torch.randn(1, 3, 4)
-    assert torch.equal(block(x, None), x)
 
 
 # ------------------------------------------------------------------------------------------------- diffusion
@@ -1300,23 +1222,6 @@ def test_no_guidance_weight_changes_nothing_to_the_bit(candidates: int, trained_
     assert torch.equal(plain, steered) and not torch.equal(plain, moved)
 
 
-@pytest.mark.slow
-def test_best_of_n_is_the_argmax_and_raises_the_reward(trained_bc: Policy, trained_idql: Guidance) -> None:
-    observations = torch.zeros(2, 50, 1)
-    candidates = offers(trained_bc, observations, 5)  # (S, 50 * 5, 1)
-    chosen = choose(trained_bc, trained_idql, observations, candidates=5)
-    assert chosen.shape == (2, 50, 1)
-    with torch.no_grad():
-        q = trained_idql.q(torch.zeros(2, 250, 1), candidates)
-    for s in range(2):
-        for e in range(50):
-            best = max(range(5 * e, 5 * e + 5), key=lambda row: float(q[s, row]))
-            assert chosen[s, e, 0] == candidates[s, best, 0]
-    means = [reward(actions_of(trained_bc, trained_idql, 1500, candidates=n)).mean(1) for n in (1, 3, 10)]
-    never_falls(means)
-    assert (means[-1] > 0.9).all()  # at least one of ten from the better mode: 97 %
-
-
 def test_candidates_are_ranked_in_their_own_state() -> None:
     """Each state prefers another action, so mixing up states or candidates would show."""
     policy = make_policy((0, 1, 2), 3, 2)
@@ -1412,17 +1317,6 @@ def test_a_policy_beside_its_guidance_learns_from_the_online_critics_and_teaches
     assert not any(name.startswith("learning") for name in guidance.state_dict())
 
 
-def test_dql_finds_the_known_optimum() -> None:
-    """Actions uniform in [-1, 1] and a known Q with its top at 0.2: the policy gathers there."""
-    g = torch.Generator().manual_seed(0)
-    data = one_state(torch.rand(5000, generator=g) * 2 - 1, torch.zeros(5000))
-    known = KnownQ(lambda observations, actions: 0.3 - (actions[..., 0] - 0.2) ** 2)
-    policy = trained(data, known, algorithm="dql", steps=400, batch_size=128, eta=5.0)
-    actions = actions_of(policy)
-    assert ((actions.mean(1) - 0.2).abs() < 0.05).all(), actions.mean(1)
-    assert ((actions - 0.2).square().mean(1).sqrt() < 0.2).all(), actions.std(1)  # of the data: 0.61
-
-
 # ------------------------------------------------------------------------------------------------ invariants
 
 
@@ -1481,14 +1375,6 @@ def test_frozen_guidance_is_bit_identical_after_policy_training(algorithm: str, 
     assert not any(p.requires_grad or p.grad is not None for p in guidance.parameters())
     changed = [not torch.equal(own[name], value) for name, value in weights_of(policy).items()]
     assert all(changed)
-
-
-def test_acting_changes_nothing() -> None:
-    guidance, policy = frozen_guidance(SEEDS), make_policy(SEEDS, 3, 2, algorithm="idql")
-    before = weights_of(policy)
-    chosen = [choose(policy, guidance, torch.ones(2, 5, 3), candidates=4) for _ in range(2)]
-    assert torch.equal(*chosen) and not chosen[0].requires_grad
-    assert all(torch.equal(before[name], value) for name, value in weights_of(policy).items())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -1706,20 +1592,6 @@ def test_loading_restores_every_weight_that_acts_and_the_normalizer(tmp_path: Pa
     assert all((value == 0).all() for value in copies.values())
 
 
-@pytest.mark.parametrize("algorithm", GUIDANCES)
-def test_what_is_built_to_learn_takes_every_weight(algorithm: str) -> None:
-    teacher = guidance_bundle(make_guidance(SEEDS, 3, 2, algorithm=algorithm), SEEDS)
-    policy = policy_bundle(SEEDS, None)
-    modules = build_guidance(teacher, "cpu", new=True), build_policy(policy, "cpu", new=True)
-    for module, bundle in zip(modules, (teacher, policy), strict=True):
-        assert not same(weights_of(module), bundle.weights)
-        module.load_state_dict(bundle.weights)
-        assert same(weights_of(module), bundle.weights)
-        assert all(p.requires_grad for network, _ in module.networks() for p in network.parameters())
-    bare = build_guidance(teacher, "cpu", new=True, companion=False)
-    assert weights_of(bare).keys() == {name for name in teacher.weights if not name.startswith("actor.")}
-
-
 def test_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, bundle = tmp_path / "new" / "b.pt", policy_bundle(SEEDS, None)
     save_bundle(path, bundle)
@@ -1901,16 +1773,6 @@ def test_snapshots_by_step(tmp_path: Path) -> None:
     with pytest.raises(MdptError) as caught:
         read_bundle(tmp_path / "q.pt@10")
     assert str(caught.value) == f"{tmp_path / 'q.pt'}: no such bundle; `mdpt guidance` and `mdpt policy` write them"
-
-
-def test_a_policy_bundle_serves_as_guidance(tmp_path: Path) -> None:
-    teacher = guidance_bundle(frozen_guidance(SEEDS), SEEDS)
-    save_bundle(tmp_path / "g.pt", teacher)
-    save_bundle(tmp_path / "p.pt", policy_bundle(SEEDS, teacher))
-    for name in ("g.pt", "p.pt"):
-        (read,) = read_guidances(tmp_path / name)
-        assert read.kind == "guidance"
-        assert all(torch.equal(value, teacher.weights[key]) for key, value in read.weights.items())
 
 
 def test_bundles_that_do_not_fit() -> None:
