@@ -1383,16 +1383,16 @@ class Part(BaseModel):
     def _leave_out_unknown(cls, content: Any, info: ValidationInfo) -> Any:
         if not isinstance(content, dict) or info.context is None or cls is Entry:
             return content
-        table = "" if cls is Bundle else f"{cls.__name__.lower()}."
-        info.context.extend(f"{table}{shown(key)[1:-1]}" for key in content.keys() - cls.model_fields.keys())
+        table = "" if cls is Bundle else f"{cls.model_config.get('title') or cls.__name__.lower()}."
+        info.context.extend(f"{table}{shown(key)[1:-1]}" for key in content if key not in cls.model_fields)
         return {key: value for key, value in content.items() if key in cls.model_fields}
 
 
-def stored(kind: type[Any]) -> BeforeValidator:
+def stored(kind: type[Any], title: str) -> BeforeValidator:
     """Validate the table that a bundle stores of a dataclass, and build the dataclass from it."""
     hints = get_type_hints(kind)
     members: dict[str, Any] = {each.name: (hints[each.name], each) for each in fields(kind)}
-    table = create_model(kind.__name__, __base__=Part, **members)
+    table = create_model(kind.__name__, __base__=Part, __cls_kwargs__={"title": title}, **members)
 
     def build(value: Any, info: ValidationInfo) -> Any:
         return value if isinstance(value, kind) else kind(**dict(table.model_validate(value, context=info.context)))
@@ -1410,7 +1410,7 @@ def experiment_of(value: Any, info: ValidationInfo) -> Any:
     return check_algorithms(experiment)
 
 
-class Data(Part):
+class Data(Part, title="dataset"):
     """The data that a bundle learned from: their `Identity`, and raw undiscounted returns of whole episodes."""
 
     source: str
@@ -1424,7 +1424,7 @@ class Data(Part):
     best_return: float
 
 
-class Account(Part):
+class Account(Part, title="accounting"):
     """What training has cost so far; counts and bytes are totals over all members."""
 
     parameters_trained: Count = 0
@@ -1497,11 +1497,11 @@ class Bundle(Part):
     kind: Kind
     experiment: Annotated[Experiment, BeforeValidator(experiment_of)]
     seeds: Annotated[list[int], Field(min_length=1, max_length=256)]
-    environment: Annotated[EnvironmentSpec, stored(EnvironmentSpec)]
+    environment: Annotated[EnvironmentSpec, stored(EnvironmentSpec, "environment")]
     reference: tuple[float, float] | None  # raw returns of scores 0 and 100
     dataset: Data
     normalizer: Tensors  # mean, deviation (O,)
-    reward_scale: Annotated[RewardScale, stored(RewardScale)]
+    reward_scale: Annotated[RewardScale, stored(RewardScale, "reward_scale")]
     versions: Versions
     step: Count
     complete: bool
@@ -1870,8 +1870,8 @@ def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference,
     ensemble = (section.ensemble or run.policy.ensemble) if guided else "none"
     if steered and ensemble == "rank":
         raise MdptError(
-            f"evaluation.ensemble = 'rank' has no gradient for guide {section.guide!r}; choose another ensemble, 'none' "
-            "or guide 'rank'"
+            f"evaluation.ensemble = 'rank' has no gradient for guide {section.guide!r}; choose another one, 'none' or "
+            "guide 'rank'"
         )
     scaled = (
         section.temperature_on != "steps" or run.policy.sampler != "dpm-solver++"
