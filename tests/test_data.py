@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -103,7 +104,7 @@ def prepare(path: Path) -> Dataset:
     """A file for SPEC, which nothing is asked for."""
     section = DataSection(source="hdf5", path=str(path), **PLAIN)
     with data.open_hdf5(path) as columns:
-        return data.prepare(columns, section, SPEC, "", (), lambda *_: None)
+        return data.prepare(columns, section, SPEC, data.UNNAMED, lambda *_: None)
 
 
 def toy_file(path: Path, lengths: list[int], **changed: Any) -> Path:
@@ -143,7 +144,7 @@ def test_environment_spec() -> None:
         *[
             (
                 f"toy_environment:Toy{kind}-v0",
-                f"its actions lack finite bounds that differ, Box({bounds}, float32); wrap",
+                f"its actions lack finite bounds with low < high, Box({bounds}, float32); wrap",
             )
             for kind, bounds in (
                 ("Unbounded", "-inf, inf, (1,)"),
@@ -392,7 +393,7 @@ def test_reference_returns(reference: Any, expected: tuple[float, float]) -> Non
     ("reference", "message"),
     [
         ("bullet-hoper", "reference 'bullet-hoper': unknown to D4RL. Nearest: bullet-hopper, "),
-        ("maze2d", "reference 'maze2d': its tasks differ in reference; name one, such as 'maze2d-open-v0'."),
+        ("maze2d", "reference 'maze2d': its tasks have different references; name one, such as 'maze2d-open-v0'."),
         ((3.0, 3.0), "reference: [3.0, 3.0] must be [min, max] with min < max."),
     ],
 )
@@ -420,10 +421,10 @@ def test_reference_errors(reference: Any, message: str) -> None:
         ({"fraction": 0.0}, ("fraction = 0.0", "greater than 0")),
         ({"fraction": 1.1}, ("fraction = 1.1", "less than or equal to 1")),
         ({"storage": "tape"}, ("storage = 'tape'", "'memory' or 'disk'")),
-        ({"environment_kwargs": {"bonus": 1.0}}, ("environment_kwargs are for a named environment",)),
+        ({"environment_kwargs": {"bonus": 1.0}}, ("environment_kwargs need an environment",)),
         (
             {"environment": TOY, "environment_kwargs": {"render_mode": "human"}},
-            ("'render_mode'", "not the environment's"),
+            ("'render_mode'", "gymnasium.make's own"),
         ),
         ({"action_range": [1.0, -1.0]}, ("action_range [1.0, -1.0]", "low < high")),
         ({"observation_columns": 0}, ("observation_columns = 0", "greater than or equal to 1")),
@@ -466,8 +467,8 @@ def test_an_experiment_extends_another(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("extends", "told"),
     [
-        ("'mine.toml'", "mine.toml: extends = 'mine.toml': that file is extended by this one"),
-        ("'back.toml'", "back.toml: extends = 'mine.toml': that file is extended by this one"),
+        ("'mine.toml'", "mine.toml: extends = 'mine.toml': that file extends this one"),
+        ("'back.toml'", "back.toml: extends = 'mine.toml': that file extends this one"),
         ("'absent.toml'", "absent.toml: no such experiment file"),
         ("'absent.toml'", "mine.toml extends"),
         ("'.'", "is a folder, which "),
@@ -658,7 +659,7 @@ def test_columns_that_float32_or_the_normalizer_hides_are_told(tmp_path: Path) -
     hidden = sound.astype(np.float64) * [1, 1e-5, 1] + [1.7e9, 0, 0]
     assert prepare(write(tmp_path / "a.hdf5", rows())).warnings == ()
     far, faint = prepare(write(tmp_path / "b.hdf5", rows(observations=hidden))).warnings
-    assert "columns [0] do not vary, as float32" in far and "columns [1] vary by less than 0.0001" in faint
+    assert "columns [0] do not vary in float32" in far and "columns [1] vary by less than 0.0001" in faint
 
 
 def test_rewards_that_no_float32_holds_are_told(tmp_path: Path) -> None:
@@ -668,7 +669,7 @@ def test_rewards_that_no_float32_holds_are_told(tmp_path: Path) -> None:
         data.open_hdf5(path) as columns,
         pytest.raises(MdptError, match=r"rewards x 1e\+39 .*; choose another reward_scale"),
     ):
-        data.prepare(columns, section, SPEC, "", (), lambda *_: None)
+        data.prepare(columns, section, SPEC, data.UNNAMED, lambda *_: None)
 
 
 @pytest.mark.parametrize("chunks", [None, (1000,)])
@@ -685,8 +686,39 @@ def test_a_small_file_with_large_claims_is_refused(tmp_path: Path, chunks: tuple
 def test_more_than_memory_holds_is_told_how_to_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.hdf5", rows())
     prepare(path)
-    monkeypatch.setattr(data, "free_memory", lambda: 100.0)
-    with pytest.raises(MdptError, match="do not fit into .* free memory; set .*storage = 'disk'"):
+    for free, remedy in (([1_000], "choose a smaller dataset"), ([2_000, 300], "set .data. storage = 'disk'")):
+        monkeypatch.setattr(data, "free_memory", iter(free).__next__)  # to read the file; for its rows
+        with pytest.raises(MdptError, match=f"do not fit into .* free memory; {remedy}"):
+            prepare(path)
+
+
+def test_memory_is_bounded_by_the_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros that are compressed twice: kilobytes of a file become gigabytes, also in a chunk that claims 10 numbers."""
+
+    def compressed(passes: int, count: int, chunk: int, size: int) -> Path:
+        path = write(tmp_path / f"{passes}.hdf5", rows(rewards=None))
+        content = bytes(4 * size)
+        for _ in range(passes):
+            content = zlib.compress(content, 9)
+        with h5py.File(path, "a") as file:
+            settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            settings.set_chunk((chunk,))
+            for _ in range(passes):
+                settings.set_deflate(9)
+            space = h5py.h5s.create_simple((count,))
+            rewards = h5py.h5d.create(file.id, b"rewards", h5py.h5t.NATIVE_FLOAT, space, settings)
+            for start in range(0, count, chunk):
+                rewards.write_direct_chunk((start,), content)
+        return path
+
+    path = compressed(2, 10, 10, 10_000_000)
+    assert path.stat().st_size < 10_000
+    with pytest.raises(MdptError, match="'rewards' is compressed more than once"):
+        prepare(path)
+    path = compressed(1, 10, 10_000, 10_000)
+    assert len(prepare(path)) == 8
+    monkeypatch.setattr(data, "free_memory", lambda: 40_000)
+    with pytest.raises(MdptError, match="do not fit into .* free memory; choose a smaller dataset"):  # for one chunk
         prepare(path)
 
 
@@ -990,7 +1022,7 @@ def test_data_without_an_environment(tmp_path: Path) -> None:
     with pytest.raises(MdptError) as caught:
         load(path, environment=None, reference=None, action_range=(0.0, 0.75))
     where = "'actions' row 0 is [0.5, 1.0], expected within [0.0, 0.0] and [0.75, 0.75] of the data"
-    assert str(caught.value) == f"{path}: {where}; [data] action_range says what they may be."
+    assert str(caught.value) == f"{path}: {where}; [data] action_range sets the bounds."
 
 
 @pytest.mark.parametrize("environment", [None, TOY])
@@ -1017,8 +1049,7 @@ def test_what_a_source_knows_holds_where_the_user_says_nothing(monkeypatch: pyte
     }
 
     def settle(known: dict[str, Any], missing: str, width: int, **settings: Any) -> tuple[Dataset, dict[str, Any]]:
-        source = replace(data.SOURCES["arrays"], know=lambda section: (known, missing, ("told",)))
-        monkeypatch.setitem(data.SOURCES, "arrays", source)
+        monkeypatch.setattr(data.Arrays, "know", lambda *_: data.Known(known, missing, ("told",)))
         arrays = rows(observations=np.ones((10, width)), timeouts=np.arange(10) % 4 == 3, actions=np.ones((10, 2)))
         loaded = data.load_dataset(DataSection(source="arrays", **settings), arrays=arrays)
         assert loaded.warnings[0] == "told"
@@ -1137,7 +1168,7 @@ def test_wide_columns_are_read_once_and_in_parts(monkeypatch: pytest.MonkeyPatch
     heard: list[tuple[str, int, int]] = []
     section = DataSection(source="arrays", max_episode_steps=9, action_range=(-1.0, 5.0), **PLAIN)
     loaded = data.prepare(
-        Columns("", "", unread), section, None, "", (), lambda what, done, total: heard.append((what, done, total))
+        Columns("", "", unread), section, None, data.UNNAMED, lambda *progress: heard.append(progress)
     )
     assert len(loaded) > 70
     parts = [range(start, min(start + chunk, 100)) for start in range(0, 100, chunk)]
@@ -1433,7 +1464,7 @@ def changed_settings(**changed: Any) -> DataSection:
 def collected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "SHARD", 250)
-        return data.collect_dataset(SETTINGS, cache=tmp_path_factory.mktemp("one"))
+        return data.collect_dataset(SETTINGS, folder=tmp_path_factory.mktemp("one"))
 
 
 @pytest.mark.slow
@@ -1466,7 +1497,7 @@ def test_collecting_goes_on_where_it_was_cut_short(
     monkeypatch.setattr(
         data, "collect_shard", lambda shard, watch: (begun.append(shard.seed), collect(shard, watch))[1]
     )
-    path = data.collect_dataset(SETTINGS, cache=tmp_path)
+    path = data.collect_dataset(SETTINGS, folder=tmp_path)
     assert begun == [(4, 0, 1), (4, 0, 2), (4, 1, 0), (4, 1, 1), (4, 1, 2)]
     assert path.read_bytes() == collected.read_bytes()
     assert [file.name for file in tmp_path.iterdir()] == [collected.name]
@@ -1535,13 +1566,13 @@ def test_where_collecting_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(data, "SHARD", 250)
     where = f"collecting in {HOPPER}: level 0.1, row 301: the environment failed. ValueError: lost"
     with pytest.raises(MdptError, match=re.escape(where)):
-        data.collect_dataset(SETTINGS, cache=tmp_path)
+        data.collect_dataset(SETTINGS, folder=tmp_path)
 
 
 def test_no_more_is_collected_than_memory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "free_memory", lambda: 150_000.0)  # 1,200 rows of 20 numbers, twice, are more
     with pytest.raises(MdptError, match=r"0\.0 GB of transitions do not fit .* collect fewer \[data\] transitions"):
-        data.collect_dataset(SETTINGS, cache=tmp_path)
+        data.collect_dataset(SETTINGS, folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -1607,7 +1638,7 @@ def test_actions_are_drawn_as_ever() -> None:
 
 def test_each_level_may_have_its_own_noise(tmp_path: Path) -> None:
     section = DataSection(environment=HOPPER, transitions=200, levels=[0.0, 0.0], action_noise=[0.0, 0.5])
-    with h5py.File(data.collect_dataset(section, cache=tmp_path)) as file:
+    with h5py.File(data.collect_dataset(section, folder=tmp_path)) as file:
         differences = away_from_the_agent(file)
     assert differences[:100].max() < 1e-5 and differences[100:].max() > 0.5
 
@@ -1618,20 +1649,20 @@ def test_cache_is_reused_by_settings(collected: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(data, "parallel", roll_out)
     folder = collected.parent
-    assert data.collect_dataset(SETTINGS, cache=folder) == collected
+    assert data.collect_dataset(SETTINGS, folder=folder) == collected
     assert collected.name == "HopperBulletEnv-v0-9d45c44134aa7601.hdf5"  # what was cached long ago is still found
-    assert data.collect_dataset(changed_settings(held_out=0.5, reward_scale=2.0), cache=folder) == collected
+    assert data.collect_dataset(changed_settings(held_out=0.5, reward_scale=2.0), folder=folder) == collected
     others = ({"transitions": 1202}, {"levels": [0.1, 0.7]}, {"action_noise": 0.2}, {"seed": 5})
     for changed in (*others, {"max_episode_steps": 50}):
         with pytest.raises(AssertionError, match="rolled out"):
-            data.collect_dataset(changed_settings(**changed), cache=folder)
+            data.collect_dataset(changed_settings(**changed), folder=folder)
 
 
 def test_a_damaged_cached_file_is_named(collected: Path, tmp_path: Path) -> None:
     damaged = tmp_path / collected.name
     damaged.write_bytes(collected.read_bytes()[:-3000])
     with pytest.raises(MdptError) as caught:
-        data.collect_dataset(SETTINGS, cache=tmp_path)
+        data.collect_dataset(SETTINGS, folder=tmp_path)
     message = "this cached dataset is damaged; delete the file, and it will be collected again."
     assert str(caught.value) == f"{damaged}: {message}"
 
@@ -1654,13 +1685,13 @@ def test_collecting_needs_an_agent(tmp_path: Path) -> None:
     with pytest.raises(
         MdptError, match=r"^ReacherBulletEnv-v0: no agent is bundled .* It has: Ant.*HopperBulletEnv-v0"
     ):
-        data.collect_dataset(changed_settings(environment="ReacherBulletEnv-v0"), cache=tmp_path)
+        data.collect_dataset(changed_settings(environment="ReacherBulletEnv-v0"), folder=tmp_path)
 
 
 def test_a_cache_that_cannot_be_written_says_so_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(MdptError, match=r"file/cache: cannot be written .*MDPT_CACHE"):
-        data.collect_dataset(SETTINGS, cache=tmp_path / "file" / "cache")
+        data.collect_dataset(SETTINGS, folder=tmp_path / "file" / "cache")
 
 
 # --- rollouts

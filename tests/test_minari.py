@@ -21,7 +21,7 @@ from gymnasium.wrappers import FlattenObservation, TransformObservation
 from test_cli import run
 
 from mdpt import models
-from mdpt.data import Array, MdptError, minari_facts, read_minari
+from mdpt.data import KEYS, Array, MdptError, minari_facts, read_minari
 
 ID = "mdpt/test/play-v0"
 BOX = {"type": "Box", "dtype": "float32", "shape": [2], "low": [-9, -9], "high": [9, 9]}
@@ -151,7 +151,7 @@ def test_columns_of_a_box(store: Path) -> None:
     write(store, [stored(steps) for steps in played], *spaces)
     steps = [step for one in played for step in one[:-1]]
     columns = read_minari(ID)
-    assert list(columns) == ["observations", "actions", "rewards", "next_observations", "terminals", "timeouts"]
+    assert tuple(columns) == KEYS
     np.testing.assert_array_equal(columns["observations"], [step[0] for step in steps])
     np.testing.assert_array_equal(columns["actions"], [step[1] for step in steps])
     np.testing.assert_array_equal(columns["rewards"], [step[2] for step in steps])
@@ -289,7 +289,7 @@ def test_unsound_episodes(store: Path, changed: dict[str, Any], spaces: dict[str
 def test_more_than_memory_holds(store: Path, free: float, monkeypatch: pytest.MonkeyPatch) -> None:
     write(store, [episode(number) for number in range(5)])
     monkeypatch.setattr("mdpt.data.free_memory", lambda: free)
-    with pytest.raises(MdptError, match=r"transitions do not fit .* free memory; it is read whole: choose a smaller"):
+    with pytest.raises(MdptError, match=r"transitions do not fit .* free memory; choose a smaller"):
         read_minari(ID)
 
 
