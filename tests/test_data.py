@@ -705,7 +705,7 @@ def test_memory_is_bounded_by_the_shapes(tmp_path: Path, monkeypatch: pytest.Mon
             settings.set_chunk((chunk,))
             for _ in range(passes):
                 settings.set_deflate(9)
-            space = h5py.h5s.create_simple((count,))
+            space = h5py.h5s.create_simple((count,), (h5py.h5s.UNLIMITED,))
             rewards = h5py.h5d.create(file.id, b"rewards", h5py.h5t.NATIVE_FLOAT, space, settings)
             for start in range(0, count, chunk):
                 rewards.write_direct_chunk((start,), content)
