@@ -118,7 +118,6 @@ def written_whole(path: Path, remedy: str) -> Iterator[Path]:
     """Give a temporary file beside `path` to write to, and rename it to `path` at the end of the block.
 
     If the block fails, the temporary file is removed. So are those that killed processes of this machine left.
-
     Raises: MdptError that ends with `remedy`, where writing raises OSError or RuntimeError (a library's full disk).
     """
     try:
@@ -156,9 +155,7 @@ def locked(path: Path, busy: Callable[[str], None]) -> Iterator[None]:
     """Hold an exclusive lock on `path`, which need not exist; the lock ends when this process ends.
 
     The lock is on the file `.NAME.lock` beside it, which holds the process id and is removed at the end of the block.
-
     busy: called with the process id of the holder again and again, until the lock is free or `busy` raises.
-
     Raises: OSError. Windows has no such locks: nothing is held there.
     """
     if fcntl is None:
@@ -294,13 +291,11 @@ class DataSection(Section):
 
     source: Literal["collect", "hdf5", "d4rl", "minari", "arrays"] = Field(
         "collect",
-        description="roll out bundled agents, read a file in D4RL's format, a dataset by name, or Python's arrays",
+        description="bundled agents' rollouts, a file in D4RL's format, a dataset by name, or Python's arrays",
     )
     dataset: str | None = Field(None, description="name of the dataset, for sources d4rl and minari")
     path: str | None = Field(None, description="the file, for source hdf5; relative to the experiment file")
-    environment: str | None = Field(
-        None, description="gymnasium id; by default the source's own; without one, scores are offline"
-    )
+    environment: str | None = Field(None, description="gymnasium id; by default the source's; else scores are offline")
     environment_kwargs: dict[str, Any] = Field({}, description="keyword arguments of the environment")
     max_episode_steps: Many | None = Field(None, description="time limit; by default the environment's")
     observation_columns: Positive | None = Field(None, description="use only this many leading observation columns")
@@ -310,8 +305,7 @@ class DataSection(Section):
     )
     transitions: Annotated[int, Field(ge=100, le=10**10)] = Field(200_000, description="environment steps to collect")
     levels: Annotated[list[Amount], Field(min_length=1)] = Field(
-        [0.2, 0.4, 0.6, 0.8],
-        description="perturbations of the agent's weights, drawn per episode; equal shares of steps",
+        [0.2, 0.4, 0.6, 0.8], description="perturbations of the agent's weights, drawn per episode; equal shares"
     )
     action_noise: Amount | list[Amount] = Field(
         0.1, description="standard deviation of the noise on collected actions; a number, or a list with one per level"
@@ -413,8 +407,7 @@ class PolicySection(TrainingSection):
     time_features: Features = Field(64, description="sinusoidal features of the diffusion step")
     diffusion_steps: Few = Field(5, description="diffusion steps T")
     noise_schedule: Literal["vp", "cosine", "cosine-levels", "linear", "linear-unscaled"] = Field(
-        "vp",
-        description="betas; vp: Diffusion-QL's; cosine-levels: CleanDiffuser's; linear: DDPM's, scaled to T steps or not",
+        "vp", description="of betas; vp: Diffusion-QL; cosine-levels: CleanDiffuser; linear: DDPM, scaled to T or not"
     )
     sampler: Literal["ddpm", "dpm-solver++"] = Field("ddpm", description="ancestral sampling, or DPM-Solver++ 2M")
     variance: Literal["posterior", "beta"] = Field("posterior", description="of ddpm's steps; beta: larger (IDQL)")
@@ -438,9 +431,7 @@ class PolicySection(TrainingSection):
     @model_validator(mode="after")
     def _fields_agree(self) -> PolicySection:
         if self.sampler == "dpm-solver++" and self.sampling_steps > self.diffusion_steps:
-            raise ValueError(
-                f"sampling_steps {self.sampling_steps} is more than diffusion_steps {self.diffusion_steps}"
-            )
+            raise ValueError(f"sampling_steps {self.sampling_steps} exceeds diffusion_steps {self.diffusion_steps}")
         if self.guidance_from > self.guidance_until:
             raise ValueError(f"guidance_from {self.guidance_from} is after guidance_until {self.guidance_until}")
         if self.ensemble != "none" and self.scheme != "guidance-first":
@@ -498,7 +489,6 @@ def load_experiment(path: Path, overrides: Sequence[str]) -> Experiment:
 
     overrides: texts "table.key=value", the value as in TOML. `extends = "base.toml"` takes what this file leaves out
     from another one. Paths are relative to the file that they stand in.
-
     Raises: MdptError that names file, table, key, value and what is allowed.
     """
     return check_experiment(str(path), _read_tables(path, ()), overrides)
@@ -551,9 +541,7 @@ def experiment_as_stored(tables: dict[str, Any], where: str = "the experiment") 
     """Build the experiment of a file that mdpt wrote, perhaps an older or a newer version of mdpt.
 
     A field that the tables lack takes its `before` (see `Section`), else its default.
-
     Returns: the experiment, and the names of what was left out as unknown, such as "policy.nonsense".
-
     Raises: MdptError for a value that is not allowed.
     """
     fields, unknown = _known_fields(tables, Experiment, "")
@@ -866,7 +854,6 @@ def environment_spec(
     """Describe a gymnasium or PyBullet environment, and try it for a few steps.
 
     max_episode_steps: None: its own. timeout: seconds that one step may take.
-
     Raises: MdptError for an unknown id, a space that is no Box, actions without finite bounds, a missing time limit, or
     an environment that does not behave as gymnasium specifies.
     """
@@ -1060,7 +1047,6 @@ def make_environment(spec: EnvironmentSpec, **options: Any) -> gymnasium.Env[Any
     """Make an environment whose episodes depend only on `reset(seed=...)` and the actions.
 
     It is reset once, because PyBullet's first episode, which loads the bodies, differs from later ones of the same seed.
-
     Raises: MdptError also where the environment differs from its description, naming what changed.
     """
     if spec.id is None:
@@ -1091,9 +1077,7 @@ def rollout(
     act: observations (R, O) float32 and places (R,) in `episodes` of those that still run -> actions (R, A) in [-1, 1].
     look: called for the first episode with steps, return so far and a frame (height, width, 3) uint8, at the start, every
     `every` steps and at the end.
-
     Returns: raw returns (E,) float64 and lengths (E,) int64 in steps. Every reward counts, also that of the last step.
-
     Raises: MdptError for actions that are not finite or of a wrong shape, and for an environment that fails or cannot be
     filmed.
     """
@@ -1278,7 +1262,6 @@ def check_shapes(columns: Columns, spec: EnvironmentSpec | None, width: int | No
     """Check that columns fit each other, the environment and memory, before any is read.
 
     width: number of observation columns to use, None: all. Returns: O and A.
-
     Raises: MdptError with a line for each problem.
     """
     arrays, where = columns.arrays, columns.where
@@ -1464,7 +1447,6 @@ def collect_dataset(
 
     The file depends on the environment and the settings only, not on `workers`. folder: the cache; by default
     $MDPT_CACHE, else mdpt in $XDG_CACHE_HOME or ~/.cache. show: is told transitions.
-
     Raises: MdptError without an agent for this environment, for a damaged cached file, for more than memory holds.
     """
     environment = section.environment or ""
@@ -1491,8 +1473,8 @@ def collect_dataset(
             kept = [path.with_name(f".{path.stem}.{index}.part") for index in range(len(shards))]
             parts = list(_collected_parts(kept, shards, workers, partial(show, "collect")))
             arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-            levels = np.array(section.levels, dtype=np.float32)
-            arrays["infos/level"] = np.repeat(levels, section.transitions // len(levels))
+            levels = np.array([shard.sigma for shard in shards], dtype=np.float32)
+            arrays["infos/level"] = np.repeat(levels, [shard.size for shard in shards])
             packages = ("pybullet", "pybullet_envs_gymnasium", "numpy")
             _write_hdf5(path, arrays, made_by | {name: importlib.metadata.version(name) for name in packages})
             for file in kept:
@@ -1734,7 +1716,6 @@ def reference_returns(reference: str | tuple[float, float]) -> tuple[float, floa
     """The raw returns that are scores 0 and 100: of a D4RL family, of a D4RL dataset, or the pair itself.
 
     A family is what comes before the dataset's kind: "bullet-hopper" for bullet-hopper-medium-v0.
-
     Raises: MdptError for an unknown name, a family whose tasks have different references, or min >= max.
     Source: d4rl/infos.py (arXiv 2004.07219).
     """
@@ -1784,7 +1765,6 @@ def download(
 
     keys: that the file must have at its top. show: is told bytes so far, and in all (0: unknown). timeout: seconds that a
     connection may be silent.
-
     Raises: MdptError for a folder that cannot be written, and where no address has the file: why, for each.
     """
     problems: list[str] = []
@@ -1823,7 +1803,6 @@ def _pieces(address: str, timeout: float) -> Generator[tuple[int, bytes, int, st
 
     A connection that is cut is made again, as long as each gets further than all before. It goes on where it was, or from
     byte 0 if the server knows no ranges or has another file by now.
-
     Raises: MdptError.
     """
     done = furthest = total = 0
@@ -1859,43 +1838,37 @@ class Minari(Source):
     """A dataset of Minari by name."""
 
     def know(self, section: DataSection) -> Known:
-        return minari_facts(section.dataset or "")
+        """What the metadata say: environment, environment_kwargs, max_episode_steps and reference.
+
+        Of the environment only id, keyword arguments (without render_mode) and time limit are taken, because an entry
+        point or a wrapper could be any code. Source: gymnasium's EnvSpec.to_json, of Minari's `recover_environment`.
+        Raises: MdptError for a wrong id, a dataset that is missing and cannot be downloaded, or damaged metadata.
+        """
+        folder, metadata = _minari_metadata(section.dataset or "")
+        fields: dict[str, Any] = {}
+        low, high = (cast(Any, metadata.get(key)) for key in ("ref_min_score", "ref_max_score"))
+        if type(low) in (int, float) and type(high) in (int, float) and -1e300 < low < high < 1e300:
+            fields["reference"] = (low, high)
+        try:
+            spec = json.loads(metadata.get("eval_env_spec") or metadata.get("env_spec") or '{"id": null}')
+            environment, kwargs, steps = spec["id"], {**(spec.get("kwargs") or {})}, spec.get("max_episode_steps")
+            wrappers = ", ".join(repr(wrapper["name"]) for wrapper in spec.get("additional_wrappers") or ())
+            kwargs.pop("render_mode", None)  # data may not ask for a window, or for pictures of each step
+            json.dumps(kwargs, allow_nan=False)
+            if own := kwargs.keys() & MAKE_ARGUMENTS:
+                raise ValueError(f"kwargs have {sorted(own)}, which are gymnasium.make's own")
+            reason = _unplayable(environment)
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            return Known(fields, f"{folder}: the specification of its environment is unsound. {_one_line(error)}")
+        if type(steps) is int and steps > 0:
+            fields["max_episode_steps"] = steps
+        if reason:
+            return Known(fields, f"{folder}: {reason} You may name an environment yourself.")
+        told = (f"{folder}: its environment was wrapped in {wrappers}; not applied here.",) if wrappers else ()
+        return Known(fields | {"environment": environment, "environment_kwargs": kwargs}, "", told)
 
     def open(self, section: DataSection, workers: Workers, show: Show) -> Opened:
-        dataset = section.dataset or ""
-        return contextlib.nullcontext(columns_of(dataset, read_minari(dataset)))
-
-
-def minari_facts(dataset: str) -> Known:
-    """What the metadata of a Minari dataset say: environment, environment_kwargs, max_episode_steps and reference.
-
-    Of the environment only id, keyword arguments (without render_mode) and time limit are taken, because an entry point
-    or a wrapper could be any code.
-    Raises: MdptError for a wrong id, a dataset that is missing and cannot be downloaded, or damaged metadata.
-    Source: gymnasium's EnvSpec.to_json, of Minari's `recover_environment(eval_env=True)`.
-    """
-    folder, metadata = _minari_metadata(dataset)
-    fields: dict[str, Any] = {}
-    low, high = (cast(Any, metadata.get(key)) for key in ("ref_min_score", "ref_max_score"))
-    if type(low) in (int, float) and type(high) in (int, float) and -1e300 < low < high < 1e300:
-        fields["reference"] = (low, high)
-    try:
-        spec = json.loads(metadata.get("eval_env_spec") or metadata.get("env_spec") or '{"id": null}')
-        environment, kwargs, steps = spec["id"], {**(spec.get("kwargs") or {})}, spec.get("max_episode_steps")
-        wrappers = ", ".join(repr(wrapper["name"]) for wrapper in spec.get("additional_wrappers") or ())
-        kwargs.pop("render_mode", None)  # data may not ask for a window, or for pictures of each step
-        json.dumps(kwargs, allow_nan=False)
-        if own := kwargs.keys() & MAKE_ARGUMENTS:
-            raise ValueError(f"kwargs have {sorted(own)}, which are gymnasium.make's own")
-        reason = _unplayable(environment)
-    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        return Known(fields, f"{folder}: the specification of its environment is unsound. {_one_line(error)}")
-    if type(steps) is int and steps > 0:
-        fields["max_episode_steps"] = steps
-    if reason:
-        return Known(fields, f"{folder}: {reason} You may name an environment yourself.")
-    told = (f"{folder}: its environment was wrapped in {wrappers}; not applied here.",) if wrappers else ()
-    return Known(fields | {"environment": environment, "environment_kwargs": kwargs}, "", told)
+        return contextlib.nullcontext(columns_of(section.dataset or "", read_minari(section.dataset or "")))
 
 
 def _unplayable(environment: Any) -> str:
@@ -1944,7 +1917,6 @@ def read_minari(dataset: str) -> dict[str, Array]:
     observations and next_observations (n, O), actions (n, A), rewards (n,), terminals and timeouts (n,) bool. Dict
     observations are flattened as by gymnasium's FlattenObservation. A step that is terminated and truncated is a terminal;
     an episode that ends with neither was cut by a time limit.
-
     Raises: MdptError that names the episode and the key at fault.
     Source: Minari's dataset standard, https://minari.farama.org/content/dataset_standards.
     """
@@ -2135,7 +2107,6 @@ def load_dataset(
 
     workers: for collecting. show: is told what takes long. arrays: the data of source "arrays", by D4RL's keys. spec: of
     the environment, if it is known already and need not be made.
-
     Raises: MdptError for a mistake in the settings or the data.
     """
     if arrays is not None and section.source != "arrays":
@@ -2184,8 +2155,7 @@ def prepare(columns: Columns, section: DataSection, spec: EnvironmentSpec | None
         low, high = ((bound,) * dims[1] for bound in section.action_range)
         spec = EnvironmentSpec(None, *dims, low, high, section.max_episode_steps or int(episodes.lengths.max()))
     use = choose_rows(episodes, section, spec, "next_observations" in columns.arrays, where)
-    aside = use.held_out
-    if section.held_out > 0 and not aside.any():
+    if section.held_out > 0 and not use.held_out.any():
         told += (f"{where}: a single episode, so none is held out.",)
     returns = np.add.reduceat(episodes.rewards.astype(np.float64), episodes.starts)[use.whole]
     scale = _reward_scale(section.reward_scale or "none", returns, spec.max_episode_steps)
@@ -2195,9 +2165,11 @@ def prepare(columns: Columns, section: DataSection, spec: EnvironmentSpec | None
     wide.cut_actions[use.train[use.last]] = np.nan  # these rows are transitions, and nothing follows
     mean, deviation, constant = moments(rows, dims[0])
     told += tuple(f"{where}: observation columns {text}." for text in _hidden_columns(mean, deviation, constant))
+    if count := len(wide.excess):
+        told += (f"{where}: clipped the actions of {count} rows, out of bounds by {wide.excess.max():.1e} at most.",)
     if section.normalization == "none":
         mean, deviation = np.zeros_like(mean), np.ones_like(deviation)
-    kept = (wide.observations, wide.actions, rewards[aside], episodes.terminals[aside], episodes.timeouts[aside])
+    narrow = (column[use.held_out] for column in (rewards, episodes.terminals, episodes.timeouts))
     return Dataset(
         environment=spec,
         section=section,
@@ -2207,7 +2179,7 @@ def prepare(columns: Columns, section: DataSection, spec: EnvironmentSpec | None
         mean=mean,
         deviation=deviation,
         constant=constant,
-        held_out=HeldOut(*kept),
+        held_out=HeldOut(wide.observations, wide.actions, *narrow),
         episode_returns=returns,
         episode_lengths=episodes.lengths[use.whole],
         reward_scale=scale,
@@ -2215,7 +2187,7 @@ def prepare(columns: Columns, section: DataSection, spec: EnvironmentSpec | None
         terminal_count=int(episodes.terminals.sum()),
         timeout_count=int(episodes.timeouts.sum()),
         timeouts_counted="timeouts" not in columns.arrays,
-        warnings=known.warnings + told + wide.warnings,
+        warnings=known.warnings + told,
     )
 
 
@@ -2371,8 +2343,8 @@ class Wide(NamedTuple):
     observations: Array  # (m, O), held out
     actions: Array  # (m, A), held out
     cut_actions: Array  # (E, A): of the last row of each training episode
-    hash: str
-    warnings: tuple[str, ...]
+    excess: Array  # (clipped rows,): how far their actions were out of bounds
+    hash: str  # of all columns
 
 
 def _fill(
@@ -2382,8 +2354,7 @@ def _fill(
     total, dim, has_next = len(rewards), spec.observation_dim, "next_observations" in columns.arrays
     digests = {key: hashlib.sha256() for key in ("observations", "actions", "next_observations")[: 2 + has_next]}
     digests |= {key: hashlib.sha256(getattr(episodes, key).data) for key in NARROW}
-    kept: list[tuple[Array, Array, Array]] = []
-    excesses: list[Array] = []
+    kept: list[tuple[Array, ...]] = []
     filled, is_last = 0, np.zeros(total, dtype=np.bool_)
     is_last[use.last] = True
     for start in range(0, total, CHUNK):
@@ -2406,22 +2377,12 @@ def _fill(
         }
         join_columns(row, out=rows[filled : filled + len(places)])
         filled += len(places)
-        kept.append((observations[aside], actions[aside], actions[is_last[part]]))
-        excesses.append(excess)
+        kept.append((observations[aside], actions[aside], actions[is_last[part]], excess))
         if total > 10 * CHUNK:
             show("read", part.stop, total)
-    far, digest = np.concatenate(excesses), json.dumps(sorted((key, sha.hexdigest()) for key, sha in digests.items()))
-    told = (
-        f"{columns.where}: clipped the actions of {len(far)} rows, out of bounds by {far.max(initial=0):.1e} at most."
-    )
-    held_observations, held_actions, cut_actions = map(np.concatenate, zip(*kept, strict=True))
-    return Wide(
-        held_observations,
-        held_actions,
-        cut_actions,
-        hashlib.sha256(digest.encode()).hexdigest(),
-        (told,) * (len(far) > 0),
-    )
+    held_observations, held_actions, last_actions, far = map(np.concatenate, zip(*kept, strict=True))
+    digest = json.dumps(sorted((key, sha.hexdigest()) for key, sha in digests.items()))
+    return Wide(held_observations, held_actions, last_actions, far, hashlib.sha256(digest.encode()).hexdigest())
 
 
 def _clip(columns: Columns, spec: EnvironmentSpec, part: slice) -> tuple[Array, Array]:

@@ -21,11 +21,15 @@ from gymnasium.wrappers import FlattenObservation, TransformObservation
 from test_cli import run
 
 from mdpt import models
-from mdpt.data import KEYS, Array, MdptError, minari_facts, read_minari
+from mdpt.data import KEYS, SOURCES, Array, DataSection, Known, MdptError, read_minari
 
 ID = "mdpt/test/play-v0"
 BOX = {"type": "Box", "dtype": "float32", "shape": [2], "low": [-9, -9], "high": [9, 9]}
 ACTIONS = BOX | {"shape": [1], "low": [-2], "high": [2]}
+
+
+def minari_facts(dataset: str) -> Known:
+    return SOURCES["minari"].know(DataSection(source="minari", dataset=dataset))
 
 
 @pytest.fixture(autouse=True)
