@@ -22,7 +22,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import conftest
-import gymnasium
 import h5py  # type: ignore[import-untyped]
 import numpy as np
 import pytest
@@ -163,13 +162,6 @@ def test_environment_errors(environment_id: str, message: str) -> None:
     assert str(caught.value).startswith(f"{environment_id}: {message}")
 
 
-def test_a_module_that_fails_to_import_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "halfway.py").write_text("raise ValueError('no licence')")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(MdptError, match="halfway cannot be imported. ValueError: no licence"):
-        data.environment_spec("halfway:Any-v0")
-
-
 def test_actions_scale_to_the_bounds_and_back() -> None:
     assert data.scale_actions(np.array([[-1, 0], [1, 4], [0.5, 1]]), SPEC).tolist() == [[-1, -1], [1, 1], [0.5, -0.5]]
     scaled = np.random.default_rng(0).uniform(-1, 1, (100, 2)).astype(np.float32)
@@ -193,13 +185,13 @@ def test_no_action_leaves_the_bounds() -> None:
             assert np.allclose(found, high if action > 0 else low, atol=1e-5)
 
 
-@pytest.mark.parametrize("what", ["__init__", "reset", "step"])
+@pytest.mark.parametrize("what", ["__init__", "step"])
 def test_an_environment_that_hangs_is_told_before_anything_is_trained(
     what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Toy, what, lambda *args, **options: time.sleep(3))
-    with pytest.raises(MdptError, match=r"toy_environment:Toy-v0: .*: took longer than 0\.4 s; --timeout"):
-        data.environment_spec(TOY, timeout=0.4)
+    monkeypatch.setattr(Toy, what, lambda *args, **options: time.sleep(1))
+    with pytest.raises(MdptError, match=r"toy_environment:Toy-v0: .*: took longer than 0\.2 s; --timeout"):
+        data.environment_spec(TOY, timeout=0.2)
 
 
 @pytest.mark.parametrize("environment_id", [HOPPER, "AntBulletEnv-v0"])
@@ -242,15 +234,8 @@ def alter(
         ({"reset": lambda toy, *, seed=None, options=None: np.zeros(2)}, ("reset", "ndarray", "(observation, info)")),
         ({"reset": lambda toy: (np.zeros(2), {})}, ("reset", "TypeError", "unexpected keyword argument 'seed'")),
         ({"step": lambda toy, found: found[:4]}, ("step", "4 values", "terminated, truncated, info")),
-        (
-            {"step": lambda toy, found: (found[0], np.array([1.5]), *found[2:])},
-            ("reward", "array([1.5])", "one finite"),
-        ),
-        ({"step": lambda toy, found: (found[0][:1], *found[1:])}, ("observation", "shape (1,)", "(2,)")),
-        ({"step": lambda toy, found: (found[0] / 0, *found[1:])}, ("observation", "not finite", "inf")),
     ],
 )
-@pytest.mark.filterwarnings("ignore:divide by zero")
 def test_broken_contracts_are_told(
     monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], told: Sequence[str]
 ) -> None:
@@ -259,24 +244,6 @@ def test_broken_contracts_are_told(
         data.environment_spec(TOY)
     (line,) = str(caught.value).splitlines()
     assert line.startswith(f"{TOY}: ") and all(each in line for each in told), line
-
-
-class Mended(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """What an old gym gave, as gymnasium wants it."""
-
-    def reset(self, **_: Any) -> Any:
-        return self.env.reset(), {}
-
-    def step(self, action: Any) -> Any:
-        *found, info = self.env.step(action)
-        return *found, False, info
-
-
-def test_an_old_environment_can_be_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec, reset = data.environment_spec(TOY), Toy.reset
-    alter(monkeypatch, lambda toy, found: (*found[:3], {}), lambda toy: reset(toy, seed=3)[0])
-    gymnasium.register("ToyMended-v0", entry_point=lambda: Mended(Toy()), max_episode_steps=6)
-    assert data.environment_spec("ToyMended-v0") == replace(spec, id="ToyMended-v0")
 
 
 DRAWS: dict[str, Callable[[], float]] = {
@@ -349,7 +316,7 @@ def test_dict_observations_are_flattened_alike_in_data_and_in_play(tmp_path: Pat
     assert np.array_equal(seen, [[step, seen[0][1]] for step in range(length)])
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_importing_is_quick_and_does_nothing_and_pybullet_stays_silent(workers: int, tmp_path: Path) -> None:
     code = f"""
 import sys
@@ -410,27 +377,14 @@ def test_reference_errors(reference: Any, message: str) -> None:
     ("changed", "told"),
     [
         ({"reward_scale": "x"}, ("reward_scale = 'x'", "'none', 'return-range' or 'minus-one'", "number")),
-        ({"reward_scale": -1.0}, ("reward_scale = -1.0", "greater than 0")),
-        ({"reward_scale": float("inf")}, ("reward_scale = inf", "finite")),
-        ({"source": "s"}, ("source = 's'", "'collect', 'hdf5', 'd4rl', 'minari' or 'arrays'")),
         ({"source": "hdf5"}, ("'hdf5' needs a path",)),
         ({"source": "d4rl"}, ("'d4rl' needs a dataset",)),
         ({"path": "a.hdf5"}, ("path is only for source 'hdf5'",)),
         ({"dataset": "a"}, ("dataset is only for source 'd4rl' and 'minari'",)),
-        ({"held_out": 0.6}, ("held_out = 0.6", "0.5")),
-        ({"fraction": 0.0}, ("fraction = 0.0", "greater than 0")),
-        ({"fraction": 1.1}, ("fraction = 1.1", "less than or equal to 1")),
-        ({"storage": "tape"}, ("storage = 'tape'", "'memory' or 'disk'")),
         ({"environment_kwargs": {"bonus": 1.0}}, ("environment_kwargs need an environment",)),
-        (
-            {"environment": TOY, "environment_kwargs": {"render_mode": "human"}},
-            ("'render_mode'", "gymnasium.make's own"),
-        ),
+        ({"environment": TOY, "environment_kwargs": {"render_mode": "human"}}, ("'render_mode'", "make's own")),
         ({"action_range": [1.0, -1.0]}, ("action_range [1.0, -1.0]", "low < high")),
-        ({"observation_columns": 0}, ("observation_columns = 0", "greater than or equal to 1")),
-        ({"max_episode_steps": 10**9}, ("max_episode_steps = 1000000000", "less than or equal to 1000000")),
         ({"transitions": 1201, "levels": [0.1, 0.8]}, ("1201", "2 levels")),
-        ({"levels": []}, ("levels = []", "at least 1")),
         ({"levels": [0.1, -0.8]}, ("levels[1] = -0.8", "greater than or equal to 0")),
         ({"action_noise": [0.1]}, ("action_noise", "1 entries", "4 levels")),
     ],
@@ -609,7 +563,7 @@ def test_short_missing_foreign_and_truncated_files(tmp_path: Path) -> None:
 
 def test_a_file_with_damaged_tables_is_told_or_read(tmp_path: Path) -> None:
     sound, told = write(tmp_path / "a.hdf5", rows(40)).read_bytes(), set()
-    for place in range(8, 2400, 16):
+    for place in range(8, 2400, 64):
         (tmp_path / "a.hdf5").write_bytes(sound[:place] + bytes(8) + sound[place + 8 :])
         try:
             prepare(tmp_path / "a.hdf5")
@@ -618,7 +572,7 @@ def test_a_file_with_damaged_tables_is_told_or_read(tmp_path: Path) -> None:
     assert True in told
 
 
-@pytest.mark.parametrize("how", ["dangling", "soft", "other file", "external", "virtual"])
+@pytest.mark.parametrize("how", ["dangling", "soft", "other file", "external", "virtual", "group"])
 def test_nothing_outside_the_file_is_read(tmp_path: Path, how: str) -> None:
     other = write(tmp_path / "other.hdf5", {"rewards": SOUND["rewards"]})
     (tmp_path / "raw").write_bytes(SOUND["rewards"].tobytes())
@@ -630,11 +584,17 @@ def test_nothing_outside_the_file_is_read(tmp_path: Path, how: str) -> None:
             layout = h5py.VirtualLayout((10,), "f4")
             layout[:] = h5py.VirtualSource(other, "rewards", (10,))
             file.create_virtual_dataset("rewards", layout)
+        elif how == "group":
+            file["rewards/0"] = np.zeros(10)
         else:
             links = {"dangling": h5py.SoftLink("/nowhere"), "soft": h5py.SoftLink("/mine")}
             file["rewards"] = links.get(how) or h5py.ExternalLink(other, "rewards")
-    message = "'rewards' lies in other files" if how in ("external", "virtual") else "'rewards' is a link"
-    with pytest.raises(MdptError, match=rf"a\.hdf5: {message}; copy the data into"):
+    told = {
+        "external": "lies in other files; copy",
+        "virtual": "lies in other files; copy",
+        "group": "is a group; expected",
+    }
+    with pytest.raises(MdptError, match=rf"a\.hdf5: 'rewards' {told.get(how, 'is a link; copy')}"):
         prepare(path)
 
 
@@ -643,15 +603,6 @@ def test_what_was_never_written_is_zero_where_it_says_how_rows_end(tmp_path: Pat
     with h5py.File(path, "a") as file:
         file.create_dataset("terminals", (10,), "i1")
     assert np.array_equal(prepare(path).rows, prepare(write(tmp_path / "b.hdf5", rows())).rows)
-
-
-@pytest.mark.parametrize("key", ["observations", "timeouts", "next_observations"])
-def test_a_group_is_no_array(tmp_path: Path, key: str) -> None:
-    path = write(tmp_path / "a.hdf5", rows(**{key: None}))
-    with h5py.File(path, "a") as file:
-        file[f"{key}/0"] = np.zeros(10)
-    with pytest.raises(MdptError, match=rf"a\.hdf5: '{key}' is a group; expected an array"):
-        prepare(path)
 
 
 def test_columns_that_float32_or_the_normalizer_hides_are_told(tmp_path: Path) -> None:
@@ -753,7 +704,7 @@ def test_actions_slightly_out_of_bounds_are_clipped_with_a_warning(tmp_path: Pat
 def test_transitions_agree_with_d4rl(d4rl: ModuleType, monkeypatch: pytest.MonkeyPatch, with_timeouts: bool) -> None:
     random = np.random.default_rng(int(with_timeouts))
     compared = ends_in_middle = 0
-    for case in range(600):
+    for case in range(300):
         monkeypatch.setattr(data, "CHUNK", int(random.integers(1, 20)))
         n, limit = int(random.integers(2, 60)), int(random.integers(1, 9))
         terminals = random.random(n) < random.choice([0, 0.05, 0.2, 0.5])
@@ -772,7 +723,7 @@ def test_transitions_agree_with_d4rl(d4rl: ModuleType, monkeypatch: pytest.Monke
         for key, array in expected.items():
             assert np.array_equal(loaded.column(key), array), (case, key)
         compared += 1
-    assert compared > 400 and ends_in_middle == 200
+    assert compared > 200 and ends_in_middle == 100
 
 
 def test_next_observations_are_used_and_keep_every_row(tmp_path: Path) -> None:
@@ -936,23 +887,17 @@ def test_reward_scale(tmp_path: Path, rule: str | float | None, expected: Reward
     assert np.allclose(loaded.column("rewards"), expected.multiplier * np.arange(8) + expected.offset)
 
 
+def test_returns_that_hardly_differ_give_no_range() -> None:
+    arrays = rows(4, actions=np.zeros((4, 2)), terminals=[0, 1, 0, 1], rewards=[1000, 0, 1000, 2**-11], timeouts=None)
+    with pytest.raises(MdptError, match=r"'return-range': all returns are equal, 1000 to 1000; choose 'none' or a num"):
+        load_arrays(arrays, reward_scale="return-range")
+    loaded = load_arrays(arrays | {"rewards": [1000, 0, 1000, 2**-9]}, reward_scale="return-range")
+    assert loaded.reward_scale.multiplier == 2 * 2**9
+
+
 def test_observations_may_stay_as_they_are(tmp_path: Path) -> None:
     loaded = load(toy_file(tmp_path / "a.hdf5", [3, 4, 2]), normalization="none")
     assert not loaded.mean.any() and (loaded.deviation == 1).all()
-
-
-def test_returns_that_hardly_differ_give_no_range(tmp_path: Path) -> None:
-    rewards = np.zeros(9, dtype=np.float32)
-    path = tmp_path / "a.hdf5"
-    rewards[[0, 3]] = 1000
-    rewards[4] = 2**-11  # 4.9e-7 of 1000
-    with pytest.raises(MdptError, match=r"'return-range': all returns are equal, 1000 to 1000; choose 'none' or a num"):
-        load(toy_file(path, [3, 4, 2], rewards=rewards), reward_scale="return-range")
-    rewards[4] = 2**-9
-    loaded = load(toy_file(path, [3, 4, 2], rewards=rewards), reward_scale="return-range")
-    assert loaded.reward_scale.multiplier == 6 * 2**9
-    with pytest.raises(MdptError, match="all returns are equal, 0 to 0"):
-        load(toy_file(path, [3, 4, 2], rewards=0 * rewards), reward_scale="return-range")
 
 
 def test_a_path_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1323,9 +1268,9 @@ def test_an_environment_that_fails_is_named(first_action: float, told: str, work
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_environment_that_hangs_is_named_in_time(workers: int) -> None:
     start = time.monotonic()
-    line = fails(play_broken, [0.85, 0.0], workers, timeout=1.5)
+    line = fails(play_broken, [0.85, 0.0], workers, timeout=0.5)
     assert time.monotonic() - start < 60  # it would sleep for an hour
-    assert all(each in line for each in (TOY, "episode 4, step 3", "longer than 1.5 s", "--timeout")), line
+    assert all(each in line for each in (TOY, "episode 4, step 3", "longer than 0.5 s", "--timeout")), line
 
 
 @pytest.mark.slow
@@ -1336,7 +1281,7 @@ def test_an_environment_that_ends_its_process_is_told() -> None:
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_only_the_environments_own_time_is_watched(workers: int) -> None:
-    assert list(data.parallel(rest, [0.6, 0.0], Workers(workers, 0.2), 2)) == [0.6, 0.0]
+    assert list(data.parallel(rest, [0.3, 0.0], Workers(workers, 0.1), 2)) == [0.3, 0.0]
 
 
 @pytest.mark.slow
@@ -1346,26 +1291,6 @@ def test_whoever_stops_listening_leaves_no_worker() -> None:
         assert next(found) == 0
         raise KeyboardInterrupt
     assert soon(lambda: not workers_left())
-
-
-@pytest.mark.slow
-def test_a_worker_that_was_given_nothing_ends_with_its_parent(tmp_path: Path) -> None:
-    code = """
-import pathlib, time
-from mdpt import data
-
-def rest(task, watch):
-    pathlib.Path("begun").touch()
-    time.sleep(600)
-
-list(data.parallel(rest, [0], data.Workers(2), 2))
-"""
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
-    assert soon((tmp_path / "begun").exists, 60)
-    children = processes(parent.pid)
-    parent.kill()
-    parent.wait(10)
-    assert soon(lambda: all(map(has_ended, children)))
 
 
 def test_only_the_work_is_silenced(capfd: pytest.CaptureFixture[str]) -> None:
@@ -1391,34 +1316,19 @@ def test_an_environment_may_fail_in_its_pictures_and_at_its_end(monkeypatch: pyt
         data.rollout(pay_by_place, spec, [7], seed=0, look=lambda *_: None)
 
 
-@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
-def test_an_environment_may_end_python_as_it_is_made(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_may_end_python_as_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     def exit(self: Any, **options: Any) -> Any:
-        raise error
+        raise SystemExit(3)
 
     monkeypatch.setattr(conftest.Gentle, "__init__", exit)
-    with pytest.raises(MdptError, match=rf"conftest:Gentle-v0: .* cannot be made\. {type(error).__name__}"):
+    with pytest.raises(MdptError, match=r"conftest:Gentle-v0: .* cannot be made\. SystemExit"):
         data.environment_spec("conftest:Gentle-v0")
 
 
-def test_a_shard_closes_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    closed: list[Any] = []
-    spec, make = data.environment_spec(TOY), data.make_environment
-
-    def watched(spec: EnvironmentSpec) -> Any:
-        environment = make(spec)
-        monkeypatch.setattr(environment.unwrapped, "close", lambda: closed.append(spec))
-        return environment
-
-    monkeypatch.setattr(data, "make_environment", watched)
-    agent = [np.zeros(shape, dtype=np.float32) for shape in ((2, 3), (3,), (3, 3), (3,), (3, 2), (2,))]
-    data.collect_shard(Shard(spec, agent, 0.0, 0.0, 10, (0, 0, 0)), Watch(60))
-    assert closed == [spec]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0, 600])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("how", "seconds"), [(signal.SIGKILL, 0), (signal.SIGKILL, 600), (signal.SIGTERM, 600), (signal.SIGINT, 600)]
+)
 def test_no_process_outlives_its_parent(how: signal.Signals, seconds: int, tmp_path: Path) -> None:
     code = f"""
 import pathlib, time
@@ -1872,39 +1782,12 @@ FIELDS = ["extends", "nobody.knows", *(name for name, part in Experiment() if no
     f"{name}.{key}" for name, part in Experiment() if isinstance(part, data.Section) for key in type(part).model_fields
 ]
 WORDS = [
-    "1",
-    "-1",
-    "0",
-    "0.5",
-    "1e400",
-    "nan",
-    "inf",
-    "9" * 30,
-    "''",
-    "'x'",
-    "'\\u0007'",
-    "[]",
-    "{}",
-    "[1, 'a']",
-    "{a = 1}",
-    "true",
-]
-WORDS += [
-    "1979-05-27",
-    "[[[]]]",
-    "[0, 1]",
-    "none",
-    "'idql'",
-    "'minari'",
-    "'d4rl'",
-    "'collect'",
-    "",
-    "= 1",
-    "1\n[policy]\nsteps = 2",
-]
+    "1", "-1", "0", "0.5", "1e400", "nan", "inf", "9" * 30, "''", "'x'", "'\\u0007'", "[]", "{}", "[1, 'a']", "{a = 1}", "true",
+    "1979-05-27", "[[[]]]", "[0, 1]", "none", "'idql'", "'minari'", "'collect'", "", "= 1", "1\n[policy]\nsteps = 2",
+]  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(
     pairs=st.lists(st.tuples(st.sampled_from(FIELDS), st.sampled_from(WORDS) | st.text(max_size=12)), max_size=4),
     written=st.booleans(),

@@ -183,7 +183,7 @@ def test_a_file_arrives_whole(server: Server, path: Path, answers: list[Answer],
     assert shown[-1] == (len(expected), known)
 
 
-@pytest.mark.parametrize(("reset", "timeout"), [(True, 30.0), (False, 1.0)], ids=["reset", "silent"])
+@pytest.mark.parametrize(("reset", "timeout"), [(True, 30.0), (False, 0.3)], ids=["reset", "silent"])
 def test_a_broken_connection_is_made_again(server: Server, path: Path, reset: bool, timeout: float) -> None:
     event = threading.Event()
 
