@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import itertools
 import os
 import random
 import re
@@ -140,18 +139,14 @@ def test_environment_spec() -> None:
         ("toy_environment:ToyFlawed-v0", "the environment cannot be made. OSError: no licence"),
         ("toy_environment:ToyDiscrete-v0", "its action space is Discrete(2); only a Box with one axis can be learned."),
         ("toy_environment:ToyImage-v0", "its action space is Box(0.0, 1.0, (2, 2), float32); only a Box with one axis"),
-        *[
-            (
-                f"toy_environment:Toy{kind}-v0",
-                f"its actions lack finite bounds with low < high, Box({bounds}, float32); wrap",
-            )
-            for kind, bounds in (
-                ("Unbounded", "-inf, inf, (1,)"),
-                ("Pinned", "0.0, [1. 0.], (2,)"),
-                ("Vast", "-3e+38, 3e+38, (1,)"),
-            )
-        ],
-        ("toy_environment:ToyEmpty-v0", "its action space is Box("),
+        (
+            "toy_environment:ToyPinned-v0",
+            "its actions lack finite bounds with low < high, Box(0.0, [1. 0.], (2,), float32)",
+        ),
+        (
+            "toy_environment:ToyVast-v0",
+            "its actions lack finite bounds with low < high, Box(-3e+38, 3e+38, (1,), float32)",
+        ),
         ("toy_environment:ToyWhole-v0", "its actions are int64, Box(0, 9, (1,), int64); only floats can be learned."),
     ],
 )
@@ -194,8 +189,7 @@ def test_an_environment_that_hangs_is_told_before_anything_is_trained(
         data.environment_spec(TOY, timeout=0.2)
 
 
-@pytest.mark.parametrize("environment_id", [HOPPER, "AntBulletEnv-v0"])
-def test_an_episode_does_not_depend_on_what_came_before(environment_id: str) -> None:
+def test_an_episode_does_not_depend_on_what_came_before() -> None:
     def play(environment: Any, seed: int, steps: int) -> list[Any]:
         random = np.random.default_rng(seed)
         seen = [environment.reset(seed=seed)[0].tolist()]
@@ -208,7 +202,7 @@ def test_an_episode_does_not_depend_on_what_came_before(environment_id: str) -> 
                 break
         return seen
 
-    spec = data.environment_spec(environment_id)
+    spec = data.environment_spec(HOPPER)
     used, fresh = data.make_environment(spec), data.make_environment(spec)
     for seed in (1, 2, 3):
         play(used, seed, 40)
@@ -343,31 +337,20 @@ list(data.parallel(play, [0, 1], data.Workers({workers}), 2))
     ("reference", "expected"),
     [
         ("bullet-hopper", (20.058972, 1441.8059623430963)),
-        ("bullet-halfcheetah", (-1275.766996, 2381.6725)),
-        ("bullet-walker2d", (16.523877, 1623.6476303317536)),
-        ("bullet-ant", (373.705955, 2650.495)),
         ("bullet-ant-medium-replay-v0", (373.705955, 2650.495)),
         ("hopper", (-20.272305, 3234.3)),
-        ("hopper-medium-v2", (-20.272305, 3234.3)),
         ((-5, 10), (-5.0, 10.0)),
-    ],
-)
-def test_reference_returns(reference: Any, expected: tuple[float, float]) -> None:
-    assert data.reference_returns(reference) == expected
-
-
-@pytest.mark.parametrize(
-    ("reference", "message"),
-    [
         ("bullet-hoper", "reference 'bullet-hoper': unknown to D4RL. Nearest: bullet-hopper, "),
         ("maze2d", "reference 'maze2d': its tasks have different references; name one, such as 'maze2d-open-v0'."),
         ((3.0, 3.0), "reference: [3.0, 3.0] must be [min, max] with min < max."),
     ],
 )
-def test_reference_errors(reference: Any, message: str) -> None:
-    with pytest.raises(MdptError) as caught:
-        data.reference_returns(reference)
-    assert str(caught.value).startswith(message)
+def test_reference_returns(reference: Any, expected: tuple[float, float] | str) -> None:
+    if isinstance(expected, tuple):
+        assert data.reference_returns(reference) == expected
+    else:
+        with pytest.raises(MdptError, match=re.escape(expected)):
+            data.reference_returns(reference)
 
 
 # --- the experiment file ----------------------------------------------------------------------------------------
@@ -497,7 +480,6 @@ SOUND = rows()
                 "'actions' holds object, expected numbers.",
             ],
         ),
-        ({"observations": SOUND["rewards"]}, ["'observations' has shape (10,), expected (10, 3) for Spec-v0."]),
         (
             {"observations": np.ones((10, 4)), "actions": np.ones((9, 2)), "rewards": np.ones(11)},
             [
@@ -506,7 +488,6 @@ SOUND = rows()
                 "'rewards' has shape (11,), expected (10,) for Spec-v0.",
             ],
         ),
-        ({"actions": np.ones((10, 3))}, ["'actions' has shape (10, 3), expected (10, 2) for Spec-v0."]),
         ({"timeouts": np.ones((10, 2))}, ["'timeouts' has shape (10, 2), expected (10,) for Spec-v0."]),
         ({"rewards": h5py.Empty("f")}, ["'rewards' has shape (), expected (10,) for Spec-v0."]),
         (
@@ -517,26 +498,19 @@ SOUND = rows()
             {"observations": put(np.zeros((10, 3)), (4, 1), np.nan)},
             ["'observations' row 4 is [0.0, nan, 0.0], expected finite numbers."],
         ),
-        ({"rewards": put(SOUND["rewards"], [8, 3], np.inf)}, ["'rewards' row 3 is inf, expected finite numbers."]),
         ({"rewards": put(SOUND["rewards"], 3, 1e300)}, ["'rewards' row 3 is inf, expected finite numbers."]),
         ({"terminals": np.arange(10)}, ["'terminals' row 2 is 2, expected only 0 and 1."]),
-        ({"timeouts": np.full(10, 0.5)}, ["'timeouts' row 0 is 0.5, expected only 0 and 1."]),
-        ({"terminals": np.full(10, np.nan)}, ["'terminals' row 0 is nan, expected only 0 and 1."]),
-        (
-            {"actions": np.tile([[0.5, 4.25]], (10, 1))},
-            ["'actions' row 0 is [0.5, 4.25], expected within [-1.0, 0.0] and [1.0, 4.0] of Spec-v0."],
-        ),
+        ({"timeouts": np.full(10, np.nan)}, ["'timeouts' row 0 is nan, expected only 0 and 1."]),
         (
             {"actions": put(np.tile([[0.5, 2.0]], (10, 1)), (6, 0), -1.0625)},
             ["'actions' row 6 is [-1.0625, 2.0], expected within [-1.0, 0.0] and [1.0, 4.0] of Spec-v0."],
         ),
     ],
 )
-@pytest.mark.parametrize("chunk", [data.CHUNK, 4])
 def test_bad_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], messages: list[str], chunk: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], messages: list[str]
 ) -> None:
-    monkeypatch.setattr(data, "CHUNK", chunk)
+    monkeypatch.setattr(data, "CHUNK", 4)
     path = write(tmp_path / "bad.hdf5", rows(**changed))
     with pytest.raises(MdptError) as caught:
         prepare(path)
@@ -611,16 +585,6 @@ def test_columns_that_float32_or_the_normalizer_hides_are_told(tmp_path: Path) -
     assert prepare(write(tmp_path / "a.hdf5", rows())).warnings == ()
     far, faint = prepare(write(tmp_path / "b.hdf5", rows(observations=hidden))).warnings
     assert "columns [0] do not vary in float32" in far and "columns [1] vary by less than 0.0001" in faint
-
-
-def test_rewards_that_no_float32_holds_are_told(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.hdf5", rows())
-    section = DataSection(source="hdf5", path=str(path), held_out=0.0, reward_scale=1e39)
-    with (
-        data.open_hdf5(path) as columns,
-        pytest.raises(MdptError, match=r"rewards x 1e\+39 .*; choose another reward_scale"),
-    ):
-        data.prepare(columns, section, SPEC, data.UNNAMED, lambda *_: None)
 
 
 @pytest.mark.parametrize("chunks", [None, (1000,)])
@@ -757,13 +721,6 @@ def test_discounted_returns_against_a_loop() -> None:
         assert 0 < trusted.sum() < n
 
 
-def test_discounted_returns_by_hand() -> None:
-    terminals, timeouts = np.array([0, 0, 1, 0, 0, 0], bool), np.array([0, 0, 0, 0, 1, 0], bool)
-    returns, trusted = data.discounted_returns(np.array([1, 2, 4, 8, 16, 32]), terminals, timeouts, 0.5, tail=0.25)
-    assert returns.tolist() == [3, 4, 4, 16, 16, 32]
-    assert trusted.tolist() == [True, True, True, True, False, False]
-
-
 # --- the dataset ------------------------------------------------------------------------------------------------
 
 
@@ -898,12 +855,6 @@ def test_returns_that_hardly_differ_give_no_range() -> None:
 def test_observations_may_stay_as_they_are(tmp_path: Path) -> None:
     loaded = load(toy_file(tmp_path / "a.hdf5", [3, 4, 2]), normalization="none")
     assert not loaded.mean.any() and (loaded.deviation == 1).all()
-
-
-def test_a_path_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    toy_file(tmp_path / "a.hdf5", [3, 4])
-    assert load(Path("~/a.hdf5")).section.path == str(tmp_path / "a.hdf5")
 
 
 def test_other_arrays_are_left_alone() -> None:
@@ -1316,15 +1267,6 @@ def test_an_environment_may_fail_in_its_pictures_and_at_its_end(monkeypatch: pyt
         data.rollout(pay_by_place, spec, [7], seed=0, look=lambda *_: None)
 
 
-def test_an_environment_may_end_python_as_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    def exit(self: Any, **options: Any) -> Any:
-        raise SystemExit(3)
-
-    monkeypatch.setattr(conftest.Gentle, "__init__", exit)
-    with pytest.raises(MdptError, match=r"conftest:Gentle-v0: .* cannot be made\. SystemExit"):
-        data.environment_spec("conftest:Gentle-v0")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "seconds"), [(signal.SIGKILL, 0), (signal.SIGKILL, 600), (signal.SIGTERM, 600), (signal.SIGINT, 600)]
@@ -1463,22 +1405,6 @@ def test_without_locks_the_number_in_a_file_tells_whether_it_is_held(
     assert lock.exists() is not free
 
 
-def test_where_collecting_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    calls = itertools.count(-10)  # the environment is tried first, twice for five steps
-
-    def step(*given: Any) -> Any:
-        if next(calls) == 300:
-            raise ValueError("lost")
-        return take_step(*given)
-
-    take_step = data.take_step
-    monkeypatch.setattr(data, "take_step", step)
-    monkeypatch.setattr(data, "SHARD", 250)
-    where = f"collecting in {HOPPER}: level 0.1, row 301: the environment failed. ValueError: lost"
-    with pytest.raises(MdptError, match=re.escape(where)):
-        data.collect_dataset(SETTINGS, folder=tmp_path)
-
-
 def test_no_more_is_collected_than_memory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "free_memory", lambda: 150_000.0)  # 1,200 rows of 20 numbers, twice, are more
     with pytest.raises(MdptError, match=r"0\.0 GB of transitions do not fit .* collect fewer \[data\] transitions"):
@@ -1575,12 +1501,6 @@ def test_a_damaged_cached_file_is_named(collected: Path, tmp_path: Path) -> None
         data.collect_dataset(SETTINGS, folder=tmp_path)
     message = "this cached dataset is damaged; delete the file, and it will be collected again."
     assert str(caught.value) == f"{damaged}: {message}"
-
-
-def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(TypeError):
-        data._write_hdf5(tmp_path / "a.hdf5", {"x": np.zeros(3)}, {"bad": object()})
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -1720,14 +1640,6 @@ def test_what_an_environment_may_not_give_is_told_with_episode_and_step(
 def test_data_alone_cannot_be_played() -> None:
     with pytest.raises(MdptError, match=r"there is no environment to play in; name one in \[data\]"):
         data.rollout(pay_by_place, replace(SPEC, id=None), [0], seed=0)
-
-
-def test_what_the_policy_raises_is_left_alone() -> None:
-    def act(observations: Array, places: Array) -> Array:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        toy_rollout(act)
 
 
 @pytest.mark.parametrize("every", [1, 2, 4])

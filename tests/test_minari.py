@@ -263,8 +263,6 @@ DICT = {"type": "Dict", "subspaces": {"a": BOX}}
         ({"rewards": np.zeros(2)}, {}, "episode_1 'observations' has shape .4, 2., expected .3, 2."),
         ({"actions": np.zeros((4, 1))}, {}, "episode_1 'actions' has shape .4, 1., expected .3, 1."),
         ({"truncations": np.zeros(4)}, {}, "episode_1 'truncations' has shape .4,., expected .3,."),
-        ({"observations": np.zeros((4, 3))}, {}, "episode_1 'observations' has shape .4, 3., expected .4, 2."),
-        ({"observations": np.array([b"a"] * 4)}, {}, "episode_1 'observations' is not numbers"),
         ({"observations": {"a": np.zeros((4, 2))}}, {}, "episode_1 'observations' is not numbers"),
         ({"terminations": None}, {}, "episode_1 'terminations' is missing"),
         ({"observations": {"b": np.zeros((4, 2))}}, {"observations": DICT}, "episode_1 'observations' 'a' is missing"),
@@ -277,8 +275,6 @@ DICT = {"type": "Dict", "subspaces": {"a": BOX}}
         ({}, {"observations": {"type": "Dict", "subspaces": {}}}, "incomplete or damaged"),
         ({}, {"observations": COUNT}, "episode_0 'observations' is Discrete"),
         ({}, {"actions": COUNT}, "its actions are 'Discrete'"),
-        ({}, {"actions": DICT}, "its actions are 'Dict'"),
-        ({}, {"actions": {"low": 0}}, "incomplete or damaged"),
     ],
 )
 def test_unsound_episodes(store: Path, changed: dict[str, Any], spaces: dict[str, Any], message: str) -> None:
@@ -367,13 +363,10 @@ def test_facts(store: Path) -> None:
     "scores",
     [
         {},
-        {"ref_min_score": 1.0},
-        {"ref_min_score": None, "ref_max_score": 1.0},
         {"ref_min_score": float("nan"), "ref_max_score": 1.0},
         {"ref_min_score": 0, "ref_max_score": 10**400},
         {"ref_min_score": "0", "ref_max_score": 1.0},
         {"ref_min_score": 0, "ref_max_score": 0},
-        {"ref_min_score": False, "ref_max_score": True},
     ],
 )
 def test_facts_without_references(store: Path, scores: dict[str, Any]) -> None:
@@ -405,15 +398,11 @@ def test_environments_of_installed_packages(store: Path, environment: str, needs
         ({"env_spec": env_spec("hostile:Pendulum-v1")}, "'hostile:Pendulum-v1' would import a module"),
         ({"env_spec": env_spec("GymV26Environment-v0", kwargs={"env_id": "hostile:A-v0"})}, "would import a module"),
         ({"env_spec": env_spec(kwargs={"g": float("nan")})}, "unsound"),
-        ({"env_spec": env_spec(kwargs={"g": [{"x": 1e300}, float("inf")]})}, "unsound"),
-        ({"env_spec": env_spec(kwargs=[1, 2])}, "unsound"),
         ({"env_spec": env_spec(kwargs="hostile")}, "unsound"),
         ({"env_spec": env_spec(kwargs={"max_episode_steps": 9})}, "unsound.*gymnasium.make's own"),
         ({"env_spec": env_spec(additional_wrappers=[1])}, "unsound"),
         ({"env_spec": '{"id": "Pendulum-v1", "kwargs": ' + '{"a": ' * 5_000}, "unsound"),
         ({"env_spec": "{"}, "unsound"),
-        ({"env_spec": '["id"]'}, "unsound"),
-        ({"env_spec": {"id": "Pendulum-v1"}}, "unsound"),
         ({"env_spec": '{"id": ["Pendulum-v1"]}'}, "would import a module"),
     ],
 )
@@ -455,16 +444,13 @@ def test_no_code_that_a_file_names_is_imported(store: Path, tmp_path: Path, monk
 @pytest.mark.parametrize(
     "dataset", ["../x-v0", "a/../../x-v0", "/etc/x-v0", "a//x-v0", "hf://a/x-v0", "~/x", "", "a\n"]
 )
-@pytest.mark.parametrize("function", [minari_facts, read_minari])
-def test_ids_that_leave_the_store(
-    store: Path, monkeypatch: pytest.MonkeyPatch, function: Any, dataset: str, tmp_path: Path
-) -> None:
+def test_ids_that_leave_the_store(store: Path, monkeypatch: pytest.MonkeyPatch, dataset: str, tmp_path: Path) -> None:
     write(store, [episode()])
     write(tmp_path, [episode()])
     (tmp_path / ID).rename(tmp_path / "x-v0")
     monkeypatch.setitem(sys.modules, "minari", package(download_dataset=pytest.fail))
     with pytest.raises(MdptError, match="not an id; expected one such as"):
-        function(dataset)
+        minari_facts(dataset)
 
 
 def test_missing_and_no_package(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
