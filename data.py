@@ -381,7 +381,7 @@ class GuidanceSection(TrainingSection):
     value_learning_rate: Rate | None = Field(None, description="learning rate of V; by default learning_rate")
     tau: Annotated[float, Field(gt=0, le=1)] = Field(0.005, description="target <- (1 - tau) target + tau online")
     target_every: Positive = Field(1, description="gradient steps between updates of target networks")
-    bootstrap_candidates: Few = Field(1, description="next actions drawn per state, the best of which is the target's")
+    bootstrap_candidates: Few = Field(1, description="next actions drawn per state; the target takes the best of them")
     actor_learning_rate: Rate | None = Field(None, description="of the companion actor; by default learning_rate")
     actor_hidden: Widths = Field([256, 256, 256], description="hidden units of each layer of the companion actor")
     time_features: Features = Field(64, description="sinusoidal features of the diffusion step, in the companion actor")
@@ -456,9 +456,13 @@ class EvaluationSection(Section):
         "all", description="which noise temperature scales: all; start: the initial noise; steps: that of the steps"
     )
     w: Amount = Field(1.0, description="weight of classifier-free guidance")
-    guide: Literal["rank", "gradient", "both"] = Field("rank", description="how guidance acts at inference")
+    guide: Literal["rank", "gradient", "both"] = Field(
+        "rank", description="rank candidates, steer by gradient, or both"
+    )
     guidance_weight: Amount = Field(1.0, description="weight of the gradient, for guide gradient and both")
-    jacobian: bool = Field(False, description="gradient through the denoiser: its weight is an inverse temperature")
+    jacobian: bool = Field(
+        False, description="differentiate through the denoiser; the weight is then an inverse temperature"
+    )
     seed: Whole = Field(0, description="seed of start states and sampling noise")
 
 
@@ -2131,16 +2135,13 @@ def _completed(section: DataSection, known: Known) -> tuple[DataSection, Known]:
         known = Known({key: value for key, value in known.fields.items() if key not in about}, "", known.warnings)
     blank = {key: value for key, value in known.fields.items() if getattr(section, key) in (None, {})}
     path = None if section.path is None else _absolute(section.path, Path())
-    section = section.model_copy(
-        update={"reward_scale": section.reward_scale or "return-range"} | blank | {"path": path}
-    )
+    reward_scale = section.reward_scale or known.fields.get("reward_scale", "return-range")
+    section = section.model_copy(update=blank | {"path": path, "reward_scale": reward_scale})
     if section.reference is not None:
         reference_returns(section.reference)
     elif section.environment is not None:
-        what = (
-            f"name the D4RL family, or give [min, max], the returns in {section.environment} that are scores 0 and 100"
-        )
-        raise MdptError(f"[data] reference is missing: {what}.")
+        remedy = f"name the D4RL family, or [min, max], the returns in {section.environment} for scores 0 and 100"
+        raise MdptError(f"[data] reference is missing: {remedy}.")
     return section, known
 
 
@@ -2220,10 +2221,8 @@ def read_episodes(columns: Columns, limit: int | None) -> tuple[Episodes, tuple[
         warnings = (f"{where}: no 'timeouts'; episodes end at terminals alone. [data] max_episode_steps cuts them.",)
     starts, stops = episode_bounds(terminals, timeouts)
     if looks_late(columns, starts, terminals, rewards):
-        late = (
-            "begins with reward 0 and ends with action 0, as in d4rl-pybullet's files, whose rewards and terminals lie"
-        )
-        warnings += (f"{where}: every episode {late} one row late; if this is one, move them up before training.",)
+        late = "begins with reward 0 and ends with action 0, as in d4rl-pybullet's files, whose rewards and terminals"
+        warnings += (f"{where}: every episode {late} lie one row late; if so, move them up before training.",)
     return Episodes(rewards, terminals, timeouts, starts, stops - starts), warnings
 
 
