@@ -2162,10 +2162,9 @@ def prepare(columns: Columns, section: DataSection, spec: EnvironmentSpec | None
     returns = np.add.reduceat(episodes.rewards.astype(np.float64), episodes.starts)[use.whole]
     scale = _reward_scale(section.reward_scale or "none", returns, spec.max_episode_steps)
     rewards = _scale_rewards(episodes.rewards, scale, where)
-    rows = _allocate(section.storage, int(use.train.sum()), 2 * dims[0] + dims[1] + 2)
-    wide = _fill(rows, columns, spec, episodes, rewards, use, show)
+    wide = _read_wide(columns, spec, section.storage, episodes, rewards, use, show)
     wide.cut_actions[use.train[use.last]] = np.nan  # these rows are transitions, and nothing follows
-    mean, deviation, constant = moments(rows, dims[0])
+    mean, deviation, constant = moments(wide.rows, dims[0])
     told += tuple(f"{where}: observation columns {text}." for text in _hidden_columns(mean, deviation, constant))
     if count := len(wide.excess):
         told += (f"{where}: clipped the actions of {count} rows, out of bounds by {wide.excess.max():.1e} at most.",)
@@ -2175,7 +2174,7 @@ def prepare(columns: Columns, section: DataSection, spec: EnvironmentSpec | None
     return Dataset(
         environment=spec,
         section=section,
-        rows=rows,
+        rows=wide.rows,
         ends=use.ends,
         cut_actions=wide.cut_actions,
         mean=mean,
@@ -2338,8 +2337,9 @@ def _allocate(storage: str, count: int, width: int) -> Array:
 
 
 class Wide(NamedTuple):
-    """What a pass over the wide columns gives beside rows."""
+    """What a pass over the wide columns gives."""
 
+    rows: Array  # training transitions, as in Dataset
     observations: Array  # (m, O), held out
     actions: Array  # (m, A), held out
     cut_actions: Array  # (E, A): of the last row of each training episode
@@ -2347,11 +2347,12 @@ class Wide(NamedTuple):
     hash: str  # of all columns
 
 
-def _fill(
-    rows: Array, columns: Columns, spec: EnvironmentSpec, episodes: Episodes, rewards: Array, use: Use, show: Show
+def _read_wide(
+    columns: Columns, spec: EnvironmentSpec, storage: str, episodes: Episodes, rewards: Array, use: Use, show: Show
 ) -> Wide:
-    """Read the wide columns once and put the training transitions into `rows`. rewards: (n,), scaled."""
+    """Read the wide columns once, some rows at a time, and fill the rows. rewards: (n,), scaled."""
     total, dim, has_next = len(rewards), spec.observation_dim, "next_observations" in columns.arrays
+    rows = _allocate(storage, int(use.train.sum()), 2 * dim + spec.action_dim + 2)
     digests = {key: hashlib.sha256() for key in ("observations", "actions", "next_observations")[: 2 + has_next]}
     digests |= {key: hashlib.sha256(getattr(episodes, key).data) for key in NARROW}
     kept: list[tuple[Array, ...]] = []
@@ -2380,9 +2381,9 @@ def _fill(
         kept.append((observations[aside], actions[aside], actions[is_last[part]], excess))
         if total > 10 * CHUNK:
             show("read", part.stop, total)
-    held_observations, held_actions, last_actions, far = map(np.concatenate, zip(*kept, strict=True))
+    observations, actions, last_actions, excess = map(np.concatenate, zip(*kept, strict=True))
     digest = json.dumps(sorted((key, sha.hexdigest()) for key, sha in digests.items()))
-    return Wide(held_observations, held_actions, last_actions, far, hashlib.sha256(digest.encode()).hexdigest())
+    return Wide(rows, observations, actions, last_actions, excess, hashlib.sha256(digest.encode()).hexdigest())
 
 
 def _clip(columns: Columns, spec: EnvironmentSpec, part: slice) -> tuple[Array, Array]:

@@ -33,7 +33,6 @@ from toy_environment import Parted, Toy
 from mdpt import data
 from mdpt.data import (
     Array,
-    Columns,
     DataSection,
     Dataset,
     EnvironmentSpec,
@@ -852,11 +851,6 @@ def test_returns_that_hardly_differ_give_no_range() -> None:
     assert loaded.reward_scale.multiplier == 2 * 2**9
 
 
-def test_observations_may_stay_as_they_are(tmp_path: Path) -> None:
-    loaded = load(toy_file(tmp_path / "a.hdf5", [3, 4, 2]), normalization="none")
-    assert not loaded.mean.any() and (loaded.deviation == 1).all()
-
-
 def test_other_arrays_are_left_alone() -> None:
     arrays = rows(actions=np.zeros((10, 2)))
     more = {"infos/qpos": np.zeros((10, 5)), "metadata/algorithm": np.array("SAC")}  # as D4RL's get_dataset has
@@ -1014,6 +1008,12 @@ def test_the_size_of_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp
     following = np.random.default_rng(8).normal(size=(100, 2)) if own else None
     path = write(tmp_path / "a.hdf5", noisy(next_observations=following))
     settings: dict[str, Any] = {"held_out": 0.2, "fraction": 0.8, "reward_scale": "return-range"}
+    heard: list[tuple[str, int, int]] = []
+    section = DataSection(source="hdf5", path=str(path), environment=TOY, reference=(0.0, 1.0), **(PLAIN | settings))
+    monkeypatch.setattr(data, "CHUNK", 8)
+    data.load_dataset(section, show=lambda *progress: heard.append(progress))
+    assert heard == [("read", min(stop, 100), 100) for stop in range(8, 108, 8)]
+    monkeypatch.undo()
     whole = load(path, **settings)
     assert "clipped" in whole.warnings[-1] and len(whole.held_out.rewards) and 40 < len(whole) < 80
     for chunk in (1, 3, 10, 99, 100):
@@ -1043,35 +1043,6 @@ def test_disk_and_memory_give_the_same_bits(monkeypatch: pytest.MonkeyPatch, tmp
         MdptError, match=rf"cache: no room for 0\.0 GB of .*{os.strerror(errno.ENOSPC)}.*set MDPT_CACHE"
     ):
         load(path, storage="disk")
-
-
-class Unread:
-    """A column that notes which rows are asked for."""
-
-    def __init__(self, array: Array) -> None:
-        self.array, self.dtype, self.shape = array, array.dtype, array.shape
-        self.asked: list[range] = []
-
-    def __getitem__(self, rows: slice) -> Array:
-        self.asked.append(range(len(self.array))[rows])
-        return self.array[rows]
-
-
-@pytest.mark.parametrize("chunk", [8, 10])
-def test_wide_columns_are_read_once_and_in_parts(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(data, "CHUNK", chunk)
-    unread = {key: Unread(array) for key, array in noisy().items()}
-    heard: list[tuple[str, int, int]] = []
-    section = DataSection(source="arrays", max_episode_steps=9, action_range=(-1.0, 5.0), **PLAIN)
-    loaded = data.prepare(
-        Columns("", "", unread), section, None, data.UNNAMED, lambda *progress: heard.append(progress)
-    )
-    assert len(loaded) > 70
-    parts = [range(start, min(start + chunk, 100)) for start in range(0, 100, chunk)]
-    assert unread["actions"].asked == parts
-    following = [range(part.start, min(part.stop + 1, 100)) for part in parts]  # its last row's next one, too
-    assert unread["observations"].asked == following
-    assert heard == [("read", part.stop, 100) for part in parts if len(parts) > 10]  # what is short stays silent
 
 
 def test_the_normalizer_against_numpy_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1405,13 +1376,6 @@ def test_without_locks_the_number_in_a_file_tells_whether_it_is_held(
     assert lock.exists() is not free
 
 
-def test_no_more_is_collected_than_memory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "free_memory", lambda: 150_000.0)  # 1,200 rows of 20 numbers, twice, are more
-    with pytest.raises(MdptError, match=r"0\.0 GB of transitions do not fit .* collect fewer \[data\] transitions"):
-        data.collect_dataset(SETTINGS, folder=tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_collected_rows(collected: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with h5py.File(collected) as file:
         level, observations = file["infos/level"][()], file["observations"][()]
@@ -1470,13 +1434,6 @@ def test_actions_are_drawn_as_ever() -> None:
     stop = data.episode_bounds(rows["terminals"], rows["timeouts"])[1][0]
     expected = [data._agent_action(weights, rows["observations"][i]) + noise[i] for i in range(stop)]
     assert stop > 5 and np.array_equal(rows["actions"][:stop], np.clip(expected, -1, 1))
-
-
-def test_each_level_may_have_its_own_noise(tmp_path: Path) -> None:
-    section = DataSection(environment=HOPPER, transitions=200, levels=[0.0, 0.0], action_noise=[0.0, 0.5])
-    with h5py.File(data.collect_dataset(section, folder=tmp_path)) as file:
-        differences = away_from_the_agent(file)
-    assert differences[:100].max() < 1e-5 and differences[100:].max() > 0.5
 
 
 def test_cache_is_reused_by_settings(collected: Path, monkeypatch: pytest.MonkeyPatch) -> None:
