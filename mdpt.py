@@ -383,7 +383,7 @@ class Cell:
 
     @property
     def reference(self) -> Ends:
-        assert self.bundle.reference is not None  # where there is an environment, there is a reference
+        assert self.bundle.reference is not None  # as `no_environment` has made sure
         return self.bundle.reference
 
     @property
@@ -610,9 +610,10 @@ def find_held_out(cell: Cell, data_file: Path | None) -> HeldOut:
 
 
 def no_environment(cell: Cell) -> str:
-    """Why a policy cannot be scored, for lack of an environment; else ""."""
-    playable = cell.bundle.environment.id is not None
-    return "" if playable else f"{cell.policy}: cannot be scored: {cell.bundle.dataset.no_environment}"
+    """Why a policy cannot be scored, for lack of an environment or of a reference; else ""."""
+    if cell.bundle.environment.id is not None and cell.bundle.reference is not None:
+        return ""
+    return f"{cell.policy}: cannot be scored: {cell.bundle.dataset.no_environment or 'its bundle has no reference'}"
 
 
 # --- statistics ---------------------------------------------------------------------------------------------------

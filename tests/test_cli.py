@@ -1581,6 +1581,8 @@ def test_without_an_environment_a_policy_is_judged_offline(folder: Path) -> None
         assert f"Acts by: max of 4 by the {rule} of all 2 members" in " ".join(out.split())
     fail("evaluate alone-dql.policy.pt --json offline.json", "offline.json", "exists already", "--overwrite")
     fail("evaluate alone-dql.policy.pt --plot a.png", "--plot")
+    write("odd.pt", read("toy-dql.policy.pt"), reference=None)
+    fail("swap odd.pt", "odd.pt: cannot be scored", "no reference")
     fail("evaluate alone-dql.policy.pt --video a.gif", "--video")
     fail("swap alone-dql.policy.pt", "alone-dql.policy.pt", "cannot be scored", "names no environment", "evaluate")
     fail("evaluate alone-dql.policy.pt toy-dql.policy.pt", "environment None against conftest:Gentle-v0")
