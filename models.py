@@ -2268,8 +2268,9 @@ def train(
             for target, module in parts:
                 keep_weights(target, module, done, done == steps, done in milestones)
                 target.accounting = cost.read(learner, done)
-            pending = None if done == steps else Training(optimizers=learner.state(), pending=history.pending)
-            bundle.training = pending
+            states, pending = learner.state(), list(history.pending)
+            unfinished = Training.model_construct(optimizers=states, pending=pending)  # checked where it is read
+            bundle.training = None if done == steps else unfinished
             run.save(bundle)
             history.saved = done
             due = time.monotonic() + max(section.save_every, 20 * (time.monotonic() - began))  # a twentieth of the time
@@ -2457,9 +2458,9 @@ def go_on(bundle: Bundle, run: Run, parts: Sequence[tuple[Bundle, Guidance | Pol
         raise MdptError("is complete; choose another --out, or --overwrite to replace it")
     bundle.step, bundle.history = begun.step, list(begun.history)
     for target, module in parts:
-        stored = begun if target is bundle else begun.guidances[0]
-        target.snapshots = stored.snapshots
-        load_weights(module, stored.weights)
+        source = begun if target is bundle else begun.guidances[0]
+        target.snapshots = source.snapshots
+        load_weights(module, source.weights)
     learner.restore(begun.training.optimizers)
     pending = [
         (loss.to(run.device), {name: value.to(run.device) for name, value in metrics.items()})
@@ -2479,9 +2480,9 @@ def go_on(bundle: Bundle, run: Run, parts: Sequence[tuple[Bundle, Guidance | Pol
 FREE = ("snapshots", "save_every")  # what a run that goes on may change
 
 
-def run_facts(bundle: Bundle) -> dict[str, Any]:
+def run_facts(bundle: Bundle, joint: bool) -> dict[str, Any]:
     """What decides the result of a training run, by the name that a message gives it: fields, seeds, data."""
-    tables = {bundle.kind: bundle.section} | ({"guidance": bundle.experiment.guidance} if bundle.joint else {})
+    tables = {bundle.kind: bundle.section} | ({"guidance": bundle.experiment.guidance} if joint else {})
     facts = {
         f"[{name}] {key}": value
         for name, section in tables.items()
@@ -2507,14 +2508,14 @@ def check_same_run(ours: Bundle, theirs: Bundle, extend: bool) -> None:
             f"is an unfinished {theirs.kind} bundle, expected a {ours.kind} bundle; choose another --out, or "
             "--overwrite to replace it"
         )
-    now, was = run_facts(ours), run_facts(theirs)
-    changed = [name for name in sorted(now) if now[name] != was.get(name)]
+    now, was = (run_facts(bundle, ours.joint) for bundle in (ours, theirs))
+    changed = [name for name in sorted(now) if now[name] != was[name]]
     steps, policy = f"[{ours.kind}] steps", ours.experiment.policy
     windowed = ours.kind == "policy" and (policy.guidance_from, policy.guidance_until) != (0, 1)  # fractions of steps
     extensible = steps in changed and now[steps] > was[steps] and not windowed
     if extend and extensible:
         changed.remove(steps)
-    problems = [f"{name} was {was.get(name)}, is {now[name]}" for name in changed]
+    problems = [f"{name} was {was[name]}, is {now[name]}" for name in changed]
     if not ours.joint and not (
         len(ours.guidances) == len(theirs.guidances) and all(map(same_weights, ours.guidances, theirs.guidances))
     ):
