@@ -1,7 +1,6 @@
-"""What is given: the experiment file, environments and rollouts, sources, datasets.
+"""What is given: the experiment file, environments and rollouts, sources of data, datasets. Nothing here imports torch.
 
-Shapes: n rows or transitions, O observation dimensions, A action dimensions, S members, K members of another
-guidance, E episodes, R episodes that still run. Nothing here knows of torch.
+Shapes: n rows or transitions, O observation dimensions, A action dimensions, E episodes, R episodes that still run.
 """
 
 from __future__ import annotations
@@ -33,10 +32,11 @@ import time
 import urllib.request
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol, TextIO, TypeAlias, TypeVar, cast
 
 try:
     import fcntl
@@ -56,19 +56,19 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = npt.NDArray[Any]
 Task = TypeVar("Task")
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
-Show: TypeAlias = Callable[[str, int, int], None]  # what is going on, how far it is, of how much
+Show: TypeAlias = Callable[[str, int, int], None]  # shows progress: what is done, how far, of how much (0: unknown)
 OTHER_CACHE = "set MDPT_CACHE to another folder"
 
 
 def printable(text: str) -> str:
-    """Text of files and names with what could steer a terminal, or cannot be encoded, written out."""
+    """Escape characters that could control a terminal or cannot be encoded; for the content and the names of files."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 class MdptError(Exception):
-    """A user's mistake: what, where, got and expected, what to do. Printed to stderr, exit code `code`."""
+    """A user's mistake: what, where, got and expected, what to do. Printed to stderr; `code` is the exit code."""
 
     code = 1
 
@@ -77,11 +77,15 @@ class MdptError(Exception):
 
 
 class Interrupted(MdptError):
-    """A run was ended by a signal: what is kept, and the signal's number."""
+    """A signal ended the run. The text says what is kept; the exit code is 128 + the number of the signal."""
 
     def __init__(self, text: str = "interrupted", number: int = signal.SIGINT) -> None:
         super().__init__(text)
         self.code = 128 + number
+
+
+class MdptWarning(UserWarning):
+    """What a function of this package reports while it goes on; the command line prints it as `warning: ...`."""
 
 
 def _one_line(error: BaseException) -> str:
@@ -93,7 +97,7 @@ ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if has
 
 @contextlib.contextmanager
 def on_signals(act: Callable[[int, Any], Any]) -> Iterator[None]:
-    """What a signal that asks for an end does here; one that was ignored at the start, as by `nohup`, stays so."""
+    """Call `act` on SIGINT, SIGTERM or SIGHUP inside this block. A signal that is ignored, as by `nohup`, stays so."""
     before = {number: signal.getsignal(number) for number in ENDS if signal.getsignal(number) != signal.SIG_IGN}
     for number in before:
         signal.signal(number, act)
@@ -105,17 +109,16 @@ def on_signals(act: Callable[[int, Any], Any]) -> Iterator[None]:
 
 
 def version() -> str:
-    """The installed version; pyproject.toml is its only source."""
+    """The version of the installed package; pyproject.toml is its only source."""
     return importlib.metadata.version("mdpt")
 
 
 @contextlib.contextmanager
 def written_whole(path: Path, remedy: str) -> Iterator[Path]:
-    """A file to write beside `path`, whose place it takes once it is whole; where that fails, nothing of it is left.
+    """Give a temporary file beside `path` to write to, and rename it to `path` at the end of the block.
 
-    What processes of this machine that were killed have left of the same goes, too.
-
-    Raises: MdptError that ends with a remedy, where writing raises OSError, or RuntimeError: libraries' full disk.
+    If the block fails, the temporary file is removed. So are those that killed processes of this machine left.
+    Raises: MdptError that ends with `remedy`, where writing raises OSError or RuntimeError (a library's full disk).
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,15 +129,18 @@ def written_whole(path: Path, remedy: str) -> Iterator[Path]:
                 os.fsync(written.fileno())
             temporary.replace(path)
         finally:
-            temporary.unlink(missing_ok=True)  # still there only if something failed, or Ctrl-C came
+            temporary.unlink(missing_ok=True)  # still there only if something failed
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or "it could not be stored; is the disk full?"
         raise MdptError(f"{path}: cannot be written ({reason}); {remedy}") from error
 
 
 def temporary_beside(path: Path) -> Path:
-    """A new, empty file that says whose it is and which process's; those of dead ones are removed. Raises: OSError."""
-    start = f".{path.name}.{platform.node()}."  # a number says nothing of another machine's processes
+    """Create an empty file beside `path`, named after this machine and process; remove those of dead processes.
+
+    Raises: OSError.
+    """
+    start = f".{path.name}.{platform.node()}."  # a process id says nothing about another machine's processes
     for left in path.parent.glob(f"{glob.escape(start)}*.tmp"):
         number = left.name.removeprefix(start).partition(".")[0]
         if os.name == "posix" and number.isdecimal() and not is_alive(int(number)):
@@ -146,10 +152,10 @@ def temporary_beside(path: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path, busy: Callable[[str], None]) -> Iterator[None]:
-    """Hold a lock on `path`, which need not exist: one that ends with this process, in a file that tells its number.
+    """Hold an exclusive lock on `path`, which need not exist; the lock ends when this process ends.
 
-    busy: told the number of the process that holds it, again and again until the lock is free, or `busy` raises.
-
+    The lock is on the file `.NAME.lock` beside it, which holds the process id and is removed at the end of the block.
+    busy: called with the process id of the holder again and again, until the lock is free or `busy` raises.
     Raises: OSError. Windows has no such locks: nothing is held there.
     """
     if fcntl is None:
@@ -158,15 +164,15 @@ def locked(path: Path, busy: Callable[[str], None]) -> Iterator[None]:
     lock = path.with_name(f".{path.name}.lock")
     while True:
         with os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+") as file:
-            if number := _holder(file):
-                busy(number)
+            if holder := _lock_or_holder(file):
+                busy(holder)
                 time.sleep(0.2)
                 continue
             try:
-                gone = not os.path.samestat(os.fstat(file.fileno()), lock.stat())
+                removed = not os.path.samestat(os.fstat(file.fileno()), lock.stat())
             except FileNotFoundError:
-                gone = True
-            if gone:  # its holder has removed it since it was opened
+                removed = True
+            if removed:  # by its holder, after this process opened it
                 continue
             try:
                 file.truncate(0)
@@ -178,14 +184,14 @@ def locked(path: Path, busy: Callable[[str], None]) -> Iterator[None]:
             return
 
 
-def _holder(file: TextIO) -> str:
-    """The number of the process that holds a lock file; empty: this one does, now."""
+def _lock_or_holder(file: TextIO) -> str:
+    """Lock a file and return "", or return the process id of its holder ("?" if it does not say)."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return ""
     except BlockingIOError:
         return file.read() or "?"
-    except OSError:  # a file system without locks: all there is to know is what the file says
+    except OSError:  # a file system without locks: only the process id in the file can tell
         number = file.read()
         file.seek(0)
         return number if number.isdecimal() and int(number) != os.getpid() and is_alive(int(number)) else ""
@@ -193,10 +199,10 @@ def _holder(file: TextIO) -> str:
 
 def is_alive(process: int) -> bool:
     try:
-        os.kill(process, 0)  # asks only
+        os.kill(process, 0)  # sends no signal
     except ProcessLookupError:
         return False
-    except (OSError, OverflowError):  # another user's
+    except (OSError, OverflowError):  # another user's process
         pass
     return True
 
@@ -208,28 +214,28 @@ def _cache_folder() -> Path:
 
 
 def make_writable_folder(folder: Path) -> None:
-    """Make a folder and try to write there: now, not after hours of work. Raises: OSError."""
+    """Make a folder and write a test file, so that a problem shows before hours of work. Raises: OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
 
 
 @contextlib.contextmanager
 def making(path: Path, show: Show) -> Iterator[bool]:
-    """Whether a file of the cache is still to be made: by this process alone, since others wait for it meanwhile.
+    """Lock a file of the cache, waiting for other processes; gives whether the file still has to be made.
 
     Raises: MdptError for a folder that cannot be written.
     """
     with contextlib.ExitStack() as stack:
         try:
             make_writable_folder(path.parent)
-            stack.enter_context(locked(path, lambda number: show(f"wait for process {number}", 0, 0)))
+            stack.enter_context(locked(path, lambda holder: show(f"wait for process {holder}", 0, 0)))
         except OSError as error:
             raise MdptError(f"{path.parent}: cannot be written ({error.strerror}); {OTHER_CACHE}") from error
         yield not path.exists()
 
 
 def check_memory(needed: int, remedy: str) -> None:
-    """Raises: MdptError where so many bytes of transitions are more than can be allocated."""
+    """Raises: MdptError where this many bytes of transitions cannot be allocated."""
     if needed > (free := free_memory()):
         raise MdptError(
             f"{needed / 1e9:.1f} GB of transitions do not fit into {free / 1e9:.1f} GB of free memory; {remedy}"
@@ -248,65 +254,71 @@ def free_memory() -> float:
 
 
 def _check_size(value: float) -> float:
-    if value >= 2**63:  # which neither integers of TOML, HDF5 and torch hold, nor float32 with room to multiply
+    if value >= 2**63:  # the integers of TOML, HDF5 and torch end there, and float32 has room to multiply below it
         raise ValueError("should be below 2 ** 63, that is 9.2e18")
     return value
 
 
 Whole = Annotated[int, Field(ge=0), AfterValidator(_check_size)]
 Positive = Annotated[int, Field(ge=1), AfterValidator(_check_size)]
-Few = Annotated[int, Field(ge=1, le=10_000)]  # what costs memory for each of them
+Few = Annotated[int, Field(ge=1, le=10_000)]  # for sizes that memory grows with
 Many = Annotated[int, Field(ge=1, le=1_000_000)]
 Amount = Annotated[float, Field(ge=0), AfterValidator(_check_size)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Inside = Annotated[float, Field(gt=0, lt=1)]
 Widths = Annotated[list[Few], Field(min_length=1, max_length=16)]
-MAKES_OWN = {"id", "environment_id", "max_episode_steps", "disable_env_checker", "render_mode"}  # gymnasium.make's
+Features = Annotated[int, Field(ge=2, le=1_000, multiple_of=2)]
 Pair = Annotated[tuple[float, float], Field(strict=False)]
 Rate = Annotated[float, Field(gt=0)]
 Activation = Literal["relu", "mish"]
 
+# Arguments of gymnasium.make itself, which environment_kwargs may not contain.
+MAKE_ARGUMENTS = {"id", "environment_id", "max_episode_steps", "disable_env_checker", "render_mode"}
+
 
 class Section(BaseModel):
-    """A table of the experiment file: frozen, strictly typed, without unknown keys."""
+    """A table of the experiment file: frozen, strictly typed, without unknown keys.
+
+    A field whose default is not what mdpt did before the field existed says what it did, in its
+    `json_schema_extra={"before": ...}`; see `experiment_as_stored`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class DataSection(Section):
-    """[data]: which transitions to learn from."""
+    """[data]: the transitions to learn from."""
 
     source: Literal["collect", "hdf5", "d4rl", "minari", "arrays"] = Field(
         "collect",
-        description="roll out bundled agents, read a file in D4RL's format, or name a dataset; arrays: Python",
+        description="bundled agents' rollouts, a file in D4RL's format, a dataset by name, or Python's arrays",
     )
-    dataset: str | None = Field(None, description="its name, for sources d4rl and minari")
-    path: str | None = Field(None, description="the file, for source hdf5; seen from the experiment file")
-    environment: str | None = Field(
-        None, description="gymnasium id; by default the source's own; where there is none, scores are offline"
-    )
-    environment_kwargs: dict[str, Any] = Field({}, description="what the environment is made with")
+    dataset: str | None = Field(None, description="name of the dataset, for sources d4rl and minari")
+    path: str | None = Field(None, description="the file, for source hdf5; relative to the experiment file")
+    environment: str | None = Field(None, description="gymnasium id; by default the source's; else scores are offline")
+    environment_kwargs: dict[str, Any] = Field({}, description="keyword arguments of the environment")
     max_episode_steps: Many | None = Field(None, description="time limit; by default the environment's")
-    observation_columns: Positive | None = Field(None, description="use so many of the data's, from the first on")
-    action_range: Pair = Field((-1.0, 1.0), description="bounds of actions where there is no environment")
+    observation_columns: Positive | None = Field(None, description="use only this many leading observation columns")
+    action_range: Pair = Field((-1.0, 1.0), description="bounds of all actions where there is no environment")
     reference: str | Pair | None = Field(
-        None, description="D4RL family or [min, max], whose returns are scores 0 and 100; by default the source's own"
+        None, description="returns that are scores 0 and 100: a D4RL family or [min, max]; by default the source's own"
     )
     transitions: Annotated[int, Field(ge=100, le=10**10)] = Field(200_000, description="environment steps to collect")
     levels: Annotated[list[Amount], Field(min_length=1)] = Field(
-        [0.2, 0.4, 0.6, 0.8], description="perturbation of the agent's weights, drawn per episode; equal shares"
+        [0.2, 0.4, 0.6, 0.8], description="perturbations of the agent's weights, drawn per episode; equal shares"
     )
     action_noise: Amount | list[Amount] = Field(
-        0.1, description="deviation of noise on collected actions; one for all levels, or a list with one for each"
+        0.1, description="standard deviation of the noise on collected actions; a number, or a list with one per level"
     )
-    seed: Whole = Field(0, description="of collection and of the choice of episodes")
-    fraction: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="of whole episodes to use at all")
+    seed: Whole = Field(0, description="seed of collection and of the choice of episodes")
+    fraction: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="fraction of the whole episodes to use")
     held_out: Annotated[float, Field(ge=0, le=0.5)] = Field(0.05, description="fraction of these kept from training")
     reward_scale: Literal["none", "return-range", "minus-one"] | Rate | Pair | None = Field(
         None,
         description="return-range: episode length / (best - worst return); minus-one; none; a factor; or [factor, offset]; "
         "by default the source's own, else return-range",
     )
-    normalization: Literal["gaussian", "none"] = Field("gaussian", description="of observations, as networks see them")
+    normalization: Literal["gaussian", "none"] = Field("gaussian", description="of observations, before networks")
     storage: Literal["memory", "disk"] = Field("memory", description="disk: for more transitions than memory holds")
 
     @model_validator(mode="after")
@@ -318,13 +330,13 @@ class DataSection(Section):
             if self.source not in needed and getattr(self, key) is not None:
                 problems.append(f"{key} is only for source {' and '.join(map(repr, needed))}")
         if self.environment_kwargs and self.environment is None:
-            problems.append("environment_kwargs are for a named environment")
-        if own := sorted(self.environment_kwargs.keys() & MAKES_OWN):
-            problems.append(f"environment_kwargs has {own[0]!r}, which is not the environment's to be given")
+            problems.append("environment_kwargs need an environment")
+        if own := sorted(self.environment_kwargs.keys() & MAKE_ARGUMENTS):
+            problems.append(f"environment_kwargs has {own[0]!r}, which is gymnasium.make's own")
         try:
             json.dumps(self.environment_kwargs, allow_nan=False)
         except (RecursionError, TypeError, ValueError):
-            problems.append("environment_kwargs are to be finite numbers, words, lists and tables, not many in another")
+            problems.append("environment_kwargs may hold finite numbers, text, lists and tables, not nested too deep")
         if self.transitions % len(self.levels):
             problems.append(f"transitions {self.transitions} cannot be shared equally by {len(self.levels)} levels")
         if isinstance(self.action_noise, list) and len(self.action_noise) != len(self.levels):
@@ -340,14 +352,14 @@ class DataSection(Section):
 
 
 class TrainingSection(Section):
-    """What guidance and policy training have in common."""
+    """What the training of guidance and of policies have in common."""
 
     steps: Annotated[int, Field(ge=1, le=10**9)] = Field(20_000, description="gradient steps")
     batch_size: Many = Field(256, description="transitions per step and member")
-    learning_rate: Rate = Field(3e-4, description="of Adam at the start")
+    learning_rate: Rate = Field(3e-4, description="initial learning rate of Adam")
     decay: Literal["cosine", "none"] = Field("cosine", description="of the learning rate, to 0 at the last step")
-    weight_decay: Amount = Field(0.0, description="as of AdamW (1711.05101)")
-    gradient_norm: Amount = Field(10.0, description="limit per network and member; 0: none")
+    weight_decay: Amount = Field(0.0, description="decoupled, as in AdamW (1711.05101)")
+    gradient_norm: Amount = Field(10.0, description="largest gradient norm per network and member; 0: no limit")
     save_every: Amount = Field(60.0, description="seconds between saves of an unfinished bundle")
     snapshots: Few = Field(10, description="evenly spaced copies of the acting weights kept in the bundle")
 
@@ -355,29 +367,27 @@ class TrainingSection(Section):
 class GuidanceSection(TrainingSection):
     """[guidance]: the value estimator."""
 
-    learning_rate: Rate = Field(1e-3, description="of Adam at the start")
+    learning_rate: Rate = Field(1e-3, description="initial learning rate of Adam")
     algorithm: str = Field("idql", description="how values are learned, see below")
-    hidden: Widths = Field([256, 256], description="hidden units of each layer")
+    hidden: Widths = Field([256, 256], description="hidden units of each layer of critics and V")
     activation: Activation = Field("relu", description="of critics, V and companion actor")
     layer_norm: bool | Literal["tanh"] = Field(
-        True, description="before each activation of critics and V; tanh: before the first alone, which is a tanh then"
+        True, description="before each activation of critics and V; tanh: before the first only, which is tanh then"
     )
     discount: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="per environment step")
-    value_loss: Literal["expectile", "quantile", "gumbel"] = Field("expectile", description="idql: of V")
-    expectile: Annotated[float, Field(gt=0, lt=1)] = Field(0.7, description="idql: of V, or its quantile")
-    gumbel_temperature: Rate = Field(1.0, description="idql: for value_loss gumbel (2301.02328)")
-    value_learning_rate: Rate | None = Field(None, description="of V; by default learning_rate")
-    tau: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.005, description="Polyak: target <- (1 - tau) target + tau online"
-    )
-    target_every: Positive = Field(1, description="gradient steps between such updates")
-    bootstrap_candidates: Few = Field(1, description="dql: next actions of which the best counts")
-    actor_learning_rate: Rate | None = Field(None, description="dql: of the companion; by default learning_rate")
-    actor_hidden: Widths = Field([256, 256, 256], description="dql: hidden units of the companion actor")
-    time_features: Annotated[int, Field(ge=2, le=1_000, multiple_of=2)] = Field(64, description="dql: as in [policy]")
-    eta: Amount = Field(1.0, description="dql: value weight in the companion actor's loss")
-    diffusion_steps: Few = Field(5, description="dql: of the companion actor")
-    ema_decay: Fraction = Field(0.999, description="dql: of the companion actor's averaged weights, per step")
+    value_loss: Literal["expectile", "quantile", "gumbel"] = Field("expectile", description="loss of the V regression")
+    expectile: Inside = Field(0.7, description="expectile of the V regression, or its quantile for value_loss quantile")
+    gumbel_temperature: Rate = Field(1.0, description="temperature of value_loss gumbel (2301.02328)")
+    value_learning_rate: Rate | None = Field(None, description="learning rate of V; by default learning_rate")
+    tau: Annotated[float, Field(gt=0, le=1)] = Field(0.005, description="target <- (1 - tau) target + tau online")
+    target_every: Positive = Field(1, description="gradient steps between updates of target networks")
+    bootstrap_candidates: Few = Field(1, description="next actions drawn per state; the target takes the best of them")
+    actor_learning_rate: Rate | None = Field(None, description="of the companion actor; by default learning_rate")
+    actor_hidden: Widths = Field([256, 256, 256], description="hidden units of each layer of the companion actor")
+    time_features: Features = Field(64, description="sinusoidal features of the diffusion step, in the companion actor")
+    eta: Amount = Field(1.0, description="weight of Q in the loss of the companion actor")
+    diffusion_steps: Few = Field(5, description="diffusion steps of the companion actor")
+    ema_decay: Fraction = Field(0.999, description="decay of the companion actor's averaged weights, per gradient step")
 
 
 class PolicySection(TrainingSection):
@@ -385,86 +395,87 @@ class PolicySection(TrainingSection):
 
     algorithm: str = Field("dql", description="training objective, see below")
     scheme: Literal["guidance-first", "joint", "unguided"] = Field("guidance-first", description="when guidance learns")
-    network: str | None = Field(None, description="mlp, or resnet; by default what the algorithm brings")
+    network: str | None = Field(None, description="mlp or resnet; by default the algorithm's")
     ensemble: Literal["none", "mean", "median", "min"] = Field(
-        "none", description="each member's guidance: one member by position, or all as one, by this figure of their Q"
+        "none",
+        description="none: policy member i learns from guidance member i; otherwise all learn from the mean, median or "
+        "minimum over members",
     )
     hidden: Widths = Field([256, 256, 256], description="hidden units of each layer; resnet: of each residual block")
     activation: Activation = Field("mish", description="of the denoiser")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="in residual blocks")
-    time_features: Annotated[int, Field(ge=2, le=1_000, multiple_of=2)] = Field(
-        64, description="sinusoids of the diffusion step"
-    )
-    diffusion_steps: Few = Field(5, description="T")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="dropout rate in residual blocks")
+    time_features: Features = Field(64, description="sinusoidal features of the diffusion step")
+    diffusion_steps: Few = Field(5, description="diffusion steps T")
     noise_schedule: Literal["vp", "cosine", "cosine-levels", "linear", "linear-unscaled"] = Field(
-        "vp",
-        description="betas; vp: Diffusion-QL's; cosine-levels: CleanDiffuser's; linear: DDPM's, spread over T or not",
+        "vp", description="of betas; vp: Diffusion-QL; cosine-levels: CleanDiffuser; linear: DDPM, scaled to T or not"
     )
-    sampler: Literal["ddpm", "dpm-solver++"] = Field("ddpm", description="ancestral, or DPM-Solver++ 2M")
-    variance: Literal["posterior", "beta"] = Field("posterior", description="of ddpm's steps; beta: wider (IDQL)")
-    sampling_steps: Few = Field(5, description="network calls of dpm-solver++, at most; and at most diffusion_steps")
+    sampler: Literal["ddpm", "dpm-solver++"] = Field("ddpm", description="ancestral sampling, or DPM-Solver++ 2M")
+    variance: Literal["posterior", "beta"] = Field("posterior", description="of ddpm's steps; beta: larger (IDQL)")
+    sampling_steps: Few = Field(5, description="network calls of dpm-solver++; at most diffusion_steps")
     eta: Amount = Field(
         0.1,
         description="weight of the guidance term (dql, edp: in units of mean abs Q; dac: 1 / Q, as rewards are scaled)",
     )
-    ema_decay: Fraction = Field(0.999, description="of the averaged weights that act, per update")
-    ema_every: Positive = Field(1, description="gradient steps between such updates")
-    ema_from: Whole = Field(0, description="gradient step of the first; until then it is a copy")
-    label_dropout: Fraction = Field(0.1, description="cfg: share of labels dropped in training")
+    ema_decay: Fraction = Field(0.999, description="decay of the averaged weights, which act, per update")
+    ema_every: Positive = Field(1, description="gradient steps between updates of the averaged weights")
+    ema_from: Whole = Field(0, description="gradient step of the first such update; until then they are a copy")
+    label_dropout: Fraction = Field(0.1, description="fraction of labels dropped in training")
     advantage_weight: Literal["none", "expectile", "exponential", "hard"] = Field(
-        "none", description="of transitions: bc, idql"
+        "none", description="weight of transitions in the loss, by their advantage"
     )
-    advantage_expectile: Annotated[float, Field(gt=0, lt=1)] = Field(0.7, description="for advantage_weight expectile")
-    advantage_inverse_temperature: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="for advantage_weight exponential"
-    )
+    advantage_expectile: Inside = Field(0.7, description="expectile of advantage_weight expectile")
+    advantage_inverse_temperature: Rate = Field(1.0, description="inverse temperature of advantage_weight exponential")
     guidance_from: Fraction = Field(0.0, description="fraction of the run at which the guidance term begins")
-    guidance_until: Fraction = Field(1.0, description="fraction of the run at which it ends")
+    guidance_until: Fraction = Field(1.0, description="fraction of the run at which the guidance term ends")
 
     @model_validator(mode="after")
     def _fields_agree(self) -> PolicySection:
         if self.sampler == "dpm-solver++" and self.sampling_steps > self.diffusion_steps:
-            raise ValueError(
-                f"sampling_steps {self.sampling_steps} is more than diffusion_steps {self.diffusion_steps}"
-            )
+            raise ValueError(f"sampling_steps {self.sampling_steps} exceeds diffusion_steps {self.diffusion_steps}")
         if self.guidance_from > self.guidance_until:
             raise ValueError(f"guidance_from {self.guidance_from} is after guidance_until {self.guidance_until}")
         if self.ensemble != "none" and self.scheme != "guidance-first":
-            raise ValueError(f"ensemble {self.ensemble} needs guidance that is there already: scheme guidance-first")
+            raise ValueError(f"ensemble {self.ensemble!r} needs trained guidance: scheme 'guidance-first'")
         return self
 
 
 class EvaluationSection(Section):
-    """[evaluation]: how a policy is tried."""
+    """[evaluation]: how a policy acts and is scored."""
 
-    episodes: Many = Field(10, description="per member")
-    candidates: Few = Field(10, description="actions drawn per state, of which the guidance takes one")
-    selection: Literal["max", "softmax"] = Field("max", description="the best candidate, or a draw by value")
+    episodes: Many = Field(10, description="episodes per member")
+    candidates: Few = Field(10, description="actions drawn per state, one of which the guidance chooses")
+    selection: Literal["max", "softmax"] = Field("max", description="max: the best candidate; softmax: a draw by value")
     weight_temperature: Amount = Field(100.0, description="inverse temperature of the softmax")
     ensemble: Literal["none", "mean", "median", "min", "rank"] | None = Field(
-        None, description="as in [policy], its default; or by the mean of ranks, 0 to 1, which no scale of Q matters to"
+        None,
+        description="how members of the guidance judge, as in [policy], whose value is the default; rank: mean rank among "
+        "the candidates, independent of the scale of Q",
     )
     temperature: Amount = Field(1.0, description="scale of the sampling noise")
     temperature_on: Literal["all", "start", "steps"] = Field(
-        "all", description="which noise: all, that of the start, or all but that"
+        "all", description="which noise temperature scales: all; start: the initial noise; steps: that of the steps"
     )
-    w: Amount = Field(1.0, description="classifier-free guidance weight (cfg)")
-    guide: Literal["rank", "gradient", "both"] = Field("rank", description="how guidance acts at inference")
-    guidance_weight: Amount = Field(1.0, description="of the gradient, for gradient and both")
-    jacobian: bool = Field(False, description="gradient through the denoiser: its weight is an inverse temperature")
-    seed: Whole = Field(0, description="of start states and sampling noise")
+    w: Amount = Field(1.0, description="weight of classifier-free guidance")
+    guide: Literal["rank", "gradient", "both"] = Field(
+        "rank", description="rank candidates, steer by gradient, or both"
+    )
+    guidance_weight: Amount = Field(1.0, description="weight of the gradient, for guide gradient and both")
+    jacobian: bool = Field(
+        False, description="differentiate through the denoiser; the weight is then an inverse temperature"
+    )
+    seed: Whole = Field(0, description="seed of start states and sampling noise")
 
 
 class Experiment(Section):
     """The whole experiment file."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = Field(
-        "experiment", description="names files"
+        "experiment", description="prefix of the names of output files"
     )
     seeds: Annotated[list[Whole], Field(min_length=1, max_length=256)] = Field(
-        [0, 1, 2], description="one member each, trained side by side"
+        [0, 1, 2], description="one member per seed, trained side by side"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if available, else cpu")
     data: DataSection = DataSection()
     guidance: GuidanceSection = GuidanceSection()
     policy: PolicySection = PolicySection()
@@ -478,25 +489,26 @@ class Experiment(Section):
 
 
 def load_experiment(path: Path, overrides: Sequence[str]) -> Experiment:
-    """Read and check an experiment file; each override is "table.key=value", its value written as in TOML.
+    """Read and check an experiment file.
 
-    `extends = "base.toml"` takes from another file what this one leaves out. Paths are seen from the file they are in.
-
-    Raises: MdptError naming file, table, key, value and what is allowed.
+    overrides: texts "table.key=value", the value as in TOML. `extends = "base.toml"` takes what this file leaves out
+    from another one. Paths are relative to the file that they stand in.
+    Raises: MdptError that names file, table, key, value and what is allowed.
     """
     return check_experiment(str(path), _read_tables(path, ()), overrides)
 
 
-def _read_tables(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _read_tables(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
+    """The tables of a file, completed by those that it extends. extending: the files that extend this one."""
     if not path.is_file():
         problem = f"{path}: is a folder" if path.is_dir() else f"{path}: no such experiment file in {Path.cwd()}"
-        by = f", which {seen[-1]} extends" if seen else "; hopper.toml in the repository is one to start from"
-        raise MdptError(problem + by)
+        remedy = f", which {extending[-1]} extends" if extending else "; hopper.toml in the repository is an example"
+        raise MdptError(problem + remedy)
     try:
         content = tomli.loads(path.read_text(encoding="utf-8").removeprefix("\ufeff"))
     except OSError as error:
         raise MdptError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:  # also of letters that are not UTF-8, and of endless numbers
+    except (ValueError, RecursionError) as error:  # also for bytes that are not UTF-8, and numbers that are too long
         raise MdptError(f"{path}: is not TOML: {error}") from error
     table = content.get("data")
     if isinstance(table, dict) and isinstance(table.get("path"), str):
@@ -506,13 +518,13 @@ def _read_tables(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(base, str):
         raise MdptError(f"{path}: extends = {base!r}: expected the name of one file")
     other = Path(_absolute(base, path.parent))
-    if other in (seen := (*seen, Path(_absolute(str(path), Path())))):
-        raise MdptError(f"{path}: extends = {base!r}: that file is extended by this one")
-    inherited = _read_tables(other, seen)
+    if other in (extending := (*extending, Path(_absolute(str(path), Path())))):
+        raise MdptError(f"{path}: extends = {base!r}: that file extends this one")
+    tables = _read_tables(other, extending)
     for key, value in content.items():
-        known = inherited.get(key)
-        inherited[key] = known | value if isinstance(known, dict) and isinstance(value, dict) else value
-    return inherited
+        inherited = tables.get(key)
+        tables[key] = inherited | value if isinstance(inherited, dict) and isinstance(value, dict) else value
+    return tables
 
 
 def _absolute(name: str, folder: Path) -> str:
@@ -520,13 +532,40 @@ def _absolute(name: str, folder: Path) -> str:
 
 
 def check_experiment(where: str, content: dict[str, Any], overrides: Sequence[str] = ()) -> Experiment:
-    """The experiment of a nest of tables under overrides. Raises: MdptError, one line for each mistake."""
+    """Apply the overrides to nested tables and check them. Raises: MdptError with a line for each mistake."""
     for override in overrides:
         _override(content, override)
     try:
         return Experiment.model_validate(content)
     except ValidationError as error:
         raise MdptError(_explain(where, error)) from error
+
+
+def experiment_as_stored(tables: dict[str, Any], where: str = "the experiment") -> tuple[Experiment, list[str]]:
+    """Build the experiment of a file that mdpt wrote, perhaps an older or a newer version of mdpt.
+
+    A field that the tables lack takes its `before` (see `Section`), else its default.
+    Returns: the experiment, and the names of what was left out as unknown, such as "policy.nonsense".
+    Raises: MdptError for a value that is not allowed.
+    """
+    fields, unknown = _known_fields(tables, Experiment, "")
+    return check_experiment(where, fields), unknown
+
+
+def _known_fields(table: dict[str, Any], section: type[Section], prefix: str) -> tuple[dict[str, Any], list[str]]:
+    """The fields of a table that its section has, completed by `before`, and the names of the others."""
+    fields: dict[str, Any] = {}
+    unknown = [f"{prefix}{key}" for key in table if key not in section.model_fields]
+    for name, info in section.model_fields.items():
+        extra = info.json_schema_extra
+        if isinstance(info.default, Section) and isinstance(inner := table.get(name, {}), dict):
+            fields[name], more = _known_fields(inner, type(info.default), f"{name}.")
+            unknown += more
+        elif name in table:
+            fields[name] = table[name]
+        elif isinstance(extra, dict) and "before" in extra:
+            fields[name] = extra["before"]
+    return fields, unknown
 
 
 def _override(content: dict[str, Any], override: str) -> None:
@@ -539,25 +578,24 @@ def _override(content: dict[str, Any], override: str) -> None:
     try:
         parsed = tomli.loads(f"value = {text}")
     except tomli.TOMLDecodeError:
-        parsed = {"value": text.strip()}  # a bare word; its field says whether it is allowed
+        parsed = {"value": text.strip()}  # text without quotes; its field says whether it is allowed
     except (ValueError, RecursionError) as error:
         raise MdptError(f"--set {keys}: is not TOML: {error}") from error
     if parsed.keys() != {"value"}:
         raise MdptError(f"--set {keys}: more than one value; give each its own --set")
-    value = parsed["value"]
     target = content
     for table in tables:
         target = target.setdefault(table, {})
         if not isinstance(target, dict):
             raise MdptError(f"--set {override}: {table} is a key, not a table")
     if text.strip():
-        target[key] = value
+        target[key] = parsed["value"]
     else:
-        target.pop(key, None)  # as if the file did not say it
+        target.pop(key, None)  # as if the file did not contain it
 
 
 def _explain(path: str, error: ValidationError) -> str:
-    """A line for each mistake: file, table, key, value, what is allowed, and for an unknown key the nearest one."""
+    """A line for each mistake: file, table, key, value, what is allowed; for an unknown key, the nearest one."""
     lines: dict[str, list[str]] = {}
     for problem in error.errors():
         section: type[BaseModel] = Experiment
@@ -565,7 +603,7 @@ def _explain(path: str, error: ValidationError) -> str:
         where = f"{path}:"
         if names and isinstance(table := getattr(Experiment(), str(names[0]), None), Section):
             section, where = type(table), f"{where} [{names.pop(0)}]"
-        if names:  # what follows the key: the place in a list, or the branch of a union
+        if names:  # after the key comes the place in a list, or the branch of a union
             where += f" {names[0]}" + "".join(f"[{place}]" for place in names[1:] if isinstance(place, int))
         if not isinstance(problem["input"], dict):
             where += f" = {shown(problem['input'])}"
@@ -573,27 +611,27 @@ def _explain(path: str, error: ValidationError) -> str:
         if problem["type"] == "model_type":
             message = "should be a table"
         elif problem["type"] == "extra_forbidden":
-            known = list(section.model_fields)
-            message = f"unknown key; {_hint(str(names[0]), known)}"
+            message = f"unknown key; {_hint(str(names[0]), list(section.model_fields))}"
         lines.setdefault(where, []).append(message)
     return "\n".join(f"{where.removesuffix(':')}: {', or '.join(messages)}" for where, messages in lines.items())
 
 
-def _hint(key: str, known: Sequence[str]) -> str:
-    """Which key was meant by one that is unknown where it is."""
-    tables = {name: part for name, part in Experiment() if isinstance(part, Section)}
-    if near := difflib.get_close_matches(key, known, n=1):
+def _hint(key: str, keys: Sequence[str]) -> str:
+    """Which of these keys was meant by an unknown one, or where it belongs."""
+    if near := difflib.get_close_matches(key, keys, n=1):
         return f"did you mean {near[0]!r}?"
     if key == "extends" or key in Experiment.model_fields:
         return "it belongs at the top of the file, before the first table"
-    if there := [name for name, part in tables.items() if key in type(part).model_fields]:
-        return f"it belongs into [{'] or ['.join(there)}]"
-    return f"known are {', '.join(known)}"
+    tables = [name for name, part in Experiment() if isinstance(part, Section) and key in type(part).model_fields]
+    if tables:
+        return f"it belongs in [{'] or ['.join(tables)}]"
+    return f"known keys are {', '.join(keys)}"
 
 
 def shown(value: Any) -> str:
+    """The repr of a value in one line, cut after 200 characters."""
     try:
-        text = " ".join(repr(value).split())  # arrays and tensors have lines
+        text = " ".join(repr(value).split())  # arrays and tensors have several lines
     except (RecursionError, ValueError):  # nested too deep, or a number of thousands of digits
         return "..."
     return text if len(text) < 200 else f"{text[:200]}..."
@@ -603,14 +641,14 @@ def shown(value: Any) -> str:
 
 
 class Watch:
-    """What a worker is at, so that an environment that hangs can be named."""
+    """What a worker is doing, so that an environment that hangs can be named."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.doing, self.since, self.ended = seconds, "", float("inf"), False
 
     @contextlib.contextmanager
     def over(self, doing: str) -> Iterator[None]:
-        """Say what begins, which may take `seconds`, and turn whatever goes wrong there into a line about it."""
+        """Watch a block that may take `seconds`; whatever it raises becomes an MdptError that says `doing`."""
         if self.ended:
             raise MdptError(f"{doing}: interrupted")
         self.doing, self.since = doing, time.monotonic()
@@ -628,26 +666,26 @@ class Watch:
         return time.monotonic() - self.since > self.seconds
 
 
+Work: TypeAlias = Callable[[Task, Watch], Result]
+
+
 @dataclass(frozen=True)
 class Workers:
-    """Where work is done: in `count` processes here (1: in this one), or by the workers of a Dask scheduler.
+    """Where work is done: in processes here, or by the workers of a Dask scheduler."""
 
-    timeout: seconds that one step of an environment may take. cluster: the scheduler's address.
-    """
-
-    count: int = 1
-    timeout: float = 600.0
-    cluster: str | None = None
+    count: int = 1  # processes; 1: this one
+    timeout: float = 600.0  # seconds that one step of an environment may take
+    cluster: str | None = None  # address of the scheduler
 
     def __post_init__(self) -> None:
-        if not 0 < self.timeout <= 1e6:  # what threads can wait for has an end
+        if not 0 < self.timeout <= 1e6:  # threads cannot wait much longer
             raise MdptError(f"--timeout {self.timeout:g}: expected seconds, at most a million")
 
 
 def parallel(
-    work: Callable[[Task, Watch], Found], tasks: Iterable[Task], workers: Workers, total: int
-) -> Generator[Found, None, None]:
-    """work(task, watch) for each of `total` tasks, in their order. No process here outlives this one, even if killed.
+    work: Work[Task, Result], tasks: Iterable[Task], workers: Workers, total: int
+) -> Generator[Result, None, None]:
+    """Yield work(task, watch) for each of `total` tasks, in order. Worker processes end with this one, even if killed.
 
     Raises: MdptError, also for an environment that fails or hangs, and for a worker that dies.
     """
@@ -657,66 +695,61 @@ def parallel(
     elif count <= 1:
         for task in tasks:
             with _quiet(1):
-                found = _watched(work, task, workers.timeout)
-            yield found
+                result = _watched(work, task, workers.timeout)
+            yield result
     else:
         import joblib
         from joblib.externals.loky.backend import resource_tracker
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-        warnings.filterwarnings("ignore", module=r"joblib\.parallel")  # of tasks given up where a command ends early
+        warnings.filterwarnings("ignore", module=r"joblib\.parallel")  # about tasks that an early end gives up
         begin = {"initializer": _begin_worker, "initargs": (os.getpid(),)}
         pool = joblib.Parallel(n_jobs=count, backend="loky", batch_size=1, return_as="generator", **begin)
-        with _unheard():
-            resource_tracker.ensure_running()  # it would let through, as it starts, what is held back here
-        with _unheard():
+        with _signals_held():
+            resource_tracker.ensure_running()  # in a block of its own: as it starts, it unblocks signals
+        with _signals_held():
             results = pool(joblib.delayed(_watched)(work, task, workers.timeout, backstop=True) for task in tasks)
         try:
             yield from results
         except TerminatedWorkerError as error:
-            raise MdptError(
-                "a worker process ended unexpectedly: its environment ended it or hung, or memory ran out; --workers 1 "
-                "plays in this process"
-            ) from error
+            reason = "its environment ended it or hung, or memory ran out; --workers 1 plays in this process"
+            raise MdptError(f"a worker process ended unexpectedly: {reason}") from error
 
 
-def _on_cluster(
-    work: Callable[[Task, Watch], Found], tasks: Iterable[Task], workers: Workers
-) -> Generator[Found, None, None]:
-    """The same by Dask's workers, a few tasks ahead of what was taken; a task of a worker that is lost is repeated."""
+def _on_cluster(work: Work[Task, Result], tasks: Iterable[Task], workers: Workers) -> Generator[Result, None, None]:
+    """`parallel` on Dask's workers, with a few tasks ahead. Dask repeats the tasks of a worker that is lost.
+
+    joblib's Dask backend is not used: it waits forever where a worker lacks a module or a task kills its workers.
+    """
     try:
         distributed: Any = importlib.import_module("distributed")
     except ImportError as error:
         raise MdptError("--cluster needs the package distributed: pip install 'mdpt[cluster]'") from error
+    where = f"--cluster {workers.cluster}"
     try:
         client = distributed.Client(workers.cluster, timeout=10, set_as_default=False)
     except (OSError, ValueError) as error:
-        raise MdptError(f"--cluster {workers.cluster}: no Dask scheduler answers there ({_one_line(error)})") from error
+        raise MdptError(f"{where}: no Dask scheduler answers there ({_one_line(error)})") from error
     with client:
         if not client.ncores():
-            raise MdptError(f"--cluster {workers.cluster}: its scheduler has no workers yet; start some")
+            raise MdptError(f"{where}: its scheduler has no workers yet; start some")
         ahead: collections.deque[Any] = collections.deque()
-        for task in tasks:
-            ahead.append(client.submit(_watched, work, task, workers.timeout, pure=False))
-            if len(ahead) > 2 * sum(client.ncores().values()):
-                yield _result_of(ahead.popleft())
-        while ahead:
-            yield _result_of(ahead.popleft())
-
-
-def _result_of(future: Any) -> Any:
-    distributed: Any = importlib.import_module("distributed")
-    try:
-        return future.result()
-    except distributed.KilledWorker as error:
-        raise MdptError("a task ended several workers of the cluster, one after the other; see their logs") from error
-    except ImportError as error:
-        raise MdptError(f"a worker of the cluster lacks a module: {_one_line(error)}; install it there") from error
+        try:
+            for task in tasks:
+                ahead.append(client.submit(_watched, work, task, workers.timeout, pure=False))
+                if len(ahead) > 2 * sum(client.ncores().values()):
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        except distributed.KilledWorker as error:
+            raise MdptError(f"{where}: a task ended several workers, one after the other; see their logs") from error
+        except ImportError as error:
+            raise MdptError(f"{where}: a worker lacks a module: {_one_line(error)}; install it there") from error
 
 
 @contextlib.contextmanager
-def _unheard() -> Iterator[None]:
-    """Processes begun here never hear a signal that asks for an end: it is for this one, which acts on it afterwards."""
+def _signals_held() -> Iterator[None]:
+    """Start processes in this block that ignore the signals of `ENDS`; those that arrive are raised after it."""
     caught: list[int] = []
     with on_signals(lambda number, frame: caught.append(number)):
         held = signal.pthread_sigmask(signal.SIG_BLOCK, ENDS) if hasattr(signal, "pthread_sigmask") else None
@@ -730,7 +763,7 @@ def _unheard() -> Iterator[None]:
 
 
 def _begin_worker(parent: int) -> None:
-    _silence(1)  # PyBullet writes there at each connection
+    _silence(1)  # PyBullet prints at each connection
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
@@ -740,46 +773,41 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _watched(work: Callable[[Task, Watch], Found], task: Task, timeout: float, *, backstop: bool = False) -> Found:
-    """work(task, watch) in a thread of its own, given up where the environment hangs.
+def _watched(work: Work[Task, Result], task: Task, timeout: float, *, backstop: bool = False) -> Result:
+    """Run work(task, watch) in a thread, and give it up where the environment hangs.
 
     backstop: end this process where the environment hangs in C code that lets no other thread of Python run.
     """
-    watch, found, failed, ended = Watch(timeout), [], [], threading.Event()
+    watch, future = Watch(timeout), futures.Future[Result]()
 
     def run() -> None:
         try:
-            found.append(work(task, watch))
-        except BaseException as error:  # noqa: BLE001 (raised again where the thread is waited for)
-            failed.append(error)
-        ended.set()
+            future.set_result(work(task, watch))
+        except BaseException as error:  # noqa: BLE001 (future.result raises it again)
+            future.set_exception(error)
 
     def arm() -> None:
         if backstop:
-            faulthandler.dump_traceback_later(2 * timeout, exit=True, file=1)  # where nothing is shown
+            faulthandler.dump_traceback_later(2 * timeout, exit=True, file=1)  # stdout, which is silenced
 
     try:
         arm()
         threading.Thread(target=run, daemon=True).start()
-        while not ended.wait(min(0.5, timeout / 4)):  # a join that Ctrl-C cuts short would take the thread for dead
+        while not futures.wait([future], min(0.5, timeout / 4)).done:
             arm()
             if watch.late:
-                raise MdptError(
-                    f"{watch.doing}: took longer than {timeout:g} s; --timeout SECONDS says how long it may"
-                )
+                raise MdptError(f"{watch.doing}: took longer than {timeout:g} s; --timeout SECONDS sets the limit")
     except KeyboardInterrupt:
         watch.ended = True  # the thread ends at its next step: Python aborts if it ends while one is inside torch
-        ended.wait(5)
+        futures.wait([future], 5)
         raise
     faulthandler.cancel_dump_traceback_later()
-    if failed:
-        raise failed[0]
-    return found[0]
+    return future.result()
 
 
 @contextlib.contextmanager
 def _quiet(*streams: int) -> Iterator[None]:
-    """Keep off the terminal what C code writes there, at file-descriptor level."""
+    """Discard what is written to these file descriptors in this block, also by C code."""
     flush = ctypes.CDLL(None).fflush if os.name == "posix" else lambda stream: None
     flush(None)
     copies = [(stream, os.dup(stream)) for stream in streams]
@@ -787,7 +815,7 @@ def _quiet(*streams: int) -> Iterator[None]:
         _silence(*streams)
         yield
     finally:
-        flush(None)  # C buffers its lines when they go to a file or pipe; they must leave while it is quiet
+        flush(None)  # C buffers what it writes to a file or pipe, and would write it after the block
         for stream, copy in copies:
             os.dup2(copy, stream)
             os.close(copy)
@@ -804,21 +832,17 @@ def _silence(*streams: int) -> None:
 
 @dataclass(frozen=True)
 class EnvironmentSpec:
-    """How an environment is made and what the rest of the tool needs to know of it, as plain values.
+    """How to make an environment, and its dimensions and bounds, as plain values."""
 
-    id: None where there is the data alone. Observations of a Dict are flattened by key. Action bounds have A entries
-    each. repeatable: whether `reset(seed=...)` and the actions decide all that happens.
-    """
-
-    id: str | None
+    id: str | None  # None: there is only data
     observation_dim: int
     action_dim: int
-    action_low: tuple[float, ...]
+    action_low: tuple[float, ...]  # A entries
     action_high: tuple[float, ...]
     max_episode_steps: int
     kwargs: dict[str, Any] = field(default_factory=dict)
-    flattened: bool = False
-    repeatable: bool = field(default=True, compare=False)
+    flattened: bool = False  # whether observations are a Dict, which is flattened by key
+    repeatable: bool = field(default=True, compare=False)  # whether seed and actions decide what happens
 
     @property
     def name(self) -> str:
@@ -831,22 +855,23 @@ def environment_spec(
     max_episode_steps: int | None = None,
     timeout: float = 600.0,
 ) -> EnvironmentSpec:
-    """What a gymnasium environment is, tried for a few steps; PyBullet's are known, too. max_episode_steps: its own.
+    """Describe a gymnasium or PyBullet environment, and try it for a few steps.
 
-    timeout: seconds that a step may take, as of `Workers`. Raises: MdptError for an unknown id, spaces that are no boxes,
-    actions that cannot be scaled from their bounds, no time limit, or one that breaks gymnasium's contract: by what.
+    max_episode_steps: None: its own. timeout: seconds that one step may take.
+    Raises: MdptError for an unknown id, a space that is no Box, actions without finite bounds, a missing time limit, or
+    an environment that does not behave as gymnasium specifies.
     """
     options = (kwargs or {}) | ({} if max_episode_steps is None else {"max_episode_steps": max_episode_steps})
 
-    def find(environment_id: str, watch: Watch) -> EnvironmentSpec:
+    def describe(environment_id: str, watch: Watch) -> EnvironmentSpec:
         with watch.over(f"{environment_id}: the environment"):
             environment = _make(environment_id, **options)
             environment.close()
         spec = _describe(environment, environment_id, kwargs or {})
         return replace(spec, repeatable=_try(spec, watch))
 
-    with _quiet(1):  # PyBullet writes there at each connection
-        return _watched(find, environment_id, timeout)
+    with _quiet(1):  # PyBullet prints at each connection
+        return _watched(describe, environment_id, timeout)
 
 
 def _describe(environment: gymnasium.Env[Any, Any], environment_id: str, kwargs: dict[str, Any]) -> EnvironmentSpec:
@@ -874,60 +899,62 @@ def _describe(environment: gymnasium.Env[Any, Any], environment_id: str, kwargs:
     with np.errstate(over="ignore", invalid="ignore"):
         _, half = _center_and_half(spec)
     if not (np.isfinite(half) & (half > 0)).all():
-        raise MdptError(
-            f"{environment_id}: its actions lack finite bounds that differ, {actions}; wrap it to give such."
-        )
+        raise MdptError(f"{environment_id}: its actions lack finite bounds with low < high, {actions}; wrap it.")
     return spec
 
 
 def _layers(environment: Any) -> Iterator[Any]:
+    """The environment and what it wraps, from the outside in."""
     while environment is not environment.unwrapped:
         yield environment
         environment = environment.env
+    yield environment
 
 
 def _try(spec: EnvironmentSpec, watch: Watch, steps: int = 5) -> bool:
-    """Whether two episodes that should be the same are, for a few steps. Raises: MdptError for a broken contract."""
-    seen: list[list[Array]] = []
+    """Play the same few steps twice; whether both are equal.
+
+    Raises: MdptError where the environment does not behave as gymnasium specifies.
+    """
+    episodes: list[list[Array]] = []
     actions = unscale_actions(np.random.default_rng(0).uniform(-0.1, 0.1, (steps, spec.action_dim)), spec)
+    wrappers = ("TimeLimit", "OrderEnforcing", "FlattenObservation")  # of gymnasium; they would unpack a wrong tuple
     for _ in range(2):
         seed_generators(0)
         with watch.over(f"{spec.id}: its reset"):
-            inner: Any = make_environment(spec)
-            environment = inner
-            while type(inner).__name__ in ("TimeLimit", "OrderEnforcing", "FlattenObservation"):  # they would unpack
-                inner = inner.env
-            started = inner.reset(seed=0)
-            if not isinstance(started, tuple) or len(started) != 2:
-                raise ValueError(f"expected (observation, info) as in gymnasium, got {type(started).__name__}; wrap it")
+            environment = make_environment(spec)
+            inner = next(layer for layer in _layers(environment) if type(layer).__name__ not in wrappers)
+            _check_tuple(inner.reset(seed=0), "observation", "info")
         with watch.over(f"{spec.id}: its step"):
-            stepped = inner.step(actions[0])
-            if not isinstance(stepped, tuple) or len(stepped) != 5:
-                got = f"{len(stepped)} values" if isinstance(stepped, tuple) else type(stepped).__name__
-                raise ValueError(
-                    f"expected (observation, reward, terminated, truncated, info) as in gymnasium, got {got}; wrap it"
-                )
-            seen.append([reset(environment, spec, 1)])
+            _check_tuple(inner.step(actions[0]), "observation", "reward", "terminated", "truncated", "info")
+            seen = [reset(environment, spec, 1)]
             for action in actions:
                 observation, reward, terminal, timeout = take_step(environment, spec, action)
-                seen[-1] += [observation, np.array(reward)]
+                seen += [observation, np.array(reward)]
                 if terminal or timeout:
                     break
             environment.close()
-    return len(seen[0]) == len(seen[1]) and all(map(np.array_equal, *seen))
+        episodes.append(seen)
+    return len(episodes[0]) == len(episodes[1]) and all(map(np.array_equal, *episodes))
+
+
+def _check_tuple(given: Any, *names: str) -> None:
+    if not isinstance(given, tuple) or len(given) != len(names):
+        got = f"{len(given)} values" if isinstance(given, tuple) else type(given).__name__
+        raise ValueError(f"expected ({', '.join(names)}) as in gymnasium, got {got}; wrap it")
 
 
 def reset(environment: gymnasium.Env[Any, Any], spec: EnvironmentSpec, seed: int) -> Array:
-    """The observation (O,) float32 that an episode starts with. Raises: ValueError for one of another kind."""
+    """Begin an episode; returns its first observation (O,) float32. Raises: ValueError for a wrong one."""
     return _checked(environment.reset(seed=seed)[0], spec)
 
 
 def take_step(
     environment: gymnasium.Env[Any, Any], spec: EnvironmentSpec, action: Array
 ) -> tuple[Array, float, bool, bool]:
-    """Observation (O,) float32, reward, terminal, timeout.
+    """Take a step; returns the observation (O,) float32, reward, terminal, timeout.
 
-    Raises: ValueError for a reward or observation of another kind than gymnasium's, or not finite.
+    Raises: ValueError for a reward or an observation of a wrong type or shape, or not finite.
     """
     observation, reward, terminal, timeout, _ = environment.step(action)
     number = np.asarray(reward)
@@ -936,14 +963,14 @@ def take_step(
     return _checked(observation, spec), float(reward), bool(terminal), bool(timeout)
 
 
-def _checked(observation: Any, spec: EnvironmentSpec) -> Array:
+def _checked(given: Any, spec: EnvironmentSpec) -> Array:
     with np.errstate(over="ignore"):
-        found = np.asarray(observation, dtype=np.float32)
-    if found.shape != (spec.observation_dim,):
-        raise ValueError(f"its observation has shape {found.shape}, its space ({spec.observation_dim},)")
-    if not np.isfinite(found).all():
-        raise ValueError(f"its observation is not finite: {found.tolist()}")
-    return found
+        observation = np.asarray(given, dtype=np.float32)
+    if observation.shape != (spec.observation_dim,):
+        raise ValueError(f"its observation has shape {observation.shape}, its space ({spec.observation_dim},)")
+    if not np.isfinite(observation).all():
+        raise ValueError(f"its observation is not finite: {observation.tolist()}")
+    return observation
 
 
 def seed_generators(*numbers: int) -> None:
@@ -954,22 +981,22 @@ def seed_generators(*numbers: int) -> None:
 
 
 def scale_actions(actions: Array, spec: EnvironmentSpec) -> Array:
-    """Actions (..., A) from the environment's bounds to [-1, 1], float32."""
+    """Scale actions (..., A) from the environment's bounds to [-1, 1]; float32."""
     center, half = _center_and_half(spec)
     return np.asarray((actions - center) / half, dtype=np.float32)
 
 
 def unscale_actions(actions: Array, spec: EnvironmentSpec) -> Array:
-    """Actions (..., A) from [-1, 1] to the environment's bounds, float32; what is outside comes to a bound."""
+    """Scale actions (..., A) from [-1, 1] to the environment's bounds, and clip them to these; float32."""
     center, half = _center_and_half(spec)
-    least, most = _bounds(spec)  # which rounding may have moved outwards
-    least = np.where(least < np.array(spec.action_low), np.nextafter(least, most), least)
-    most = np.where(most > np.array(spec.action_high), np.nextafter(most, least), most)
-    return np.clip(np.asarray(actions * half + center, dtype=np.float32), least, most)
+    low, high = _bounds(spec)  # which rounding to float32 may have moved outwards
+    low = np.where(low < np.array(spec.action_low), np.nextafter(low, high), low)
+    high = np.where(high > np.array(spec.action_high), np.nextafter(high, low), high)
+    return np.clip(np.asarray(actions * half + center, dtype=np.float32), low, high)
 
 
 def _center_and_half(spec: EnvironmentSpec) -> tuple[Array, Array]:
-    # In this form bounds of [-1, 1] leave every bit of an action as it was.
+    # In this form, bounds of [-1, 1] leave every bit of an action as it was.
     low, high = _bounds(spec)
     return (high + low) / 2, (high - low) / 2
 
@@ -983,11 +1010,11 @@ def _make(environment_id: str, **options: Any) -> gymnasium.Env[Any, Any]:
 
     register_environments()
     if "mujoco" in str(getattr(gymnasium.registry.get(environment_id), "entry_point", "")):
-        mujoco: Any = importlib.import_module("mujoco")  # of whose warnings it would keep a log where the user is
+        mujoco: Any = importlib.import_module("mujoco")  # it would log its warnings to a file in the user's folder
         mujoco.set_mju_user_warning(lambda text: None)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # an older version is what old data were made in
+            warnings.simplefilter("ignore", DeprecationWarning)  # old data were made in an old version
             environment = gymnasium.make(environment_id, disable_env_checker=True, **options)
         if isinstance(environment.observation_space, gymnasium.spaces.Dict):
             environment = gymnasium.wrappers.FlattenObservation(environment)
@@ -995,48 +1022,42 @@ def _make(environment_id: str, **options: Any) -> gymnasium.Env[Any, Any]:
     except BaseException as error:  # its constructor may also exit, or interrupt itself
         module, _, name = environment_id.rpartition(":")
         if module and module not in sys.modules:
-            hint = f"{_one_line(error)}. Install it, or put its folder on PYTHONPATH."
-            raise MdptError(f"{environment_id}: the module {module} cannot be imported. {hint}") from error
-        if name in gymnasium.registry:
-            raise MdptError(f"{environment_id}: the environment cannot be made. {_one_line(error)}") from error
-        near = difflib.get_close_matches(name, gymnasium.registry, n=1, cutoff=0.5)
-        hint = f"Did you mean {near[0]!r}?" if near else "Write 'module:Name-v0' for one that a module registers."
-        raise MdptError(f"{environment_id}: no such environment is registered with gymnasium. {hint}") from error
+            problem = f"the module {module} cannot be imported. {_one_line(error)}. Install it, or set PYTHONPATH."
+        elif name in gymnasium.registry:
+            problem = f"the environment cannot be made. {_one_line(error)}"
+        else:
+            near = difflib.get_close_matches(name, gymnasium.registry, n=1, cutoff=0.5)
+            hint = f"Did you mean {near[0]!r}?" if near else "Write 'module:Name-v0' for one that a module registers."
+            problem = f"no such environment is registered with gymnasium. {hint}"
+        raise MdptError(f"{environment_id}: {problem}") from error
 
 
 def imported_for(environment_id: str) -> str:
-    """The module that making an environment would import besides gymnasium's own, "" for none: a file may not ask for it."""
+    """The module that making an environment would import besides gymnasium's own, or ""; files may not ask for one."""
     module, _, name = environment_id.rpartition(":")
-    return module or ("shimmy" if name.startswith("GymV2") else "")  # whose kwargs name one
+    return module or ("shimmy" if name.startswith("GymV2") else "")  # its keyword arguments name a module
 
 
 def register_environments() -> None:
-    """Let gymnasium know PyBullet's environments, and gymnasium-robotics' where they are installed."""
+    """Register PyBullet's environments with gymnasium, and those of gymnasium-robotics if it is installed."""
     with _quiet(1, 2):
-        for name in ("pybullet", "pybullet_envs_gymnasium"):  # the one announces itself, the other registers
+        for name in ("pybullet", "pybullet_envs_gymnasium"):  # the first prints, the second registers
             importlib.import_module(name)
-        with contextlib.suppress(Exception):  # where it is not installed, or not whole
+        with contextlib.suppress(Exception):  # not installed, or broken
             importlib.import_module("gymnasium_robotics")
 
 
 def make_environment(spec: EnvironmentSpec, **options: Any) -> gymnasium.Env[Any, Any]:
-    """An environment whose episodes depend on nothing but `reset(seed=...)` and the actions.
+    """Make an environment whose episodes depend only on `reset(seed=...)` and the actions.
 
-    PyBullet's first episode, in which it loads its bodies, differs from a later one with the same seed, so it is
-    spent here.
-
-    Raises: MdptError also where the environment is not what it was when it was described, naming what differs.
+    It is reset once, because PyBullet's first episode, which loads the bodies, differs from later ones of the same seed.
+    Raises: MdptError also where the environment differs from its description, naming what changed.
     """
     if spec.id is None:
         raise MdptError("there is no environment to play in; name one in [data]")
     environment = _make(spec.id, max_episode_steps=spec.max_episode_steps, **spec.kwargs, **options)
-    today = asdict(_describe(environment, spec.id, spec.kwargs))
-    changed = [
-        f"{key} was {was}, is {today[key]}"
-        for key, was in asdict(spec).items()
-        if was != today[key] and key != "repeatable"
-    ]
-    if changed:
+    now = asdict(replace(_describe(environment, spec.id, spec.kwargs), repeatable=spec.repeatable))
+    if changed := [f"{key} was {was}, is {now[key]}" for key, was in asdict(spec).items() if was != now[key]]:
         raise MdptError(f"{spec.id}: is another environment than when this was trained: {'; '.join(changed)}.")
     environment.reset(seed=0)
     return environment
@@ -1055,14 +1076,13 @@ def rollout(
     look: Callable[[int, float, Array], None] | None = None,
     every: int = 1,
 ) -> tuple[Array, Array]:
-    """Play numbered episodes side by side: raw returns (E,) float64 and lengths (E,) int64 in steps.
+    """Play numbered episodes side by side; an episode starts from the state that `seed` and its number decide.
 
-    act: observations (R, O) float32 of the episodes that still run, their places (R,) in `episodes` -> actions (R, A)
-    in [-1, 1], which are scaled back to the bounds. An episode starts from the state of its number. Every reward
-    counts, the last step's included, and nothing after the end. look: shown steps, return so far and a frame
-    (height, width, 3) uint8 of the first episode, `every` so many steps and at its end.
-
-    Raises: MdptError for actions that are not finite or of another shape, for an environment that fails or cannot be
+    act: observations (R, O) float32 and places (R,) in `episodes` of those that still run -> actions (R, A) in [-1, 1].
+    look: called for the first episode with steps, return so far and a frame (height, width, 3) uint8, at the start, every
+    `every` steps and at the end.
+    Returns: raw returns (E,) float64 and lengths (E,) int64 in steps. Every reward counts, also that of the last step.
+    Raises: MdptError for actions that are not finite or of a wrong shape, and for an environment that fails or cannot be
     filmed.
     """
     watch = watch or Watch(float("inf"))
@@ -1081,17 +1101,13 @@ def rollout(
     for place, episode in enumerate(episodes):
         with watch.over(f"{spec.id}: episode {episode}"):
             environments.append(make_environment(spec, **({"render_mode": "rgb_array"} if look else {})))
-            observations[place] = reset(environments[place], spec, _start(seed, episode))
+            start = int(np.random.SeedSequence([seed, episode]).generate_state(1)[0])
+            observations[place] = reset(environments[place], spec, start)
         show(place)
     while len(running):
-        actions = np.asarray(act(observations[running], running))
-        if actions.shape != (expected := (len(running), spec.action_dim)):
-            raise MdptError(f"act: actions of shape {actions.shape}, expected {expected}.")
-        if not np.isfinite(actions).all():
-            raise MdptError("the policy chose an action that is not finite; its training has diverged.")
+        actions = _checked_actions(act(observations[running], running), spec, len(running))
         ended = np.zeros(len(running), dtype=np.bool_)
-        scaled = unscale_actions(actions, spec)
-        for i, (place, action) in enumerate(zip(running.tolist(), scaled, strict=True)):
+        for i, (place, action) in enumerate(zip(running.tolist(), actions, strict=True)):
             with watch.over(f"{spec.id}: episode {episodes[place]}, step {lengths[place] + 1}"):
                 observations[place], reward, terminal, timeout = take_step(environments[place], spec, action)
             returns[place] += reward
@@ -1106,9 +1122,14 @@ def rollout(
     return returns, lengths
 
 
-def _start(seed: int, episode: int) -> int:
-    """What an episode's environment is reset with."""
-    return int(np.random.SeedSequence([seed, episode]).generate_state(1)[0])
+def _checked_actions(given: Any, spec: EnvironmentSpec, count: int) -> Array:
+    """Actions (count, A) of a policy, in the environment's bounds."""
+    actions = np.asarray(given)
+    if actions.shape != (count, spec.action_dim):
+        raise MdptError(f"act: actions of shape {actions.shape}, expected {(count, spec.action_dim)}.")
+    if not np.isfinite(actions).all():
+        raise MdptError("the policy chose an action that is not finite; its training has diverged.")
+    return unscale_actions(actions, spec)
 
 
 def _frame(environment: Any, name: str) -> Array:
@@ -1124,34 +1145,37 @@ def _frame(environment: Any, name: str) -> Array:
 
 # --- columns of a file --------------------------------------------------------------------------------------------
 
-KEYS = ("observations", "actions", "rewards", "terminals", "next_observations", "timeouts")
 FLAGS = ("terminals", "timeouts")
+NARROW = ("rewards", *FLAGS)  # one number per row
+NUMERIC = "biuf"  # kinds of dtypes
+KEYS = ("observations", "actions", "rewards", "terminals", "next_observations", "timeouts")  # the first four are needed
 
-MANY = 10**8  # numbers
+CHUNK = 65_536  # rows that are read, checked and converted at a time
+MORE_MEMORY = "choose a smaller dataset, or a machine with more memory"
 
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """What a source gives, unread: arrays or datasets of an open file under D4RL's keys, a row for each step.
+    """What a source gives, not yet read: arrays or datasets of an open file by D4RL's keys, with a row for each step.
 
-    observations (n, O), actions (n, A), rewards (n,), terminals (n,), perhaps next_observations (n, O), timeouts (n,).
+    observations (n, O), actions (n, A), rewards (n,), terminals (n,); optional: next_observations (n, O), timeouts (n,).
     """
 
     name: str
     where: str
     arrays: Mapping[str, Any]
-    found: tuple[str, ...] = ()  # all that is there, also what is not read
+    keys: tuple[str, ...] = ()  # all keys of the source, also those that are not read
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Array:
-        """Rows of a column: float32, or bool for flags. Raises: MdptError, also with the first row at fault."""
+        """Rows of a column as float32, or bool for flags. Raises: MdptError that names the first row at fault."""
         try:
             array = np.asarray(self.arrays[key][start:stop])
-        except (OSError, RuntimeError, LookupError, TypeError, ValueError, MemoryError) as error:  # h5py, where damaged
+        except (OSError, RuntimeError, LookupError, TypeError, ValueError, MemoryError) as error:  # h5py, if damaged
             raise damaged(self.where, error) from error
         if key in FLAGS:
             self.forbid(key, array, (array != 0) & (array != 1), "expected only 0 and 1", start)
             return array.astype(np.bool_).reshape(len(array))
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is reported as such
+        with np.errstate(over="ignore"):  # numbers beyond float32 become infinite, which is reported
             array = array.astype(np.float32)
         self.forbid(key, array, ~np.isfinite(array), "expected finite numbers", start)
         return array.reshape(len(array)) if key == "rewards" else array
@@ -1168,9 +1192,9 @@ def damaged(where: Path | str, error: Exception) -> MdptError:
 
 @contextlib.contextmanager
 def open_hdf5(path: Path) -> Iterator[Columns]:
-    """The columns of a file in D4RL's format; other keys are not read, and nothing outside the file is.
+    """Open the columns of a file in D4RL's format. Other keys are not read, and nothing outside the file is.
 
-    Raises: MdptError for a file that is missing, something else, damaged or held open by a writer.
+    Raises: MdptError for a file that is missing, something else, damaged, or held open by a writer.
     Source: the D4RL wiki, "Off-policy evaluation and dataset format".
     """
     if os.path.isdir(path):
@@ -1185,46 +1209,44 @@ def open_hdf5(path: Path) -> Iterator[Columns]:
         raise MdptError(f"{path}: cannot be read ({error.strerror}).") from error
     except OSError as error:
         with path.open("rb") as raw:
-            if raw.read(8) != b"\x89HDF\r\n\x1a\n":
-                raise MdptError(
-                    f"{path}: not an HDF5 file. Expected D4RL's format: observations, actions, rewards, terminals."
-                ) from error
-        raise damaged(path, error) from error
+            if raw.read(8) == b"\x89HDF\r\n\x1a\n":
+                raise damaged(path, error) from error
+        expected = "observations, actions, rewards, terminals"
+        raise MdptError(f"{path}: not an HDF5 file. Expected D4RL's format: {expected}.") from error
     with file:
         try:
-            columns = Columns(path.name, str(path), _arrays(path, file), tuple(map(str, file)))
-        except (RuntimeError, LookupError, OSError, TypeError, ValueError) as error:  # h5py, where tables are damaged
+            columns = Columns(path.name, str(path), _datasets(path, file), tuple(map(str, file)))
+        except (RuntimeError, LookupError, OSError, TypeError, ValueError) as error:  # h5py, if its tables are damaged
             raise damaged(path, error) from error
         yield columns
 
 
-def _arrays(path: Path, file: h5py.File) -> dict[str, h5py.Dataset]:
-    """The datasets under D4RL's keys. Raises: MdptError for what lies elsewhere."""
+def _datasets(path: Path, file: h5py.File) -> dict[str, h5py.Dataset]:
     if "episode_0" in file:
-        raise MdptError(
-            f"{path}: is a Minari dataset; use source = 'minari' and its name as dataset, such as "
-            "'mujoco/hopper/medium-v0'."
-        )
-    arrays = {}
+        example = "source = 'minari' and its name as dataset, such as 'mujoco/hopper/medium-v0'"
+        raise MdptError(f"{path}: is a Minari dataset; use {example}.")
+    datasets = {}
     for key in KEYS:
-        link = file.get(key, getlink=True)
+        link, dataset = file.get(key, getlink=True), file.get(key)
         if link is not None and not isinstance(link, h5py.HardLink):
             raise MdptError(f"{path}: {key!r} is a link; copy the data into the file.")
-        found = file.get(key)
-        if isinstance(found, h5py.Dataset):
-            if problem := not_inside(found, key in FLAGS):
+        if isinstance(dataset, h5py.Dataset):
+            if problem := storage_problem(dataset, key in FLAGS):
                 raise MdptError(f"{path}: {key!r} {problem}")
-            arrays[key] = found
-        elif found is not None:
+            datasets[key] = dataset
+        elif dataset is not None:
             raise MdptError(f"{path}: {key!r} is a group; expected an array.")
-    return arrays
+    return datasets
 
 
-def not_inside(dataset: h5py.Dataset, blank: bool = False) -> str:
-    """Why the rows of a dataset are not in its file, "" where they are. blank: some may be left unwritten, if not many."""
+def storage_problem(dataset: h5py.Dataset, may_lack_rows: bool = False) -> str:
+    """Why a dataset cannot be read safely, "" if it can: all its rows are in its file, and compressed once at most."""
     if dataset.external or dataset.is_virtual:
         return "lies in other files; copy the data into this one."
-    if not dataset.size or (blank and dataset.size <= MANY):
+    settings, harmless = dataset.id.get_create_plist(), (h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32)
+    if sum(settings.get_filter(i)[0] not in harmless for i in range(settings.get_nfilters())) > 1:
+        return "is compressed more than once, so that kilobytes could become gigabytes; write it anew."
+    if may_lack_rows or not dataset.size:
         return ""
     if dataset.chunks is None:
         held, claimed = dataset.id.get_storage_size(), dataset.nbytes
@@ -1234,69 +1256,69 @@ def not_inside(dataset: h5py.Dataset, blank: bool = False) -> str:
     return "" if held >= claimed else f"claims {dataset.shape[0]} rows, but not all were written; write it anew."
 
 
-def check_shapes(columns: Columns, spec: EnvironmentSpec | None, width: int | None) -> tuple[int, int]:
-    """O and A of columns that fit together, and the environment. Raises: MdptError, a line for each problem.
+def bytes_to_read(array: Any, rows: int) -> int:
+    """Memory that so many rows of an array take while they are read and converted, with a chunk of HDF5 as stored."""
+    size, chunk = array.dtype.itemsize, math.prod(getattr(array, "chunks", None) or (0,))
+    return int((size + 12) * rows * math.prod(array.shape[1:]) + size * chunk)  # 12: copies as float32 and float64
 
-    width: so many observation columns are used, None: all.
+
+def check_shapes(columns: Columns, spec: EnvironmentSpec | None, width: int | None) -> tuple[int, int]:
+    """Check that columns fit each other, the environment and memory, before any is read.
+
+    width: number of observation columns to use, None: all. Returns: O and A.
+    Raises: MdptError with a line for each problem.
     """
-    arrays, where, problems = columns.arrays, columns.where, []
+    arrays, where = columns.arrays, columns.where
+    problems = []
     if missing := [repr(key) for key in KEYS[:4] if key not in arrays]:
-        is_missing = "the key {} is missing" if len(missing) == 1 else "the keys {} are missing"
-        has = ", ".join(sorted(columns.found)) or "none"
-        problems.append(f"{where}: {is_missing.format(', '.join(missing))}. It has: {has}.")
+        verb = "the key {} is missing" if len(missing) == 1 else "the keys {} are missing"
+        problems.append(f"{verb.format(', '.join(missing))}. It has: {', '.join(sorted(columns.keys)) or 'none'}.")
+    others = {key: array.dtype for key, array in arrays.items() if array.dtype.kind not in NUMERIC}
+    problems += [f"{key!r} holds {dtype}, expected numbers." for key, dtype in others.items()]
+    if problems:
+        raise MdptError("\n".join(f"{where}: {problem}" for problem in problems))
     shapes: dict[str, tuple[int, ...]] = {key: array.shape or () for key, array in arrays.items()}
-    for key, array in arrays.items():
-        if array.dtype.kind not in "biuf":
-            problems.append(f"{where}: {key!r} holds {array.dtype}, expected numbers.")
-    if problems:
-        raise MdptError("\n".join(problems))
     rows = next((shape[0] for shape in shapes.values() if shape), 0)
-    dims = [(*shapes[key], 1, 1)[1] for key in ("observations", "actions")]
+    wide, actions = ((*shapes[key], 1, 1)[1] for key in ("observations", "actions"))
     if spec is not None:
-        dims = [spec.observation_dim, spec.action_dim]
-    if width is not None:
-        if spec is not None and width != spec.observation_dim:
-            raise MdptError(f"[data] observation_columns = {width}: {spec.id} has {spec.observation_dim} observations.")
-        dims[0] = width
+        wide, actions = spec.observation_dim, spec.action_dim
+    if width not in (None, wide) and spec is not None:
+        raise MdptError(f"[data] observation_columns = {width}: {spec.id} has {spec.observation_dim} observations.")
+    wide = width or wide
     for key, shape in shapes.items():
-        wide = {"observations": dims[0], "next_observations": dims[0], "actions": dims[1]}.get(key)
-        expected = (rows,) if wide is None else (rows, wide)
-        fits = shape[: len(expected)] == expected and shape[len(expected) :] in ((), (1,) * (wide is None))
-        if width is not None and key.endswith("observations"):
+        expected = (rows,) if key in NARROW else (rows, actions if key == "actions" else wide)
+        fits = shape == expected or (key in NARROW and shape == (rows, 1))
+        if width is not None and key.endswith("observations"):  # there may be more columns
             fits = len(shape) == 2 and shape[0] == rows and shape[1] >= width
-        fits = fits and 0 not in expected[1:]
-        if not fits:
-            of = f" for {spec.id}" if spec else ""
-            wanted = ", ".join(str(size or "at least 1") for size in expected) + "," * (len(expected) == 1)
-            problems.append(f"{where}: {key!r} has shape {shape}, expected ({wanted}){of}.")
+        if not fits or 0 in expected[1:]:
+            sizes = ", ".join(str(size or "at least 1") for size in expected) + "," * (len(expected) == 1)
+            problems.append(f"{key!r} has shape {shape}, expected ({sizes}){f' for {spec.id}' if spec else ''}.")
     if not problems and rows < 2:
-        problems.append(f"{where}: {rows} row(s), expected at least 2.")
+        problems.append(f"{rows} row(s), expected at least 2.")
     if problems:
-        raise MdptError("\n".join(problems))
-    return dims[0], dims[1]
+        raise MdptError("\n".join(f"{where}: {problem}" for problem in problems))
+    at_once = {key: rows if key in NARROW else min(rows, CHUNK + 1) for key in arrays}
+    check_memory(sum(bytes_to_read(array, at_once[key]) for key, array in arrays.items()), MORE_MEMORY)
+    return wide, actions
 
 
 def count_timeouts(terminals: Array, max_episode_steps: int) -> Array:
-    """Rows (n,) bool at which D4RL takes an episode for cut by its time limit, in a file that does not say so.
+    """Rows (n,) bool at which D4RL takes an episode for cut by its time limit, in a file without timeouts.
 
-    That count is kept to the letter, since it decides which rows D4RL's users train on: it starts at 0 in the
-    file's first row and after a cut, but at 1 after a terminal (unless that terminal was itself a cut), and
-    cuts where it reaches max_episode_steps - 1.
+    D4RL's count decides which rows its users train on, so it is copied exactly: it is 0 at the first row of the file and
+    after a cut, but 1 after a terminal, and it cuts at max_episode_steps - 1.
     Source: d4rl.qlearning_dataset, `episode_step`.
     """
-    n = len(terminals)
-    starts, stops = episode_bounds(terminals, np.zeros(n, dtype=np.bool_))
-    lengths = stops - starts
-    # The count at a run's first row is 0 or 1. By its length, a run passes that on to the next, flips it, or sets 1.
-    passes = lengths % max_episode_steps == 0
-    flips = ((lengths + 1) % max_episode_steps == 0) & ~passes
-    runs = np.arange(len(lengths))
-    last_set = np.maximum.accumulate(np.where(passes | flips, -1, runs))
-    flipped = np.concatenate([[0], np.cumsum(flips)])
-    after = (last_set >= 0) ^ ((flipped[1:] - flipped[last_set + 1]) % 2 == 1)
-    first = np.concatenate([[0], after[:-1]])
-    count = np.arange(n) - np.repeat(starts - first, lengths)
-    return np.asarray(count % max_episode_steps == max_episode_steps - 1)
+    count, cuts = 0, []
+    for row, terminal in enumerate(terminals.tolist()):
+        if count == max_episode_steps - 1:
+            cuts.append(row)
+            count = 0
+        else:
+            count = 1 if terminal else count + 1
+    timeouts = np.zeros(len(terminals), dtype=np.bool_)
+    timeouts[cuts] = True
+    return timeouts
 
 
 def episode_bounds(terminals: Array, timeouts: Array) -> tuple[Array, Array]:
@@ -1307,16 +1329,15 @@ def episode_bounds(terminals: Array, timeouts: Array) -> tuple[Array, Array]:
     return np.concatenate([[0], ends[:-1]]), ends
 
 
-def transition_rows(timeouts: Array, known: bool) -> Array:
-    """Which rows (n,) bool are transitions. known: whether the file has next_observations.
+def transition_rows(timeouts: Array, has_next: bool) -> Array:
+    """Which rows (n,) bool are transitions. has_next: whether the data have next_observations.
 
-    Without them the next row is the next observation. Then, as D4RL does, a row at a time limit is dropped (what
-    followed it is unknown, even if it is a terminal, too) and so is the file's last row. With them every row is kept:
-    a time limit is not a terminal, so its value is bootstrapped, and a terminal stays one. (D4RL ignores the key and
-    drops those rows; nothing is gained by that.)
+    Without them, the next row gives the next observation. As in D4RL, a row at a time limit is then dropped, because what
+    followed it is unknown (also if it is a terminal), and so is the last row of the file. With them, every row is kept:
+    at a time limit, which is not a terminal, the value is bootstrapped. (D4RL ignores that key and drops those rows.)
     Source: d4rl.qlearning_dataset(terminate_on_end=False), equal to it in values, types and order.
     """
-    if known:
+    if has_next:
         return np.ones(len(timeouts), dtype=np.bool_)
     return ~timeouts & (np.arange(len(timeouts)) < len(timeouts) - 1)
 
@@ -1324,10 +1345,10 @@ def transition_rows(timeouts: Array, known: bool) -> Array:
 def discounted_returns(
     rewards: Array, terminals: Array, timeouts: Array, discount: float, tail: float = 0.05
 ) -> tuple[Array, Array]:
-    """Monte-Carlo returns (n,) float64 from each row to its episode's end, and where to trust them, (n,) bool.
+    """Monte-Carlo returns (n,) float64 from each row to the end of its episode, and which to trust, (n,) bool.
 
-    A return is trusted if its episode ended in a terminal, or if what was cut off weighs no more than `tail`:
-    discount ** (steps that remain) <= tail. Returns are in the unit of `rewards`.
+    A return is trusted if its episode ended in a terminal, or if the weight of what was cut off is small:
+    discount ** (remaining steps) <= tail. Returns are in the unit of `rewards`.
     """
     starts, stops = episode_bounds(terminals, timeouts)
     longest_first = np.argsort(starts - stops, kind="stable")
@@ -1344,7 +1365,7 @@ def discounted_returns(
 
 
 def _write_hdf5(path: Path, arrays: dict[str, Array], attributes: dict[str, Any]) -> None:
-    """Write a whole file or none; the same arrays and attributes give the same bytes."""
+    """Write a file whole or not at all; the same arrays and attributes give the same bytes."""
     with written_whole(path, OTHER_CACHE) as temporary, h5py.File(temporary, "w") as file:
         for key, array in arrays.items():
             file.create_dataset(key, data=array, track_times=False)
@@ -1353,155 +1374,192 @@ def _write_hdf5(path: Path, arrays: dict[str, Array], attributes: dict[str, Any]
 
 # --- sources ------------------------------------------------------------------------------------------------------
 
-Known: TypeAlias = tuple[dict[str, Any], str, tuple[str, ...]]  # fields of [data], why nothing can play it, warnings
+Opened: TypeAlias = contextlib.AbstractContextManager[Columns]
+
+
+class Known(NamedTuple):
+    """What a source knows before its data are read."""
+
+    fields: dict[str, Any]  # of [data], for what the user leaves out
+    no_environment: str = ""  # why the data cannot be played
+    warnings: tuple[str, ...] = ()
+
+
+UNNAMED = Known({}, "[data] names no environment")
+
+
+class Source(Protocol):
+    """Where data come from: a line of `SOURCES`."""
+
+    def know(self, section: DataSection) -> Known:
+        return UNNAMED
+
+    def open(self, section: DataSection, workers: Workers, show: Show) -> Opened: ...
+
+
+class Hdf5File(Source):
+    """A file in D4RL's format."""
+
+    def open(self, section: DataSection, workers: Workers, show: Show) -> Opened:
+        return open_hdf5(Path(section.path or ""))
 
 
 @dataclass(frozen=True)
-class Source:
-    """A line of the registry: what is known of a dataset beforehand, and its file or its arrays."""
+class Arrays(Source):
+    """Arrays from Python, by D4RL's keys."""
 
-    know: Callable[[DataSection], Known]
-    read: Callable[[DataSection, Workers, Show], Path | dict[str, Array]]
+    arrays: Mapping[str, Array] | None = None
+
+    def open(self, section: DataSection, workers: Workers, show: Show) -> Opened:
+        if self.arrays is None:
+            raise MdptError("[data] source = 'arrays': give them in Python, as load_dataset(section, arrays=...)")
+        return contextlib.nullcontext(columns_of("arrays", self.arrays))
 
 
-def _given(section: DataSection, workers: Workers, show: Show) -> dict[str, Array]:
-    raise MdptError("[data] source = 'arrays': the arrays come from Python, as load_dataset(section, arrays=...)")
+def columns_of(name: str, arrays: Mapping[str, Array]) -> Columns:
+    """The columns of arrays that are in memory already."""
+    try:
+        return Columns(name, name, {key: np.asarray(arrays[key]) for key in KEYS if key in arrays}, tuple(arrays))
+    except ValueError as error:
+        raise MdptError(f"{name}: expected arrays of numbers. {_one_line(error)}") from error
 
-
-NO_ENVIRONMENT = "[data] names no environment"
 
 BULLET = {f"{name}BulletEnv-v0": f"bullet-{name.lower()}" for name in ("Ant", "HalfCheetah", "Hopper", "Walker2D")}
-
 GENERATOR = 1  # version of the collected data: raise it when the same settings would give other bytes
 SHARD = 5_000  # transitions that one worker collects at a time
 
 
-def _collected(environment: str) -> Known:
-    _bundled_agent(environment)
-    return {"environment": environment, "reference": BULLET.get(environment)}, "", ()
+class Collect(Source):
+    """Rollouts of PyBullet's bundled agents, kept in the cache."""
+
+    def know(self, section: DataSection) -> Known:
+        environment = section.environment or "HopperBulletEnv-v0"
+        _bundled_agent(environment)
+        return Known({"environment": environment, "reference": BULLET.get(environment)})
+
+    def open(self, section: DataSection, workers: Workers, show: Show) -> Opened:
+        return open_hdf5(collect_dataset(section, workers, show))
 
 
 def collect_dataset(
     section: DataSection,
     workers: Workers = Workers(),
-    show: Show = lambda what, done, total: None,
-    cache: Path | None = None,
+    show: Show = lambda doing, done, total: None,
+    folder: Path | None = None,
 ) -> Path:
-    """Roll out PyBullet's bundled agent with perturbed weights into a D4RL-format file, or find it in the cache.
+    """Roll out PyBullet's bundled agent with perturbed weights into a file in D4RL's format, or find it in the cache.
 
-    The file depends on the environment and the settings only, not on `workers`. The cache is `cache`, else
-    $MDPT_CACHE, else mdpt in $XDG_CACHE_HOME or ~/.cache. show: hears of transitions.
-
+    The file depends on the environment and the settings only, not on `workers`. folder: the cache; by default
+    $MDPT_CACHE, else mdpt in $XDG_CACHE_HOME or ~/.cache. show: is told transitions.
     Raises: MdptError without an agent for this environment, for a damaged cached file, for more than memory holds.
     """
-    share = section.transitions // len(section.levels)
     environment = section.environment or ""
     agent = _bundled_agent(environment)
-    settings = section.model_dump(include={"environment", "transitions", "levels", "action_noise", "seed"})
-    made_by = settings | {"generator": GENERATOR}
-    special = section.environment_kwargs, section.max_episode_steps
-    if any(special):
-        made_by |= {"special": json.dumps(special)}
+    options = section.environment_kwargs, section.max_episode_steps
+    made_by = section.model_dump(include={"environment", "transitions", "levels", "action_noise", "seed"})
+    made_by |= {"generator": GENERATOR}
+    if any(options):
+        made_by |= {"special": json.dumps(options)}
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
-    name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', environment)}-{digest}.hdf5"
-    path = (cache or _cache_folder()) / name
+    path = (folder or _cache_folder()) / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', environment)}-{digest}.hdf5"
     if path.exists():
         _check_cached(path, section.transitions)
         return path
 
-    spec = environment_spec(environment, *special, workers.timeout)
-    if (wide := (agent[0].shape[0], agent[-1].shape[0])) != (spec.observation_dim, spec.action_dim):
-        raise MdptError(f"{spec.id}: its agent takes {wide[0]} observations and gives {wide[1]} actions.")
-    row = 4 * (spec.observation_dim + spec.action_dim + 1) + 2
+    spec = environment_spec(environment, *options, workers.timeout)
+    if (dims := (agent[0].shape[0], agent[-1].shape[0])) != (spec.observation_dim, spec.action_dim):
+        raise MdptError(f"{spec.id}: its agent takes {dims[0]} observations and gives {dims[1]} actions.")
+    row = 4 * (spec.observation_dim + spec.action_dim + 1) + 2  # bytes; twice, while parts are joined
     check_memory(2 * row * section.transitions, "collect fewer [data] transitions")
-    noise = np.broadcast_to(section.action_noise, len(section.levels)).tolist()
-    shards = [
-        Shard(spec, agent, sigma, noise[level], min(SHARD, share - start), (section.seed, level, index))
-        for level, sigma in enumerate(section.levels)
-        for index, start in enumerate(range(0, share, SHARD))
-    ]
-    versions = {name: importlib.metadata.version(name) for name in ("pybullet", "pybullet_envs_gymnasium", "numpy")}
     with making(path, show) as missing:
         if missing:
+            shards = _shards(section, spec, agent)
             kept = [path.with_name(f".{path.stem}.{index}.part") for index in range(len(shards))]
             parts = list(_collected_parts(kept, shards, workers, partial(show, "collect")))
             arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-            arrays["infos/level"] = np.repeat(np.array(section.levels, dtype=np.float32), share)
-            _write_hdf5(path, arrays, made_by | versions)
+            levels = np.array([shard.sigma for shard in shards], dtype=np.float32)
+            arrays["infos/level"] = np.repeat(levels, [shard.size for shard in shards])
+            packages = ("pybullet", "pybullet_envs_gymnasium", "numpy")
+            _write_hdf5(path, arrays, made_by | {name: importlib.metadata.version(name) for name in packages})
             for file in kept:
                 file.unlink(missing_ok=True)
     return path
 
 
-def _collected_parts(
-    kept: Sequence[Path], shards: Sequence[Shard], workers: Workers, show: Callable[[int, int], None]
-) -> Iterator[dict[str, Array]]:
-    """Shard after shard, each kept in its file until all are there, so that a run cut short goes on."""
-    done, total = 0, sum(shard.size for shard in shards)
-    old = list(itertools.takewhile(bool, map(_read_part, kept, shards)))
-    left = shards[len(old) :]
-    show(done, total)
-    with contextlib.closing(parallel(collect_shard, left, workers, len(left))) as found:
-        for index, part in enumerate(itertools.chain(old, found)):
-            if index >= len(old):
-                _write_hdf5(kept[index], part, {})
-            done += len(part["rewards"])
-            show(done, total)
-            yield part
-
-
 @dataclass(frozen=True)
 class Shard:
-    """A worker's share of the rows of one level: weights perturbed by sigma, actions by noise, in the environment's unit."""
+    """The rows of one level that a worker collects at a time."""
 
     spec: EnvironmentSpec
     agent: list[Array]
-    sigma: float
-    noise: float
+    sigma: float  # relative perturbation of the weights
+    noise: float  # deviation of the noise on actions, in the environment's unit
     size: int
     seed: tuple[int, ...]
 
 
+def _shards(section: DataSection, spec: EnvironmentSpec, agent: list[Array]) -> list[Shard]:
+    share = section.transitions // len(section.levels)
+    noise = np.broadcast_to(section.action_noise, len(section.levels)).tolist()
+    return [
+        Shard(spec, agent, sigma, noise[level], min(SHARD, share - start), (section.seed, level, index))
+        for level, sigma in enumerate(section.levels)
+        for index, start in enumerate(range(0, share, SHARD))
+    ]
+
+
+def _collected_parts(
+    kept: Sequence[Path], shards: Sequence[Shard], workers: Workers, show: Callable[[int, int], None]
+) -> Iterator[dict[str, Array]]:
+    """Collect one shard after the other; each is kept in its file until all are there, so that a run can go on."""
+    done, total = 0, sum(shard.size for shard in shards)
+    old = list(itertools.takewhile(bool, map(_read_part, kept, shards)))
+    left = shards[len(old) :]
+    show(done, total)
+    with contextlib.closing(parallel(collect_shard, left, workers, len(left))) as new:
+        for index, part in enumerate(itertools.chain(old, new)):
+            if index >= len(old):
+                _write_hdf5(kept[index], part, {})
+            done += shards[index].size
+            show(done, total)
+            yield part
+
+
 def collect_shard(shard: Shard, watch: Watch) -> dict[str, Array]:
-    """Play whole episodes, cutting the last at the shard's end: rows in D4RL's format."""
+    """Play episodes, the last of which is cut where the shard is full: columns in D4RL's format."""
     spec, size, low_high = shard.spec, shard.size, _bounds(shard.spec)
     random = np.random.default_rng(np.random.SeedSequence(shard.seed))
     observations = np.empty((size, spec.observation_dim), dtype=np.float32)
     actions = np.empty((size, spec.action_dim), dtype=np.float32)
     rewards = np.empty(size, dtype=np.float32)
     terminals, timeouts = np.zeros(size, dtype=np.bool_), np.zeros(size, dtype=np.bool_)
-    row, before = 0, shard.seed[-1] * SHARD  # rows of this level that other shards hold
+    row, before = 0, shard.seed[-1] * SHARD  # rows of this level in other shards
     seed_generators(*shard.seed)
 
-    def doing() -> contextlib.AbstractContextManager[None]:
+    def watched() -> contextlib.AbstractContextManager[None]:
         return watch.over(f"collecting in {spec.id}: level {shard.sigma:g}, row {before + row + 1:,}")
 
-    with doing():
+    with watched():
         environment = make_environment(spec)
     while row < size:
         weights = [w * (1 + np.float32(shard.sigma) * random.standard_normal(w.shape, np.float32)) for w in shard.agent]
         noise = random.standard_normal((spec.max_episode_steps, spec.action_dim), np.float32)
-        noise *= np.float64(shard.noise)  # a float would round the factor first, and give other data
-        with doing():
+        noise *= np.float64(shard.noise)  # a Python float would be rounded to float32 first, and give other data
+        with watched():
             observation = reset(environment, spec, int(random.integers(2**31)))
         for step in range(min(spec.max_episode_steps, size - row)):
             observations[row] = observation
             actions[row] = action = np.clip(_agent_action(weights, observations[row]) + noise[step], *low_high)
-            with doing():
+            with watched():
                 observation, rewards[row], terminals[row], timeout = take_step(environment, spec, action)
             row += 1
             if terminals[row - 1] or timeout:
                 break
         timeouts[row - 1] = not terminals[row - 1]
-    with doing():
+    with watched():
         environment.close()
-    return {
-        "observations": observations,
-        "actions": actions,
-        "rewards": rewards,
-        "terminals": terminals,
-        "timeouts": timeouts,
-    }
+    columns = (observations, actions, rewards, terminals, timeouts)
+    return dict(zip(("observations", "actions", *NARROW), columns, strict=True))
 
 
 def _agent_action(weights: list[Array], observation: Array) -> Array:
@@ -1511,32 +1569,30 @@ def _agent_action(weights: list[Array], observation: Array) -> Array:
 
 
 def _read_part(path: Path, shard: Shard) -> dict[str, Array]:
-    """What was kept of a shard; empty: nothing, or something else."""
+    """The columns that were kept of a shard; empty if there is nothing, or something else."""
     try:
         with h5py.File(path, "r") as file:
-            part = {key: np.asarray(file[key]) for key in ("observations", "actions", "rewards", *FLAGS)}
+            part = {key: np.asarray(file[key]) for key in ("observations", "actions", *NARROW)}
             return part if {len(array) for array in part.values()} == {shard.size} else {}
     except (OSError, RuntimeError, LookupError, TypeError):
         return {}
 
 
 def _check_cached(path: Path, transitions: int) -> None:
-    try:
-        with h5py.File(path, "r") as file:
-            if len(file["rewards"]) == transitions == len(file["infos/level"]):
-                return
-    except (OSError, RuntimeError, KeyError):
-        pass
+    with contextlib.suppress(OSError, RuntimeError, KeyError), h5py.File(path, "r") as file:
+        if len(file["rewards"]) == transitions == len(file["infos/level"]):
+            return
     raise MdptError(f"{path}: this cached dataset is damaged; delete the file, and it will be collected again.")
 
 
+@cache  # it takes 0.15 s
 def _bundled_agent(environment_id: str) -> list[Array]:
     """Weights and biases of the agent that PyBullet ships for an environment, layer by layer, float32.
 
-    Its file is parsed, never run: it would import an old gym.
+    Its file is parsed, not run, because it would import an old gym.
     """
-    found = importlib.util.find_spec("pybullet_envs")
-    folder = Path(*found.submodule_search_locations or ()) / "examples" if found else Path()
+    package = importlib.util.find_spec("pybullet_envs")
+    folder = Path(*package.submodule_search_locations or ()) / "examples" if package else Path()
     files = {
         f"{name}-{version}": file
         for file in sorted(folder.glob("enjoy_TF_*_v0_2017may.py"))
@@ -1560,76 +1616,75 @@ BLOCK = 1 << 20  # bytes that are read at a time
 
 @dataclass(frozen=True)
 class Family:
-    """What all D4RL datasets whose whole name matches `pattern` have in common.
-
-    environment: the gymnasium id that moves and pays as the data did, or None for a reason. Dimensions are its own,
-    else the data's. observation_columns: how many of the data's it has. max_episode_steps: in environment steps.
-    warning: told where MuJoCo has version warning_from or a later one. Source: d4rl's registrations.
-    """
+    """What the D4RL datasets whose whole name matches `pattern` have in common. Source: d4rl's registrations."""
 
     pattern: str
-    environment: str | None
-    observation_dim: int
-    action_dim: int
-    observation_columns: int | None
+    environment: str | None  # the gymnasium id that moves and pays as in the data, or None for a reason
     max_episode_steps: int
     reward_scale: Literal["return-range", "minus-one", "none"]
     reason: str = ""
+    observation_columns: int | None = None  # how many of the data's columns the environment observes; None: all
     warning: str = ""
-    warning_from: tuple[int, ...] = (0,)
+    warning_from: tuple[int, ...] = ()  # MuJoCo's first version that the warning is about
 
 
-NO_ANTMAZE = "gymnasium-robotics' AntMaze has motors five times as strong, another goal radius and a Dict to observe"
-NO_MAZE2D = "gymnasium-robotics' PointMaze has other coordinates and goals, and a Dict to observe"
+NO_ANTMAZE = "gymnasium-robotics' AntMaze has motors five times as strong, another goal radius and Dict observations"
+NO_MAZE2D = "gymnasium-robotics' PointMaze has other coordinates and goals, and Dict observations"
 NO_BULLET = "D4RL's mazes for PyBullet are not registered with gymnasium"
-NO_KITCHEN = "gymnasium-robotics' FrankaKitchen observes a Dict of 59 numbers, not these 60"
+NO_KITCHEN = "gymnasium-robotics' FrankaKitchen has Dict observations of 59 numbers, the data have 60"
 NO_PEN = "gymnasium-robotics' AdroitHandPen goes on when the pen drops, where D4RL's ends"
-NO_HAND = "gymnasium-robotics' AdroitHand pays for the distance to the object, for which D4RL's takes away"
-ANT = "Ant-v4 does not move as the data did (one step: error 0.18, below MuJoCo 3.5 0.005): 'mujoco<3.5' is nearer"
+NO_HAND = "gymnasium-robotics' AdroitHand adds the distance to the object to the reward, where D4RL's subtracts it"
+ANT = "Ant-v4 does not move as in the data (error of one step: 0.18, below MuJoCo 3.5 0.005); use 'mujoco<3.5'"
 MAZES = {"open": 150, "umaze": 300, "medium": 600, "large": 800}
 
 FAMILIES = (
-    Family("bullet-hopper-.+-v0", "HopperBulletEnv-v0", 15, 3, None, 1000, "return-range"),
-    Family("bullet-halfcheetah-.+-v0", "HalfCheetahBulletEnv-v0", 26, 6, None, 1000, "return-range"),
-    Family("bullet-walker2d-.+-v0", "Walker2DBulletEnv-v0", 22, 6, None, 1000, "return-range"),
-    Family("bullet-ant-.+-v0", "AntBulletEnv-v0", 28, 8, None, 1000, "return-range"),
-    Family("hopper-.+-v[0-2]", "Hopper-v4", 11, 3, None, 1000, "return-range"),
-    Family("halfcheetah-.+-v[0-2]", "HalfCheetah-v4", 17, 6, None, 1000, "return-range"),
-    Family("walker2d-.+-v[0-2]", "Walker2d-v4", 17, 6, None, 1000, "return-range"),  # v5: other friction and reward
-    Family("ant-.+-v[0-2]", "Ant-v4", 27, 8, 27, 1000, "return-range", "", ANT, (3, 5)),  # the other 84 are zero
-    Family("antmaze-umaze(-.+)?-v[0-2]", None, 29, 8, None, 700, "minus-one", NO_ANTMAZE),
-    Family("antmaze-(medium|large)-.+-v[0-2]", None, 29, 8, None, 1000, "minus-one", NO_ANTMAZE),
-    *(Family(rf"maze2d-(eval-)?{maze}(-.+)?-v\d", None, 4, 2, None, n, "none", NO_MAZE2D) for maze, n in MAZES.items()),
-    *(Family(f"bullet-maze2d-{maze}-v0", None, 4, 2, None, n, "none", NO_BULLET) for maze, n in MAZES.items()),
-    Family("kitchen-.+-v0", None, 60, 9, None, 280, "none", NO_KITCHEN),
-    Family("pen-.+-v[01]", None, 45, 24, None, 100, "none", NO_PEN),
-    Family("door-.+-v[01]", None, 39, 28, None, 200, "none", NO_HAND),
-    Family("hammer-.+-v[01]", None, 46, 26, None, 200, "none", NO_HAND),
-    Family("relocate-.+-v[01]", None, 39, 30, None, 200, "none", NO_HAND),
+    Family("bullet-hopper-.+-v0", "HopperBulletEnv-v0", 1000, "return-range"),
+    Family("bullet-halfcheetah-.+-v0", "HalfCheetahBulletEnv-v0", 1000, "return-range"),
+    Family("bullet-walker2d-.+-v0", "Walker2DBulletEnv-v0", 1000, "return-range"),
+    Family("bullet-ant-.+-v0", "AntBulletEnv-v0", 1000, "return-range"),
+    Family("hopper-.+-v[0-2]", "Hopper-v4", 1000, "return-range"),
+    Family("halfcheetah-.+-v[0-2]", "HalfCheetah-v4", 1000, "return-range"),
+    Family("walker2d-.+-v[0-2]", "Walker2d-v4", 1000, "return-range"),  # v5 has other friction and reward
+    Family("ant-.+-v[0-2]", "Ant-v4", 1000, "return-range", "", 27, ANT, (3, 5)),  # the other 84 columns are zero
+    Family("antmaze-umaze(-.+)?-v[0-2]", None, 700, "minus-one", NO_ANTMAZE),
+    Family("antmaze-(medium|large)-.+-v[0-2]", None, 1000, "minus-one", NO_ANTMAZE),
+    *(Family(rf"maze2d-(eval-)?{maze}(-.+)?-v\d", None, steps, "none", NO_MAZE2D) for maze, steps in MAZES.items()),
+    *(Family(f"bullet-maze2d-{maze}-v0", None, steps, "none", NO_BULLET) for maze, steps in MAZES.items()),
+    Family("kitchen-.+-v0", None, 280, "none", NO_KITCHEN),
+    Family("pen-.+-v[01]", None, 100, "none", NO_PEN),
+    *(Family(f"{task}-.+-v[01]", None, 200, "none", NO_HAND) for task in ("door", "hammer", "relocate")),
 )
 REFUSED = {"flow": "needs the simulator SUMO", "carla": "needs the simulator CARLA", "minigrid": "has discrete actions"}
 
 
-def d4rl_facts(dataset: str) -> tuple[dict[str, Any], str, tuple[str, ...]]:
-    """What D4RL knows of a dataset: fields of [data], why nothing here can play it (or ""), and warnings.
+class D4rl(Source):
+    """A dataset of D4RL by name."""
 
-    The fields are environment, observation_columns, max_episode_steps, reward_scale and reference, [min, max]; one
-    that it does not have is left out.
+    def know(self, section: DataSection) -> Known:
+        return d4rl_facts(section.dataset or "")
+
+    def open(self, section: DataSection, workers: Workers, show: Show) -> Opened:
+        return open_hdf5(find_d4rl(section.dataset or "", _cache_folder(), show))
+
+
+def d4rl_facts(dataset: str) -> Known:
+    """What D4RL knows about a dataset: environment, observation_columns, max_episode_steps, reward_scale and reference.
 
     Raises: MdptError for a name that is unknown or cannot be used, or where D4RL is not installed.
     """
     infos, family = _d4rl(dataset)
-    fields = ("environment", "observation_columns", "max_episode_steps", "reward_scale")
-    facts = {key: value for key in fields if (value := getattr(family, key)) is not None}
+    names = ("environment", "observation_columns", "max_episode_steps", "reward_scale")
+    fields = {key: value for key in names if (value := getattr(family, key)) is not None}
     if dataset in infos["REF_MIN_SCORE"]:
-        facts["reference"] = (float(infos["REF_MIN_SCORE"][dataset]), float(infos["REF_MAX_SCORE"][dataset]))
-    told = family.warning and _mujoco_version() >= family.warning_from
-    warnings = (f"{dataset}: with MuJoCo {importlib.metadata.version('mujoco')}, {family.warning}.",) if told else ()
-    return facts, family.reason, warnings
+        fields["reference"] = tuple(float(infos[f"REF_{end}_SCORE"][dataset]) for end in ("MIN", "MAX"))
+    warnings: tuple[str, ...] = ()
+    if family.warning and _mujoco_version() >= family.warning_from:
+        warnings = (f"{dataset}: with MuJoCo {importlib.metadata.version('mujoco')}, {family.warning}.",)
+    return Known(fields, family.reason, warnings)
 
 
 def _mujoco_version() -> tuple[int, ...]:
-    """The installed one's first two numbers; none where there is none."""
+    """The first two numbers of the installed version; empty if there is none."""
     try:
         return tuple(map(int, re.findall(r"\d+", importlib.metadata.version("mujoco"))[:2]))
     except importlib.metadata.PackageNotFoundError:
@@ -1637,38 +1692,36 @@ def _mujoco_version() -> tuple[int, ...]:
 
 
 def _d4rl(dataset: str) -> tuple[dict[str, Any], Family]:
-    kind = dataset.partition("-")[0]
+    where, kind = f"dataset {dataset!r}", dataset.partition("-")[0]
     if kind in REFUSED:
-        raise MdptError(
-            f"dataset {dataset!r}: cannot be used: {kind} {REFUSED[kind]}. Choose one like hopper-medium-v2."
-        )
-    infos = d4rl_infos(f"dataset {dataset!r}: D4RL's table of datasets is not installed: pip install d4rl.")
+        raise MdptError(f"{where}: cannot be used: {kind} {REFUSED[kind]}. Choose one like hopper-medium-v2.")
+    infos = d4rl_infos(f"{where}: D4RL's table of datasets is not installed: pip install d4rl.")
+    names = infos["DATASET_URLS"].keys()
     family = next((family for family in FAMILIES if re.fullmatch(family.pattern, dataset)), None)
-    if family is None or dataset not in infos["DATASET_URLS"]:
-        known = [name for name in infos["DATASET_URLS"] if name.partition("-")[0] not in REFUSED]
-        near = difflib.get_close_matches(dataset.lower(), known, n=3, cutoff=0.3) or ["hopper-medium-v2"]
-        raise MdptError(f"dataset {dataset!r}: unknown to D4RL. Nearest: {', '.join(near)}.")
+    if family is None or dataset not in names:
+        usable = [name for name in names if name.partition("-")[0] not in REFUSED]
+        near = difflib.get_close_matches(dataset.lower(), usable, n=3, cutoff=0.3) or ["hopper-medium-v2"]
+        raise MdptError(f"{where}: unknown to D4RL. Nearest: {', '.join(near)}.")
     return infos, family
 
 
 def d4rl_infos(otherwise: str) -> dict[str, Any]:
-    """D4RL's tables, by dataset: DATASET_URLS, REF_MIN_SCORE, REF_MAX_SCORE.
+    """D4RL's tables by dataset: DATASET_URLS, REF_MIN_SCORE, REF_MAX_SCORE.
 
-    Raises: MdptError, saying `otherwise`, where D4RL is not installed.
+    Raises: MdptError with the text `otherwise`, where D4RL is not installed.
     """
-    found = importlib.util.find_spec("d4rl")
-    if found is None or not found.submodule_search_locations:
+    package = importlib.util.find_spec("d4rl")
+    if package is None or not package.submodule_search_locations:
         raise MdptError(otherwise)
-    # Its own file only: importing the package would look for MuJoCo and complain.
-    return runpy.run_path(str(Path(found.submodule_search_locations[0], "infos.py")))
+    # Only this file is run: importing the package would look for MuJoCo and complain.
+    return runpy.run_path(str(Path(package.submodule_search_locations[0], "infos.py")))
 
 
 def reference_returns(reference: str | tuple[float, float]) -> tuple[float, float]:
-    """The raw returns that stand for 0 and for 100: of a D4RL family, a full D4RL name, or the pair itself.
+    """The raw returns that are scores 0 and 100: of a D4RL family, of a D4RL dataset, or the pair itself.
 
     A family is what comes before the dataset's kind: "bullet-hopper" for bullet-hopper-medium-v0.
-
-    Raises: MdptError for an unknown name, a family whose tasks differ in reference, or min >= max.
+    Raises: MdptError for an unknown name, a family whose tasks have different references, or min >= max.
     Source: d4rl/infos.py (arXiv 2004.07219).
     """
     if not isinstance(reference, str):
@@ -1676,47 +1729,48 @@ def reference_returns(reference: str | tuple[float, float]) -> tuple[float, floa
         if not low < high:
             raise MdptError(f"reference: [{low}, {high}] must be [min, max] with min < max.")
         return float(low), float(high)
-    infos = d4rl_infos(f"reference {reference!r}: D4RL's table is not installed; give [min, max] instead.")
+    where = f"reference {reference!r}"
+    infos = d4rl_infos(f"{where}: D4RL's table is not installed; give [min, max] instead.")
     table = {name: (float(low), float(infos["REF_MAX_SCORE"][name])) for name, low in infos["REF_MIN_SCORE"].items()}
     if reference in table:
         return table[reference]
     family = [name for name in table if re.fullmatch(re.escape(reference) + r"-.+-v\d+", name)]
     if len({table[name] for name in family}) > 1:
-        raise MdptError(f"reference {reference!r}: its tasks differ in reference; name one, such as {family[0]!r}.")
+        raise MdptError(f"{where}: its tasks have different references; name one, such as {family[0]!r}.")
     if not family:
         families = sorted({re.sub(r"-[^-]+(-expert|-replay)?-v\d+$", "", name) for name in table})
         near = difflib.get_close_matches(reference, families, n=3, cutoff=0.3) or families
-        raise MdptError(f"reference {reference!r}: unknown to D4RL. Nearest: {', '.join(near)}. Or give [min, max].")
+        raise MdptError(f"{where}: unknown to D4RL. Nearest: {', '.join(near)}. Or give [min, max].")
     return table[family[0]]
 
 
-def find_d4rl(dataset: str, cache: Path, show: Show) -> Path:
-    """The file of a D4RL dataset: as it lies in $D4RL_DATASET_DIR, ~/.d4rl/datasets or the cache, or downloaded there.
+def find_d4rl(dataset: str, folder: Path, show: Show) -> Path:
+    """The file of a D4RL dataset: from $D4RL_DATASET_DIR, ~/.d4rl/datasets or the cache `folder`, else downloaded there.
 
     Raises: MdptError as `d4rl_facts` and `download` do.
     """
-    address = _d4rl(dataset)[0]["DATASET_URLS"][dataset]
+    infos, _ = _d4rl(dataset)
+    address = infos["DATASET_URLS"][dataset]
     name = address.rpartition("/")[2]
-    folders = [os.environ.get("D4RL_DATASET_DIR"), os.path.expanduser("~/.d4rl/datasets"), cache / "d4rl"]
-    for path in (Path(folder, name) for folder in folders if folder):
+    places = [os.environ.get("D4RL_DATASET_DIR"), os.path.expanduser("~/.d4rl/datasets"), folder / "d4rl"]
+    for path in (Path(place, name) for place in places if place):
         if os.path.isfile(path):
             return path
     addresses = [re.sub("^http:", "https:", address), MIRROR + name]
     with making(path, show) as missing:
         if missing:
-            download(addresses, path, ("observations", "actions", "rewards", "terminals"), partial(show, "download"))
+            download(addresses, path, KEYS[:4], partial(show, "download"))
     return path
 
 
 def download(
     addresses: Sequence[str], path: Path, keys: Sequence[str], show: Callable[[int, int], None], timeout: float = 30.0
 ) -> None:
-    """Put the HDF5 file that the first of these addresses has at `path`: whole, or not at all.
+    """Download an HDF5 file to `path`, whole or not at all, from the first address that has it.
 
-    keys: what it must have at its top. show: told the bytes so far, and in all (0: unknown). timeout: seconds that a
+    keys: that the file must have at its top. show: is told bytes so far, and in all (0: unknown). timeout: seconds that a
     connection may be silent.
-
-    Raises: MdptError for a folder that cannot be written; where no address has the file, saying why for each.
+    Raises: MdptError for a folder that cannot be written, and where no address has the file: why, for each.
     """
     problems: list[str] = []
     with written_whole(path, f"make room there, or {OTHER_CACHE}") as temporary:
@@ -1730,7 +1784,7 @@ def download(
 
 
 def _save(address: str, path: Path, keys: Sequence[str], show: Callable[[int, int], None], timeout: float) -> None:
-    """Write what an address has into a file. Raises: OSError where that fails, MdptError for all that is not here."""
+    """Write what an address sends to a file. Raises: OSError where writing fails, MdptError for the address's faults."""
     kind = ""
     with path.open("wb") as file:
         for start, piece, total, kind in _pieces(address, timeout):
@@ -1750,11 +1804,10 @@ def _save(address: str, path: Path, keys: Sequence[str], show: Callable[[int, in
 
 
 def _pieces(address: str, timeout: float) -> Generator[tuple[int, bytes, int, str], None, None]:
-    """What an address has: a piece's first byte, the piece, how many bytes there are in all (or 0), and Content-Type.
+    """Yield what an address sends: a piece's first byte, the piece, bytes in all (0: unknown), and Content-Type.
 
-    A connection that is cut is made again and goes on where it was, or, if the server knows no ranges or has another
-    file by now, from byte 0; as long as each gets further than all before.
-
+    A connection that is cut is made again, as long as each gets further than all before. It goes on where it was, or from
+    byte 0 if the server knows no ranges or has another file by now.
     Raises: MdptError.
     """
     done = furthest = total = 0
@@ -1786,41 +1839,45 @@ def _pieces(address: str, timeout: float) -> Generator[tuple[int, bytes, int, st
         time.sleep(PAUSE)
 
 
-def minari_facts(dataset: str) -> tuple[dict[str, Any], str, tuple[str, ...]]:
-    """What the metadata of a Minari dataset says for [data], why nothing can be played ("": it can), and warnings.
+class Minari(Source):
+    """A dataset of Minari by name."""
 
-    environment, environment_kwargs, max_episode_steps and reference; what is unknown is left out. Of the environment
-    only id, kwargs (without render_mode) and time limit are taken: an entry point or a wrapper could be any code.
+    def know(self, section: DataSection) -> Known:
+        """What the metadata say: environment, environment_kwargs, max_episode_steps and reference.
 
-    Raises: MdptError for an id that is none, a dataset that is not there and cannot be had, or damaged metadata.
-    Source: gymnasium's EnvSpec.to_json, of Minari's `recover_environment(eval_env=True)`.
-    """
-    folder, metadata = _minari_metadata(dataset)
-    facts: dict[str, Any] = {}
-    low, high = (cast(Any, metadata.get(key)) for key in ("ref_min_score", "ref_max_score"))
-    if type(low) in (int, float) and type(high) in (int, float) and -1e300 < low < high < 1e300:
-        facts["reference"] = (low, high)
-    try:
-        spec = json.loads(metadata.get("eval_env_spec") or metadata.get("env_spec") or '{"id": null}')
-        environment, kwargs, steps = spec["id"], {**(spec.get("kwargs") or {})}, spec.get("max_episode_steps")
-        wrappers = ", ".join(repr(wrapper["name"]) for wrapper in spec.get("additional_wrappers") or ())
-        kwargs.pop("render_mode", None)  # a window, or pictures of each step, are not the dataset's to ask for
-        json.dumps(kwargs, allow_nan=False)
-        if own := kwargs.keys() & MAKES_OWN:
-            raise ValueError(f"kwargs have {sorted(own)}, which are gymnasium.make's own")
-        reason = _unplayable(environment)
-    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        return facts, f"{folder}: the specification of its environment is unsound. {_one_line(error)}", ()
-    if type(steps) is int and steps > 0:
-        facts["max_episode_steps"] = steps
-    if reason:
-        return facts, f"{folder}: {reason} You may name an environment yourself.", ()
-    found = (f"{folder}: its environment was wrapped in {wrappers}; not applied here.",) if wrappers else ()
-    return facts | {"environment": environment, "environment_kwargs": kwargs}, "", found
+        Of the environment only id, keyword arguments (without render_mode) and time limit are taken, because an entry
+        point or a wrapper could be any code. Source: gymnasium's EnvSpec.to_json, of Minari's `recover_environment`.
+        Raises: MdptError for a wrong id, a dataset that is missing and cannot be downloaded, or damaged metadata.
+        """
+        folder, metadata = _minari_metadata(section.dataset or "")
+        fields: dict[str, Any] = {}
+        low, high = (cast(Any, metadata.get(key)) for key in ("ref_min_score", "ref_max_score"))
+        if type(low) in (int, float) and type(high) in (int, float) and -1e300 < low < high < 1e300:
+            fields["reference"] = (low, high)
+        try:
+            spec = json.loads(metadata.get("eval_env_spec") or metadata.get("env_spec") or '{"id": null}')
+            environment, kwargs, steps = spec["id"], {**(spec.get("kwargs") or {})}, spec.get("max_episode_steps")
+            wrappers = ", ".join(repr(wrapper["name"]) for wrapper in spec.get("additional_wrappers") or ())
+            kwargs.pop("render_mode", None)  # data may not ask for a window, or for pictures of each step
+            json.dumps(kwargs, allow_nan=False)
+            if own := kwargs.keys() & MAKE_ARGUMENTS:
+                raise ValueError(f"kwargs have {sorted(own)}, which are gymnasium.make's own")
+            reason = _unplayable(environment)
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            return Known(fields, f"{folder}: the specification of its environment is unsound. {_one_line(error)}")
+        if type(steps) is int and steps > 0:
+            fields["max_episode_steps"] = steps
+        if reason:
+            return Known(fields, f"{folder}: {reason} You may name an environment yourself.")
+        told = (f"{folder}: its environment was wrapped in {wrappers}; not applied here.",) if wrappers else ()
+        return Known(fields | {"environment": environment, "environment_kwargs": kwargs}, "", told)
+
+    def open(self, section: DataSection, workers: Workers, show: Show) -> Opened:
+        return contextlib.nullcontext(columns_of(section.dataset or "", read_minari(section.dataset or "")))
 
 
 def _unplayable(environment: Any) -> str:
-    """Why an environment that a file names is not made, "" where it may be: gymnasium knows its id without help."""
+    """Why an environment that a file names is not made, or "" if gymnasium knows its id without importing a module."""
     import gymnasium
 
     if environment is None:
@@ -1834,22 +1891,22 @@ def _unplayable(environment: Any) -> str:
 
 
 def _minari_metadata(dataset: str) -> tuple[Path, dict[str, Any]]:
-    """The folder of a dataset in Minari's local store and what its metadata.json says, downloaded if need be."""
+    """The folder of a dataset in Minari's local store, downloaded if missing, and its metadata.json."""
+    where = f"Minari dataset {dataset!r}"
     if not re.fullmatch(r"[\w-]+(/[\w-]+)*", dataset):
-        raise MdptError(f"Minari dataset {dataset!r}: not an id; expected one such as 'D4RL/door/human-v2'.")
+        raise MdptError(f"{where}: not an id; expected one such as 'D4RL/door/human-v2'.")
     store = os.environ.get("MINARI_DATASETS_PATH") or os.path.expanduser("~/.minari/datasets")
     folder = Path(store, dataset, "data")
     if not (folder / "metadata.json").is_file():
         if importlib.util.find_spec("minari") is None:
             remedy = f"pip install 'minari[hf]', and then: minari download {dataset}"
-            raise MdptError(f"Minari dataset {dataset!r}: not in {store}. Get it: {remedy}")
+            raise MdptError(f"{where}: not in {store}. Get it: {remedy}")
         try:
             with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 importlib.import_module("minari").download_dataset(dataset)
         except Exception as error:
-            where = f"Minari dataset {dataset!r}: not in {store}"
-            raise MdptError(f"{where}, and its download failed. {_one_line(error)}") from error
+            raise MdptError(f"{where}: not in {store}, and its download failed. {_one_line(error)}") from error
     try:
         metadata = json.loads((folder / "metadata.json").read_bytes())
         if not isinstance(metadata, dict):
@@ -1859,16 +1916,12 @@ def _minari_metadata(dataset: str) -> tuple[Path, dict[str, Any]]:
     return folder, metadata
 
 
-MORE_MEMORY = "it is read whole: choose a smaller dataset, or a machine with more memory"
-
-
 def read_minari(dataset: str) -> dict[str, Array]:
-    """The columns of a Minari dataset in D4RL's form, episodes in the order of their numbers, as they are stored.
+    """Read a Minari dataset into columns in D4RL's form, with episodes in the order of their numbers.
 
-    observations and next_observations (n, O), actions (n, A), rewards (n,), terminals and timeouts (n,) bool. A Dict
-    of observations is flattened as gymnasium's FlattenObservation does. A step that terminates and is truncated
-    counts as terminal; an episode that ends with neither was cut by a time limit.
-
+    observations and next_observations (n, O), actions (n, A), rewards (n,), terminals and timeouts (n,) bool. Dict
+    observations are flattened as by gymnasium's FlattenObservation. A step that is terminated and truncated is a terminal;
+    an episode that ends with neither was cut by a time limit.
     Raises: MdptError that names the episode and the key at fault.
     Source: Minari's dataset standard, https://minari.farama.org/content/dataset_standards.
     """
@@ -1886,26 +1939,20 @@ def read_minari(dataset: str) -> dict[str, Array]:
             )
             terminals, timeouts = ends != 0, (cuts != 0) & (ends == 0)
             timeouts[-1:] |= ~terminals[-1:]
-            found = {
-                "observations": observations[:-1],
-                "actions": _flatten(episode, "actions", action_space, steps, where),
-                "rewards": rewards,
-                "next_observations": observations[1:],
-                "terminals": terminals,
-                "timeouts": timeouts,
-            }
-            for key, array in found.items():
+            actions = _flatten(episode, "actions", action_space, steps, where)
+            arrays = (observations[:-1], actions, rewards, terminals, observations[1:], timeouts)
+            for key, array in zip(KEYS, arrays, strict=True):
                 columns.setdefault(key, []).append(array)
     except (AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise MdptError(f"{folder}: incomplete or damaged; get it again. {_one_line(error)}") from error
     if not columns:
         raise MdptError(f"{folder}: it holds no episode.")
     check_memory(max(sum(array.nbytes for array in arrays) for arrays in columns.values()), MORE_MEMORY)
-    return {key: np.concatenate(columns.pop(key)) for key in [*columns]}
+    return {key: np.concatenate(columns.pop(key)) for key in KEYS}
 
 
 def _minari_episodes(dataset: str, folder: Path, storage: str) -> Iterator[tuple[str, Any]]:
-    """Where each episode is, for messages, and its arrays by key: of HDF5 not yet read, else from Minari's reader."""
+    """Yield for each episode its place, for messages, and its arrays by key: HDF5 not yet read, or from Minari's reader."""
     if storage == "hdf5":
         with h5py.File(folder / "main_data.hdf5", "r") as file:
             for key in sorted((key for key in file if re.fullmatch(r"episode_\d+", key)), key=lambda key: int(key[8:])):
@@ -1920,20 +1967,22 @@ def _minari_episodes(dataset: str, folder: Path, storage: str) -> Iterator[tuple
 
 
 def _child(parent: Any, key: str, where: str) -> Any:
-    """What is stored under a key, an array or more of such by key; of HDF5 only what lies in the file itself."""
+    """What is stored under a key: an array, or a group of arrays by key; of HDF5 only what is in the file itself."""
     if not isinstance(parent, h5py.Group):
         return parent[key]
-    kept = "/" not in key and isinstance(parent.get(key, getlink=True), h5py.HardLink)  # a path could pass other links
-    node = parent[key] if kept else None
+    inside = "/" not in key and isinstance(
+        parent.get(key, getlink=True), h5py.HardLink
+    )  # a path could pass other links
+    node = parent[key] if inside else None
     if node is None:
         raise MdptError(f"{where} {key!r} is missing, or lies outside the file, where it is not looked for.")
-    if isinstance(node, h5py.Dataset) and (problem := not_inside(node)):
+    if isinstance(node, h5py.Dataset) and (problem := storage_problem(node)):
         raise MdptError(f"{where} {key!r} {problem}")
     return node
 
 
 def _flatten(parent: Any, key: str, space: dict[str, Any] | None, rows: int, where: str) -> Array:
-    """What an episode holds under a key, (rows, -1); of a Dict the parts side by side, in the order of its space.
+    """Read what an episode holds under a key, (rows, -1); the parts of a Dict side by side, in the order of its space.
 
     space: as Minari writes it to its metadata; None for numbers of any shape.
     """
@@ -1941,35 +1990,22 @@ def _flatten(parent: Any, key: str, space: dict[str, Any] | None, rows: int, whe
     if space and kind == "Dict":
         parts = [_flatten(node, name, part, rows, where) for name, part in space["subspaces"].items()]
         return np.concatenate(parts, axis=1)
-    if kind != "Box" or not hasattr(node, "dtype") or node.dtype.kind not in "biuf":
-        raise MdptError(
-            f"{where} is {kind if kind != 'Box' else 'not numbers'}; only a Box, or a Dict of such, is read."
-        )
+    if kind != "Box" or not hasattr(node, "dtype") or node.dtype.kind not in NUMERIC:
+        problem = kind if kind != "Box" else "not numbers"
+        raise MdptError(f"{where} is {problem}; only a Box, or a Dict of such, is read.")
     expected = (rows, *(space["shape"] if space else node.shape[1:]))
     if node.shape != expected:
         raise MdptError(f"{where} has shape {node.shape}, expected {expected}.")
-    check_memory(node.nbytes, MORE_MEMORY)
+    check_memory(bytes_to_read(node, rows), MORE_MEMORY)
     return np.asarray(node[()]).reshape(rows, int(np.prod(expected[1:])))
 
 
-SOURCES = {
-    "collect": Source(
-        lambda section: _collected(section.environment or "HopperBulletEnv-v0"),
-        lambda section, workers, show: collect_dataset(section, workers, show),
-    ),
-    "hdf5": Source(
-        lambda section: ({}, NO_ENVIRONMENT, ()),
-        lambda section, workers, show: Path(section.path or ""),
-    ),
-    "d4rl": Source(
-        lambda section: d4rl_facts(section.dataset or ""),
-        lambda section, workers, show: find_d4rl(section.dataset or "", _cache_folder(), show),
-    ),
-    "minari": Source(
-        lambda section: minari_facts(section.dataset or ""),
-        lambda section, workers, show: read_minari(section.dataset or ""),
-    ),
-    "arrays": Source(lambda section: ({}, NO_ENVIRONMENT, ()), _given),
+SOURCES: dict[str, Source] = {
+    "collect": Collect(),
+    "hdf5": Hdf5File(),
+    "d4rl": D4rl(),
+    "minari": Minari(),
+    "arrays": Arrays(),
 }
 
 # --- the dataset --------------------------------------------------------------------------------------------------
@@ -1989,22 +2025,63 @@ class HeldOut:
     timeouts: Array
 
 
+@dataclass(frozen=True)
+class RewardScale:
+    """How rewards are scaled before values are learned from them: multiplier * raw + offset."""
+
+    rule: str  # "none", "minus-one", "return-range" or "number"
+    multiplier: float
+    offset: float
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which data these are."""
+
+    source: str  # as in [data]
+    name: str  # of the dataset or the file
+    transitions: int  # rows of the file
+    no_environment: str  # why they cannot be played, or ""
+    hash: str  # SHA-256 of the content of all columns that are read
+
+
+Column = Literal["observations", "actions", "rewards", "next_observations", "terminals"]
+ROW: tuple[Column, ...] = ("observations", "actions", "rewards", "next_observations", "terminals")
+
+
+def join_columns(columns: Mapping[Column, Array], out: Array | None = None) -> Array:
+    """Put columns (n, size) or (n,) side by side as rows, float32, in the order of `ROW`."""
+    parts = [column if column.ndim == 2 else column[:, None] for column in (columns[name] for name in ROW)]
+    if out is None:
+        out = np.empty((len(parts[0]), sum(part.shape[1] for part in parts)), dtype=np.float32)
+    return np.concatenate(parts, axis=1, out=out)
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Training transitions as rows, held-out episodes, and where they came from."""
+    """Training transitions as rows, held-out episodes, and where they came from.
+
+    The next row of `rows` is the next step of the same episode, up to the episode's end in `ends`. In data without
+    next_observations, the last row of an episode that a time limit cut, or that the file ends with, is no transition, as
+    what followed it is unknown; its action is kept in `cut_actions`, as the next action of the row before.
+    """
 
     environment: EnvironmentSpec
-    section: DataSection  # with what its source knew
-    rows: Array  # (n, 2 O + A + 2) float32: raw observations, actions in [-1, 1], scaled rewards, next ones, terminals
+    section: DataSection  # completed by what its source knows
+    rows: Array  # (n, 2 O + A + 2) float32, see `ROW`: raw observations, actions in [-1, 1], scaled rewards
+    ends: Array  # (E,) int64, increasing: one past the last row of each training episode that has rows
+    cut_actions: Array  # (E, A) float32 in [-1, 1]: the action after that row; NaN where none is known
     mean: Array  # (O,) float32, of the training observations
     deviation: Array  # (O,) float32
     constant: Array  # (O,) bool, those that never vary
     held_out: HeldOut
-    episode_returns: Array  # (E,) float64, raw, undiscounted, of all whole episodes used, held-out ones included
-    episode_lengths: Array  # (E,) int64
-    reward_scale: dict[str, float | str]  # scaled = multiplier * raw + offset
-    identity: dict[str, str | int]  # source, name, rows of the file, hash, why there is no environment
-    facts: dict[str, Any]  # about the file: how many terminals and timeouts it has
+    episode_returns: Array  # (W,) float64, raw, undiscounted, of all whole episodes used, held-out ones included
+    episode_lengths: Array  # (W,) int64
+    reward_scale: RewardScale
+    identity: Identity
+    terminal_count: int  # in all data
+    timeout_count: int
+    timeouts_counted: bool  # whether the data have no timeouts, so that time limits were counted
     warnings: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -2012,136 +2089,106 @@ class Dataset:
 
     @property
     def sizes(self) -> list[int]:
-        """Widths of the columns side by side in a row."""
-        wide, spec = self.environment.observation_dim, self.environment
-        return [wide, spec.action_dim, 1, wide, 1]
+        """Widths of the columns of `ROW`."""
+        spec = self.environment
+        dims = {"observations": spec.observation_dim, "next_observations": spec.observation_dim}
+        return [(dims | {"actions": spec.action_dim}).get(name, 1) for name in ROW]
 
-    def column(self, name: Literal["observations", "actions", "rewards", "next_observations", "terminals"]) -> Array:
+    def column(self, name: Column) -> Array:
         """A column of the transitions, (n, O), (n, A) or (n,), as a view."""
-        place = ("observations", "actions", "rewards", "next_observations", "terminals").index(name)
-        start = sum(self.sizes[:place])
-        part = self.rows[:, start : start + self.sizes[place]]
-        return part[:, 0] if name in ("rewards", "terminals") else part
-
-
-CHUNK = 65_536  # rows read, checked and converted at a time
+        sizes, place = self.sizes, ROW.index(name)
+        part = self.rows[:, sum(sizes[:place]) : sum(sizes[: place + 1])]
+        return part[:, 0] if name in NARROW else part
 
 
 def load_dataset(
     section: DataSection,
     workers: Workers = Workers(),
-    show: Show = lambda what, done, total: None,
+    show: Show = lambda doing, done, total: None,
     arrays: Mapping[str, Array] | None = None,
     spec: EnvironmentSpec | None = None,
 ) -> Dataset:
-    """Get the data from their source and make them ready for training.
+    """Get the data from their source and prepare them for training.
 
-    workers: for collecting. show: hears of what takes long. arrays: what source "arrays" reads, under D4RL's keys.
-    spec: of the environment, where it is known already and need not be made.
-
-    Raises: MdptError for a mistake in any of it.
+    workers: for collecting. show: is told what takes long. arrays: the data of source "arrays", by D4RL's keys. spec: of
+    the environment, if it is known already and need not be made.
+    Raises: MdptError for a mistake in the settings or the data.
     """
     if arrays is not None and section.source != "arrays":
         raise MdptError(f"[data] source = {section.source!r}: arrays are for source 'arrays'")
-    source = SOURCES[section.source]
-    known, missing, warnings = source.know(section)
-    if section.environment not in (None, known.get("environment")):  # the user's own; what is known is of another
-        own = ("environment_kwargs", "max_episode_steps", "observation_columns")
-        missing, known = "", {key: value for key, value in known.items() if key not in own}
-    blank = {key: value for key, value in known.items() if getattr(section, key) in (None, {})}
+    source = SOURCES[section.source] if arrays is None else Arrays(arrays)
+    section, known = _completed(section, source.know(section))
+    if spec is None and section.environment is not None:
+        options = section.environment_kwargs, section.max_episode_steps
+        spec = environment_spec(section.environment, *options, workers.timeout)
+        if not spec.repeatable:
+            told = f"{spec.id}: two episodes with the same seed and actions differ; no score is repeatable."
+            known = known._replace(warnings=(*known.warnings, told))
+    with source.open(section, workers, show) as columns:
+        return prepare(columns, section, spec, known, show)
+
+
+def _completed(section: DataSection, known: Known) -> tuple[DataSection, Known]:
+    """[data] with what its source knows, where the user says nothing; and what still holds of that."""
+    if section.environment not in (None, known.fields.get("environment")):  # the user's own; the source knows another
+        about = ("environment_kwargs", "max_episode_steps", "observation_columns")
+        known = Known({key: value for key, value in known.fields.items() if key not in about}, "", known.warnings)
+    blank = {key: value for key, value in known.fields.items() if getattr(section, key) in (None, {})}
     path = None if section.path is None else _absolute(section.path, Path())
-    reward_scale = section.reward_scale or known.get("reward_scale", "return-range")
+    reward_scale = section.reward_scale or known.fields.get("reward_scale", "return-range")
     section = section.model_copy(update=blank | {"path": path, "reward_scale": reward_scale})
     if section.reference is not None:
         reference_returns(section.reference)
     elif section.environment is not None:
-        raise MdptError(
-            f"[data] reference is missing: name the D4RL family, or give [min, max], the returns in {section.environment} "
-            "that are to be scores 0 and 100."
-        )
-    if spec is None and section.environment is not None:
-        spec = environment_spec(
-            section.environment, section.environment_kwargs, section.max_episode_steps, workers.timeout
-        )
-        if not spec.repeatable:
-            warnings += (f"{spec.id}: two episodes with the same seed and actions differ; no score is repeatable.",)
-    found: Path | Mapping[str, Array] = source.read(section, workers, show) if arrays is None else arrays
-    if not isinstance(found, Path):
-        name = section.dataset or "arrays"
-        try:
-            columns = Columns(name, name, {key: np.asarray(found[key]) for key in KEYS if key in found}, tuple(found))
-        except ValueError as error:
-            raise MdptError(f"{name}: expected arrays of numbers. {_one_line(error)}") from error
-        return prepare(columns, section, spec, missing, warnings, show)
-    with open_hdf5(found) as columns:
-        return prepare(columns, section, spec, missing, warnings, show)
+        remedy = f"name the D4RL family, or [min, max], the returns in {section.environment} for scores 0 and 100"
+        raise MdptError(f"[data] reference is missing: {remedy}.")
+    return section, known
 
 
-def prepare(
-    columns: Columns,
-    section: DataSection,
-    spec: EnvironmentSpec | None,
-    missing: str,
-    warnings: tuple[str, ...],
-    show: Show,
-) -> Dataset:
-    """The dataset of these columns, which are read once, some rows at a time.
+def prepare(columns: Columns, section: DataSection, spec: EnvironmentSpec | None, known: Known, show: Show) -> Dataset:
+    """Build the dataset of these columns, which are read once, some rows at a time.
 
-    spec: None where there is no environment, for the reason `missing`.
-
-    Raises: MdptError naming what is at fault in them.
+    spec: None where there is no environment. Raises: MdptError that names what is at fault in the columns.
     """
-    where = columns.where
-    widths = check_shapes(columns, spec, section.observation_columns)
+    where, dims = columns.where, check_shapes(columns, spec, section.observation_columns)
     limit = section.max_episode_steps if spec is None or spec.id is None else spec.max_episode_steps
     episodes, told = read_episodes(columns, limit)
-    spec = spec or _without_environment(widths, section, int(episodes.lengths.max()))
-    if spec.id is not None:
-        episodes.check_lengths(where, spec)
-    train, held, whole = choose_episodes(episodes, section, spec)
-    if section.held_out > 0 and not held.any():
+    if spec is None:
+        low, high = ((bound,) * dims[1] for bound in section.action_range)
+        spec = EnvironmentSpec(None, *dims, low, high, section.max_episode_steps or int(episodes.lengths.max()))
+    use = choose_rows(episodes, section, spec, "next_observations" in columns.arrays, where)
+    if section.held_out > 0 and not use.held_out.any():
         told += (f"{where}: a single episode, so none is held out.",)
-    returns = np.add.reduceat(episodes.rewards.astype(np.float64), episodes.starts)[whole]
+    returns = np.add.reduceat(episodes.rewards.astype(np.float64), episodes.starts)[use.whole]
     scale = _reward_scale(section.reward_scale or "none", returns, spec.max_episode_steps)
-    scaled = _scale_rewards(episodes.rewards, scale, where)
-    aside = np.repeat(held, episodes.lengths)  # (n,)
-    kept = transition_rows(episodes.timeouts, "next_observations" in columns.arrays) & np.repeat(
-        train, episodes.lengths
-    )
-    if not kept.any():
-        raise MdptError(
-            f"{where}: no transition is left to train on; lower held_out (now {section.held_out}) or add episodes."
-        )
-    rows = _allocate(section.storage, int(kept.sum()), 2 * widths[0] + widths[1] + 2)
-    observations, actions, digest, clipped = _fill(rows, columns, spec, episodes, scaled, kept, aside, show)
-    mean, deviation, constant = moments(rows, widths[0])
+    rewards = _scale_rewards(episodes.rewards, scale, where)
+    wide = _read_wide(columns, spec, section.storage, episodes, rewards, use, show)
+    wide.cut_actions[use.train[use.last]] = np.nan  # these rows are transitions, and nothing follows
+    mean, deviation, constant = moments(wide.rows, dims[0])
     told += tuple(f"{where}: observation columns {text}." for text in _hidden_columns(mean, deviation, constant))
+    if count := len(wide.excess):
+        told += (f"{where}: clipped the actions of {count} rows, out of bounds by {wide.excess.max():.1e} at most.",)
     if section.normalization == "none":
         mean, deviation = np.zeros_like(mean), np.ones_like(deviation)
+    narrow = (column[use.held_out] for column in (rewards, episodes.terminals, episodes.timeouts))
     return Dataset(
         environment=spec,
         section=section,
-        rows=rows,
+        rows=wide.rows,
+        ends=use.ends,
+        cut_actions=wide.cut_actions,
         mean=mean,
         deviation=deviation,
         constant=constant,
-        held_out=HeldOut(observations, actions, scaled[aside], episodes.terminals[aside], episodes.timeouts[aside]),
+        held_out=HeldOut(wide.observations, wide.actions, *narrow),
         episode_returns=returns,
-        episode_lengths=episodes.lengths[whole],
+        episode_lengths=episodes.lengths[use.whole],
         reward_scale=scale,
-        identity={
-            "source": section.source,
-            "name": columns.name,
-            "transitions": len(scaled),
-            "no_environment": missing,
-            "hash": digest,
-        },
-        facts={
-            "terminals": int(episodes.terminals.sum()),
-            "timeouts": int(episodes.timeouts.sum()),
-            "timeouts_counted": "timeouts" not in columns.arrays,
-        },
-        warnings=warnings + told + clipped,
+        identity=Identity(section.source, columns.name, len(rewards), known.no_environment, wide.hash),
+        terminal_count=int(episodes.terminals.sum()),
+        timeout_count=int(episodes.timeouts.sum()),
+        timeouts_counted="timeouts" not in columns.arrays,
+        warnings=known.warnings + told,
     )
 
 
@@ -2155,18 +2202,9 @@ class Episodes:
     starts: Array
     lengths: Array
 
-    def check_lengths(self, where: str, spec: EnvironmentSpec) -> None:
-        longest = int(self.lengths.argmax())
-        if self.lengths[longest] > spec.max_episode_steps:
-            raise MdptError(
-                f"{where}: the episode from row {self.starts[longest]} on has {self.lengths[longest]} rows, more than the "
-                f"time limit {spec.max_episode_steps} of {spec.id}. Its 'timeouts' miss the ends of episodes, and values "
-                "would be learned across them: mend or delete 'timeouts', or set [data] max_episode_steps."
-            )
-
 
 def read_episodes(columns: Columns, limit: int | None) -> tuple[Episodes, tuple[str, ...]]:
-    """The episodes of these columns, cut every `limit` rows where they do not say so themselves, and warnings."""
+    """The episodes of these columns, cut every `limit` rows if there are no timeouts, and warnings."""
     rewards, terminals, where = columns.read("rewards"), columns.read("terminals"), columns.where
     warnings: tuple[str, ...] = ()
     if "timeouts" in columns.arrays:
@@ -2175,129 +2213,194 @@ def read_episodes(columns: Columns, limit: int | None) -> tuple[Episodes, tuple[
         timeouts = count_timeouts(terminals, limit)
         warnings = (f"{where}: no 'timeouts'; episodes end at terminals and every {limit} rows.",)
         if (both := int((terminals & timeouts).sum())) > 0.5 * terminals.sum():
-            warnings += (
-                f"{where}: {both} of its {terminals.sum()} terminals fall on such rows; 'timeouts' would tell.",
-            )
+            told = f"{both} of its {terminals.sum()} terminals fall on such rows; 'timeouts' would tell"
+            warnings += (f"{where}: {told}.",)
     else:
         timeouts = np.zeros(len(terminals), dtype=np.bool_)
         warnings = (f"{where}: no 'timeouts'; episodes end at terminals alone. [data] max_episode_steps cuts them.",)
     starts, stops = episode_bounds(terminals, timeouts)
     if looks_late(columns, starts, terminals, rewards):
-        late = (
-            "begins with reward 0 and ends with action 0, as in d4rl-pybullet's files whose rewards and terminals lie"
-        )
-        warnings += (f"{where}: every episode {late} one row late; if this is one, move them up before training.",)
+        late = "begins with reward 0 and ends with action 0, as in d4rl-pybullet's files, whose rewards and terminals"
+        warnings += (f"{where}: every episode {late} lie one row late; if so, move them up before training.",)
     return Episodes(rewards, terminals, timeouts, starts, stops - starts), warnings
 
 
-def choose_episodes(episodes: Episodes, section: DataSection, spec: EnvironmentSpec) -> tuple[Array, Array, Array]:
-    """Which episodes (E,) bool to train on, which to hold out, and which of both are whole, so that returns count."""
+def looks_late(columns: Columns, starts: Array, terminals: Array, rewards: Array) -> bool:
+    """Whether rewards and terminals seem to lie a row late: episodes begin with reward 0 and end with action 0."""
+    ends = np.flatnonzero(terminals)[:50]
+    if len(ends) < 2 or rewards[starts].any() or not rewards.any():
+        return False
+    return not any(columns.read("actions", row, row + 1).any() for row in ends.tolist())
+
+
+class Use(NamedTuple):
+    """How the rows and episodes of the columns are used."""
+
+    train: Array  # (n,) bool, training transitions
+    held_out: Array  # (n,) bool
+    whole: Array  # (all episodes,) bool: used, and complete, so that their returns count
+    last: Array  # (E,) int64, the last row of each training episode that has transitions, itself one or not
+    ends: Array  # (E,) int64, as in Dataset
+
+
+def choose_rows(episodes: Episodes, section: DataSection, spec: EnvironmentSpec, has_next: bool, where: str) -> Use:
+    """Choose the episodes to train on and to hold out, and the rows of these that are transitions.
+
+    Raises: MdptError where nothing is left, or an episode is longer than the time limit.
+    """
+    starts, lengths, longest = episodes.starts, episodes.lengths, int(episodes.lengths.argmax())
+    if spec.id is not None and lengths[longest] > spec.max_episode_steps:
+        raise MdptError(
+            f"{where}: the episode from row {starts[longest]} on has {lengths[longest]} rows, more than the time limit "
+            f"{spec.max_episode_steps} of {spec.id}. Its 'timeouts' miss the ends of episodes, and values would be learned "
+            "across them: mend or delete 'timeouts', or set [data] max_episode_steps."
+        )
+    train, held_out, whole = _choose_episodes(episodes, section, spec)
+    transitions = transition_rows(episodes.timeouts, has_next)
+    chosen = transitions & np.repeat(train, lengths)
+    if not chosen.any():
+        remedy = f"lower held_out (now {section.held_out}) or add episodes"
+        raise MdptError(f"{where}: no transition is left to train on; {remedy}.")
+    counts = np.add.reduceat(chosen, starts, dtype=np.int64)
+    with_rows = counts > 0
+    last, ends = (starts + lengths - 1)[with_rows], np.cumsum(counts[with_rows])
+    return Use(chosen, np.repeat(held_out, lengths), whole, last, ends)
+
+
+def _choose_episodes(episodes: Episodes, section: DataSection, spec: EnvironmentSpec) -> tuple[Array, Array, Array]:
+    """Which episodes to train on, which to hold out, and which of both are whole; bool, one of each episode."""
     ends = episodes.starts + episodes.lengths - 1
     complete = (episodes.terminals | episodes.timeouts)[ends]
     if not complete.any():
         complete[:] = True
     whole, used = complete, np.ones(len(ends), dtype=np.bool_)
-    if section.source == "collect":  # cut where a worker's share of the rows is full
+    if section.source == "collect":  # a shard that is full cuts an episode
         whole = episodes.terminals[ends] | (episodes.lengths == spec.max_episode_steps)
     if section.fraction < 1:
-        used = _choose(complete, section.fraction, [section.seed, 1], spare=0)
+        used = _draw(complete, section.fraction, [section.seed, 1], spare=0)
         complete &= used
-    held = _choose(complete, section.held_out, section.seed, spare=1)
-    return used & ~held, held, whole & used if (whole & used).any() else complete
+    held_out = _draw(complete, section.held_out, section.seed, spare=1)
+    return used & ~held_out, held_out, whole & used if (whole & used).any() else complete
 
 
-def _choose(complete: Array, fraction: float, seed: int | list[int], spare: int) -> Array:
-    """Some episodes, (E,) bool: a fraction of the complete ones, one at least, but never the last `spare`."""
-    chosen = np.zeros(len(complete), dtype=np.bool_)
+def _draw(complete: Array, fraction: float, seed: int | list[int], spare: int) -> Array:
+    """Draw a fraction of the complete episodes, at least one, but never the last `spare`; bool, one of each episode."""
+    drawn = np.zeros(len(complete), dtype=np.bool_)
     total = int(complete.sum())
     count = min(max(1, round(fraction * total)), total - spare) if fraction > 0 else 0
-    chosen[np.random.default_rng(seed).permutation(np.flatnonzero(complete))[:count]] = True
-    return chosen
+    drawn[np.random.default_rng(seed).permutation(np.flatnonzero(complete))[:count]] = True
+    return drawn
 
 
-def _without_environment(widths: tuple[int, int], section: DataSection, longest: int) -> EnvironmentSpec:
-    low, high = ((end,) * widths[1] for end in section.action_range)
-    return EnvironmentSpec(None, *widths, low, high, section.max_episode_steps or longest)
+def _reward_scale(rule: str | float | tuple[float, float], returns: Array, max_episode_steps: int) -> RewardScale:
+    if rule in ("none", "minus-one"):
+        return RewardScale(str(rule), 1.0, -1.0 if rule == "minus-one" else 0.0)
+    if rule == "return-range":
+        where, spread = "reward_scale 'return-range'", float(returns.max() - returns.min())
+        if len(returns) == 1:
+            ends = "'terminals', 'timeouts' or [data] max_episode_steps tell where episodes end"
+            raise MdptError(f"{where}: there is a single episode. {ends}; or choose 'none' or a number.")
+        if spread <= 1e-6 * np.abs(returns).max():
+            found = f"{returns.min():.7g} to {returns.max():.7g}"
+            raise MdptError(f"{where}: all returns are equal, {found}; choose 'none' or a number.")
+        return RewardScale(rule, max_episode_steps / spread, 0.0)
+    multiplier, offset = rule if isinstance(rule, tuple) else (float(rule), 0.0)
+    return RewardScale("number", multiplier, offset)
 
 
-def _fill(
-    rows: Array,
-    columns: Columns,
-    spec: EnvironmentSpec,
-    episodes: Episodes,
-    rewards: Array,
-    train: Array,
-    aside: Array,
-    show: Show,
-) -> tuple[Array, Array, str, tuple[str, ...]]:
-    """Read the wide columns and put the transitions `train` (n,) into rows, with scaled rewards (n,).
-
-    Returns observations and actions of the rows `aside` (n,), a hash of all columns' content, and warnings.
-    """
-    wide, total = spec.observation_dim, len(train)
-    low, high = _bounds(spec)
-    bounds = f"expected within {low.tolist()} and {high.tolist()} of {spec.name}" + (
-        "" if spec.id else "; [data] action_range says what they may be"
-    )
-    own = "next_observations" in columns.arrays
-    digests = {key: hashlib.sha256() for key in ("observations", "actions", *(["next_observations"] if own else []))}
-    digests |= {key: hashlib.sha256(getattr(episodes, key).data) for key in ("rewards", "terminals", "timeouts")}
-    kept: list[tuple[Array, Array]] = []
-    filled, outside, most = 0, 0, 0.0
-    for start in range(0, total, CHUNK):
-        stop = min(start + CHUNK, total)
-        block = columns.read("observations", start, stop + 1)[:, :wide]
-        part = {"observations": block[: stop - start], "actions": columns.read("actions", start, stop)}
-        if own:
-            part["next_observations"] = columns.read("next_observations", start, stop)[:, :wide]
-        actions = part["actions"]
-        excess = np.maximum(low - actions, actions - high)
-        columns.forbid("actions", actions, excess > 1e-3 * (high - low), bounds, start)
-        outside, most = outside + int((excess > 0).any(axis=1).sum()), max(most, float(excess.max()))
-        part["actions"] = np.clip(actions, low, high)
-        for key, array in part.items():
-            digests[key].update(np.ascontiguousarray(array).data)
-        scaled = scale_actions(part["actions"], spec)
-        chosen, held = train[start:stop], aside[start:stop]
-        kept.append((part["observations"][held], scaled[held]))
-        places = np.flatnonzero(chosen)
-        following = part["next_observations"][places] if own else block[places + 1]
-        target = rows[filled : filled + len(places)]
-        parts = part["observations"][places], scaled[places], rewards[start:stop][places, None], following
-        np.concatenate([*parts, episodes.terminals[start:stop][places, None]], axis=1, out=target, dtype=None)
-        filled += len(places)
-        if total > 10 * CHUNK:
-            show("read", stop, total)
-    observations, actions = (np.concatenate(arrays) for arrays in zip(*kept, strict=True))
-    clipped = f"{columns.where}: clipped the actions of {outside} rows, out of bounds by {most:.1e} at most."
-    found = json.dumps(sorted((key, digest.hexdigest()) for key, digest in digests.items()))
-    return observations, actions, hashlib.sha256(found.encode()).hexdigest(), (clipped,) * (outside > 0)
+def _scale_rewards(rewards: Array, scale: RewardScale, where: str) -> Array:
+    """Rewards (n,) as values are learned from them, float32."""
+    with np.errstate(over="ignore"):
+        scaled: Array = (rewards * scale.multiplier + scale.offset).astype(np.float32)
+    if not np.isfinite(scaled).all():
+        problem = f"rewards x {scale.multiplier:.4g} are no finite float32"
+        raise MdptError(f"{where}: {problem}; choose another reward_scale.")
+    return scaled
 
 
 def _allocate(storage: str, count: int, width: int) -> Array:
-    """Room for rows (count, width) float32: in memory, or in a file of the cache that goes with this process."""
+    """Rows (count, width) float32, uninitialized: in memory, or in a file of the cache that ends with this process."""
+    size = 4 * count * width  # bytes
     if storage == "memory":
-        check_memory(4 * count * width, "set [data] storage = 'disk', or a smaller fraction")
+        check_memory(size, "set [data] storage = 'disk', or a smaller fraction")
         return np.empty((count, width), dtype=np.float32)
     folder = _cache_folder()
     try:
         make_writable_folder(folder)
         with tempfile.TemporaryFile(dir=folder) as file:
-            if hasattr(os, "posix_fallocate"):  # else a full disk would end the process later
-                os.posix_fallocate(file.fileno(), 0, 4 * count * width)
+            if hasattr(os, "posix_fallocate"):  # else a disk that is full later would end the process
+                os.posix_fallocate(file.fileno(), 0, size)
             return np.memmap(file, dtype=np.float32, mode="r+", shape=(count, width))
     except OSError as error:
-        raise MdptError(
-            f"{folder}: no room for {4 * count * width / 1e9:.1f} GB of transitions ({error.strerror}); set MDPT_CACHE to "
-            "a folder on a larger disk"
-        ) from error
+        problem = f"no room for {size / 1e9:.1f} GB of transitions ({error.strerror})"
+        raise MdptError(f"{folder}: {problem}; set MDPT_CACHE to a folder on a larger disk") from error
+
+
+class Wide(NamedTuple):
+    """What a pass over the wide columns gives."""
+
+    rows: Array  # training transitions, as in Dataset
+    observations: Array  # (m, O), held out
+    actions: Array  # (m, A), held out
+    cut_actions: Array  # (E, A): of the last row of each training episode
+    excess: Array  # (clipped rows,): how far their actions were out of bounds
+    hash: str  # of all columns
+
+
+def _read_wide(
+    columns: Columns, spec: EnvironmentSpec, storage: str, episodes: Episodes, rewards: Array, use: Use, show: Show
+) -> Wide:
+    """Read the wide columns once, some rows at a time, and fill the rows. rewards: (n,), scaled."""
+    total, dim, has_next = len(rewards), spec.observation_dim, "next_observations" in columns.arrays
+    rows = _allocate(storage, int(use.train.sum()), 2 * dim + spec.action_dim + 2)
+    digests = {key: hashlib.sha256() for key in ("observations", "actions", "next_observations")[: 2 + has_next]}
+    digests |= {key: hashlib.sha256(getattr(episodes, key).data) for key in NARROW}
+    kept: list[tuple[Array, ...]] = []
+    filled, is_last = 0, np.zeros(total, dtype=np.bool_)
+    is_last[use.last] = True
+    for start in range(0, total, CHUNK):
+        part = slice(start, min(start + CHUNK, total))
+        block = columns.read("observations", start, part.stop + 1)[:, :dim]
+        clipped, excess = _clip(columns, spec, part)
+        read = {"observations": block[: part.stop - start], "actions": clipped}
+        if has_next:
+            read["next_observations"] = columns.read("next_observations", start, part.stop)[:, :dim]
+        for key, array in read.items():
+            digests[key].update(np.ascontiguousarray(array).data)
+        observations, actions = read["observations"], scale_actions(clipped, spec)
+        places, aside = np.flatnonzero(use.train[part]), use.held_out[part]
+        row: dict[Column, Array] = {
+            "observations": observations[places],
+            "actions": actions[places],
+            "rewards": rewards[part][places],
+            "next_observations": read["next_observations"][places] if has_next else block[places + 1],
+            "terminals": episodes.terminals[part][places],
+        }
+        join_columns(row, out=rows[filled : filled + len(places)])
+        filled += len(places)
+        kept.append((observations[aside], actions[aside], actions[is_last[part]], excess))
+        if total > 10 * CHUNK:
+            show("read", part.stop, total)
+    observations, actions, last_actions, excess = map(np.concatenate, zip(*kept, strict=True))
+    digest = json.dumps(sorted((key, sha.hexdigest()) for key, sha in digests.items()))
+    return Wide(rows, observations, actions, last_actions, excess, hashlib.sha256(digest.encode()).hexdigest())
+
+
+def _clip(columns: Columns, spec: EnvironmentSpec, part: slice) -> tuple[Array, Array]:
+    """Read actions (m, A), clipped to their bounds, and how far rows were outside, (clipped,). Raises: MdptError."""
+    actions, (low, high) = columns.read("actions", part.start, part.stop), _bounds(spec)
+    excess = np.maximum(low - actions, actions - high)
+    expected = f"expected within {low.tolist()} and {high.tolist()} of {spec.name}"
+    remedy = "" if spec.id else "; [data] action_range sets the bounds"
+    columns.forbid("actions", actions, excess > 1e-3 * (high - low), expected + remedy, part.start)
+    return np.clip(actions, low, high), excess[(excess > 0).any(axis=1)].max(axis=1)
 
 
 def moments(rows: Array, wide: int) -> tuple[Array, Array, Array]:
-    """Mean, deviation (wide,) float32 of the first columns, and which never vary: theirs is 1, all else would be noise.
+    """Mean and deviation (wide,) float32 of the leading columns, and which of them never vary, (wide,) bool.
 
-    A thousandth is added as TD3+BC does, for columns that hardly do. In float64, some rows at a time, so that memory
-    and disk give the same.
+    A thousandth is added to deviations, as in TD3+BC; that of a column that never varies is 1, so that noise is not
+    amplified. Computed in float64, some rows at a time, so that memory and disk give the same.
     """
     count, mean, squares = 0, np.zeros(wide), np.zeros(wide)
     low, high = np.full(wide, np.inf), np.full(wide, -np.inf)
@@ -2314,80 +2417,56 @@ def moments(rows: Array, wide: int) -> tuple[Array, Array, Array]:
 
 
 def _hidden_columns(mean: Array, deviation: Array, constant: Array) -> Iterator[str]:
-    """What to say of columns, as `moments` found them, that networks will not see though they may vary."""
+    """Report columns that networks cannot see though they may vary, by what `moments` returned."""
     if (far := constant & (np.abs(mean) > 1e4)).any():
-        yield f"{np.flatnonzero(far).tolist()} do not vary, as float32 and so far from 0; take off what they share"
+        yield f"{np.flatnonzero(far).tolist()} do not vary in float32, so far from 0; subtract what they have in common"
     if (faint := ~constant & (deviation < 1.1e-3)).any():
         yield f"{np.flatnonzero(faint).tolist()} vary by less than 0.0001, too little to be seen; use another unit"
 
 
-def describe_data(dataset: Dataset) -> dict[str, Any]:
-    """What a user wants to know of a dataset before training on it, as plain values."""
+@dataclass(frozen=True)
+class Description:
+    """What a user wants to know of a dataset before training on it."""
+
+    transitions: int  # to train on
+    held_out: int  # rows
+    lengths: list[float]  # steps of the shortest, median and longest whole episode
+    returns: list[float]  # quartiles, from worst to best
+    histogram: list[int]  # episodes in equal parts of the range of returns
+    constant: list[int]  # observation columns that never vary
+    at_bounds: list[float]  # fraction of actions at a bound, per dimension
+    duplicates: float  # fraction of transitions that repeat the observation and action of another
+    terminals: int  # in all data
+    timeouts: int
+    timeouts_counted: bool
+
+
+def describe_data(dataset: Dataset) -> Description:
+    """Summarize a dataset in one pass over its rows."""
     wide, many = dataset.environment.observation_dim, len(dataset)
     order = np.random.default_rng(0).standard_normal(wide + dataset.environment.action_dim)
     keys, bound = np.empty(many), np.zeros(dataset.environment.action_dim)
     for start in range(0, many, CHUNK):
         part = dataset.rows[start : start + CHUNK, : len(order)]
-        keys[start : start + CHUNK] = part.astype(np.float64) @ order
+        keys[start : start + CHUNK] = part.astype(np.float64) @ order  # equal pairs have equal keys
         bound += (np.abs(part[:, wide:]) >= 1 - 1e-6).sum(0)
-    return {
-        "transitions": many,
-        "held_out": len(dataset.held_out.rewards),
-        "lengths": np.quantile(dataset.episode_lengths, [0, 0.5, 1]).tolist(),
-        "returns": np.quantile(dataset.episode_returns, [0, 0.25, 0.5, 0.75, 1]).tolist(),
-        "histogram": histogram(dataset.episode_returns).tolist(),
-        "constant": np.flatnonzero(dataset.constant).tolist(),
-        "at_bounds": (bound / many).tolist(),
-        "duplicates": 1 - len(np.unique(keys)) / many,
-        **dataset.facts,
-    }
+    return Description(
+        transitions=many,
+        held_out=len(dataset.held_out.rewards),
+        lengths=np.quantile(dataset.episode_lengths, [0, 0.5, 1]).tolist(),
+        returns=np.quantile(dataset.episode_returns, [0, 0.25, 0.5, 0.75, 1]).tolist(),
+        histogram=histogram(dataset.episode_returns).tolist(),
+        constant=np.flatnonzero(dataset.constant).tolist(),
+        at_bounds=(bound / many).tolist(),
+        duplicates=1 - len(np.unique(keys)) / many,
+        terminals=dataset.terminal_count,
+        timeouts=dataset.timeout_count,
+        timeouts_counted=dataset.timeouts_counted,
+    )
 
 
 def histogram(values: Array, bins: int = 20) -> Array:
-    """How many values there are in each of so many equal parts of their range."""
+    """How many values there are in each of `bins` equal parts of their range."""
     low, high = values.min(), values.max()
     places = ((values - low) / (high - low or 1.0) * bins).astype(np.int64)
     return np.bincount(places.clip(0, bins - 1), minlength=bins)
-
-
-def looks_late(columns: Columns, starts: Array, terminals: Array, rewards: Array) -> bool:
-    """Whether rewards and terminals seem to lie a row late: episodes begin with reward 0 and end with action 0."""
-    ends = np.flatnonzero(terminals)[:50]
-    if len(ends) < 2 or rewards[starts].any() or not rewards.any():
-        return False
-    return not any(columns.read("actions", row, row + 1).any() for row in ends.tolist())
-
-
-def _reward_scale(
-    rule: str | float | tuple[float, float], returns: Array, max_episode_steps: int
-) -> dict[str, float | str]:
-    if rule == "none":
-        return {"rule": rule, "multiplier": 1.0, "offset": 0.0}
-    if rule == "minus-one":
-        return {"rule": rule, "multiplier": 1.0, "offset": -1.0}
-    if rule == "return-range":
-        if len(returns) == 1:
-            raise MdptError(
-                "reward_scale 'return-range': there is a single episode. 'terminals', 'timeouts' or [data] "
-                "max_episode_steps tell where episodes end; or choose 'none' or a number."
-            )
-        spread = float(returns.max() - returns.min())
-        if spread <= 1e-6 * np.abs(returns).max():
-            raise MdptError(
-                f"reward_scale 'return-range': all returns are equal, {returns.min():.7g} to {returns.max():.7g}; choose "
-                "'none' or a number."
-            )
-        return {"rule": rule, "multiplier": max_episode_steps / spread, "offset": 0.0}
-    factor, offset = rule if isinstance(rule, tuple) else (float(rule), 0.0)
-    return {"rule": "number", "multiplier": factor, "offset": offset}
-
-
-def _scale_rewards(rewards: Array, scale: dict[str, Any], where: str) -> Array:
-    """Rewards (n,) as values are learned from them, float32."""
-    with np.errstate(over="ignore"):
-        scaled: Array = (rewards * scale["multiplier"] + scale["offset"]).astype(np.float32)
-    if not np.isfinite(scaled).all():
-        raise MdptError(
-            f"{where}: rewards x {scale['multiplier']:.4g} are no finite float32; choose another reward_scale."
-        )
-    return scaled

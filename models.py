@@ -1,8 +1,8 @@
 """What is learned: networks, diffusion, losses, policies, guidance, bundles, acting, the training loop.
 
-Shapes: S members (one per seed), B batch, N candidates, O observation dimensions, A action dimensions,
-T diffusion steps, E episodes, R episodes that still run, H hidden units. Observations are raw, actions are scaled to
-[-1, 1], rewards are scaled by the dataset's reward scale.
+Shapes: S members (one per seed), B batch, N candidates, O observation dimensions, A action dimensions, T diffusion
+steps, E episodes, R episodes that still run, H hidden units, K members of an ensemble. Observations are raw, actions
+are scaled to [-1, 1], rewards by the dataset's reward scale. Losses and metrics have one entry per member.
 """
 
 from __future__ import annotations
@@ -12,22 +12,36 @@ import difflib
 import functools
 import hashlib
 import math
+import os
 import platform
 import sys
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain, pairwise, zip_longest
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Protocol, Self
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal, NoReturn, Self, get_type_hints
 
 import numpy as np
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    model_validator,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mdpt import data
 from mdpt.data import (
     Array,
     Dataset,
@@ -37,47 +51,43 @@ from mdpt.data import (
     HeldOut,
     Interrupted,
     MdptError,
+    MdptWarning,
     PolicySection,
+    RewardScale,
     TrainingSection,
     Watch,
-    check_experiment,
-    discounted_returns,
-    episode_bounds,
-    reference_returns,
-    rollout,
     shown,
-    unscale_actions,
-    version,
-    written_whole,
 )
+
+Kind = Literal["guidance", "policy"]
+Products = Literal["oneDNN", "default"]
 
 # --- matrix products ----------------------------------------------------------------------------------------------
 
 
-def choose_products(wanted: str | None = None) -> str:
-    """Route the CPU's float32 matrix products for this process: "oneDNN" or "default"; returns which it is.
+def choose_products(wanted: Products | None = None) -> Products:
+    """Select the library for the CPU's float32 matrix products in this process; returns the one selected.
 
-    wanted: what an earlier process used, taken where this one can; None: oneDNN on AMD's processors, for which MKL has
-    only its AVX2 kernels. The processor decides, not a timing: a run that goes on must not choose otherwise because the
-    machine was busy. CUDA is untouched.
+    wanted: what an earlier process used, taken where this machine has it. By default oneDNN on AMD processors, for
+    which MKL has only its AVX2 kernels. The choice depends on the processor, never on a timing, so that a run that goes
+    on makes the same choice. CUDA is not affected.
     """
     exact = _onednn_is_exact()
-    chosen = (wanted or ("oneDNN" if _is_amd() else "default")) if exact else "default"
+    chosen: Products = (wanted or ("oneDNN" if _is_amd() else "default")) if exact else "default"
     if exact:
         _switch().fp32_precision = "bf16" if chosen == "oneDNN" else "none"
     return chosen
 
 
 def _switch() -> Any:
-    return getattr(torch.backends.mkldnn, "matmul", None)  # torch has it since 2.9
+    return getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
 
 
 @functools.cache
 def _onednn_is_exact() -> bool:
-    """Whether oneDNN can be had, and multiplies in float32.
+    """Whether oneDNN can be selected and multiplies in float32.
 
-    torch sends products there only by leave to round them to bfloat16. oneDNN makes use of that leave where the
-    processor has units for it, so one product is checked.
+    torch uses oneDNN only if it may round to bfloat16, which it does where the processor has units for that.
     """
     switch = _switch()
     if not hasattr(switch, "fp32_precision") or torch.backends.cpu.get_cpu_capability() != "AVX512":
@@ -100,19 +110,24 @@ def _is_amd() -> bool:
 
 # --- randomness and batches ---------------------------------------------------------------------------------------
 
+TWISTER_WORDS = 624  # of the state of the CPU's generator, which torch keeps in 8 bytes each, after 24 bytes of its own
+
 
 class Randomness:
-    """Named streams of random numbers, one per member (or per episode of one, when acting).
+    """Named streams of random numbers, one per member (or per episode of one member, when acting).
 
-    Each draw depends on (seed, purpose, name, step) alone. So member k of many draws what seed k alone
-    draws, a resumed run draws what an uninterrupted one would have, and adding a draw changes no other.
-    Values are made for a block of steps at once, so that no training step loops over the members.
+    A draw depends on seed, purpose, name, shape and step alone. So member k of many draws what seed k alone draws, a
+    resumed run draws what an uninterrupted one draws, and adding a draw changes no other. Values are generated for a
+    block of steps at once, so that no training step loops over the members.
+
+    A name can be drawn once per step and shape: a second draw would give the same numbers, so it raises RuntimeError.
     """
 
     def __init__(self, seeds: Sequence[int | str], purpose: str, device: torch.device | str = "cpu") -> None:
         self.seeds, self.purpose, self.device, self.step = tuple(seeds), purpose, torch.device(device), 0
         self._generator = torch.Generator(self.device)
         self._blocks: dict[str, tuple[int, Tensor]] = {}
+        self._drawn: dict[str, int] = {}  # the step of the last draw
 
     def normal(self, name: str, *shape: int) -> Tensor:
         """Standard normal values, (S, *shape)."""
@@ -134,6 +149,9 @@ class Randomness:
         length = max(1, min(64, 2**20 // max(1, math.prod(shape))))
         block, offset = divmod(self.step, length)
         key = f"{name} {shape}"
+        if self._drawn.get(key) == self.step:
+            raise RuntimeError(f"{name!r} is drawn twice in step {self.step}, with the same numbers; use another name")
+        self._drawn[key] = self.step
         if key not in self._blocks or self._blocks[key][0] != block:
             members = [
                 fill(torch.empty(length, *shape, dtype=dtype, device=self.device), self._seeded(seed, key, block))
@@ -145,62 +163,97 @@ class Randomness:
     def _seeded(self, seed: int | str, key: str, block: int) -> torch.Generator:
         digest = hashlib.blake2b(f"{seed}/{self.purpose}/{key}/{block}".encode(), digest_size=16).digest()
         generator = self._generator.manual_seed(int.from_bytes(digest[:8]) >> 1)
-        if self.device.type == "cpu":  # whose Mersenne Twister takes 32 bits of a seed: fill its whole state
+        if self.device.type == "cpu":  # manual_seed uses 32 bits of a seed only: fill the whole state of the generator
             state = generator.get_state()
-            words = np.random.SeedSequence(int.from_bytes(digest)).generate_state(TWISTER, np.uint32)
-            state[24 : 24 + 8 * TWISTER] = torch.from_numpy(words.astype(np.uint64).view(np.uint8))
+            words = np.random.SeedSequence(int.from_bytes(digest)).generate_state(TWISTER_WORDS, np.uint32)
+            state[24 : 24 + 8 * TWISTER_WORDS] = torch.from_numpy(words.astype(np.uint64).view(np.uint8))
             generator.set_state(state)
         return generator
 
 
-class Shapes(Randomness):
-    """Draws that hold no numbers, for modules of which only the shapes are asked."""
-
-    def __init__(self, seeds: Sequence[int | str]) -> None:
-        self.seeds, self.device = tuple(seeds), torch.device("meta")
-
-    def _draw(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, fill: object) -> Tensor:
-        return torch.empty(len(self.seeds), *shape, dtype=dtype, device=self.device)
-
-
-TWISTER = 624  # words of its state, which torch keeps in 8 bytes each, after 24 of seed and counters
-
-
 @dataclass(frozen=True)
 class Batch:
-    """Transitions drawn for each member: observations (S, B, O), actions (S, B, A), the others (S, B)."""
+    """Transitions for each member: observations (S, B, O), actions (S, B, A), the others (S, B).
+
+    rows: their places in `source`, (S, B), from which methods find what follows in the same episode, where a loss asks.
+    """
 
     observations: Tensor
     actions: Tensor
     rewards: Tensor
     next_observations: Tensor
     terminals: Tensor
+    rows: Tensor
+    source: Transitions
+
+    def next_actions(self) -> tuple[Tensor, Tensor]:
+        """The data's actions at the next observations, (S, B, A), and whether there is one, (S, B) bool; else it is 0.
+
+        There is none after a terminal, at a time limit that is a transition, and at the end of the data.
+        """
+        episodes, ends = self.source.episodes(self.rows)
+        last = self.rows + 1 == ends  # (S, B)
+        following = self.source.take(self.rows + ~last).actions  # (S, B, A)
+        actions = torch.where(last[..., None], self.source.cut_actions[episodes], following)
+        return actions.nan_to_num(), ~actions.isnan().any(-1)
+
+    def returns(self, discount: float) -> tuple[Tensor, Tensor, Batch]:
+        """Discounted rewards up to the end of the episode and their number, (S, B) each, and its last transition."""
+        _, ends = self.source.episodes(self.rows)
+        return self.source.returns(discount)[self.rows], ends - self.rows, self.source.take(ends - 1)
 
 
 class Transitions:
-    """Rows (n, 2 O + A + 2) of a dataset as one tensor, so that a batch is one gather.
+    """The rows of a dataset as one tensor, so that a batch is one gather.
 
-    sizes: widths of the columns, in the order of `Batch`. on_disk: the rows stay there, and only batches come to the
-    training device.
+    With storage "disk" the rows stay there, and only batches come to the training device.
     """
 
-    def __init__(self, rows: Array, sizes: Sequence[int], device: torch.device | str, on_disk: bool = False) -> None:
-        self.device, self.sizes = torch.device(device), list(sizes)
-        self.rows = torch.from_numpy(rows) if on_disk else torch.from_numpy(rows).to(device)
+    def __init__(self, dataset: Dataset, device: torch.device | str) -> None:
+        self.device, self.sizes = torch.device(device), dataset.sizes
+        rows = torch.from_numpy(dataset.rows)
+        self.rows = rows if dataset.section.storage == "disk" else rows.to(device)
+        self.ends = torch.from_numpy(dataset.ends).to(device)  # (E,)
+        self.cut_actions = torch.from_numpy(dataset.cut_actions).to(device)  # (E, A)
+        self._returns: dict[float, Tensor] = {}  # by discount
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, index: Tensor) -> Batch:
-        """The transitions of rows `index`, (S, B)."""
-        rows = self.rows.index_select(0, index.flatten().to(self.rows.device)).to(self.device)
-        parts = torch.split(rows.view(*index.shape, -1), self.sizes, dim=-1)
+    def take(self, rows: Tensor) -> Batch:
+        """The transitions at `rows`, (S, B)."""
+        taken = self.rows.index_select(0, rows.flatten().to(self.rows.device)).to(self.device)
+        parts = torch.split(taken.view(*rows.shape, -1), self.sizes, dim=-1)
         observations, actions, rewards, next_observations, terminals = parts
-        return Batch(observations, actions, rewards.squeeze(-1), next_observations, terminals.squeeze(-1))
+        return Batch(observations, actions, rewards.squeeze(-1), next_observations, terminals.squeeze(-1), rows, self)
 
     def sample(self, random: Randomness, batch_size: int) -> Batch:
         """A batch for each member, drawn uniformly with replacement."""
         return self.take(random.integers("batch", len(self), batch_size))
+
+    def episodes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The episode of each row, (S, B), and one past the last row of that episode, (S, B)."""
+        episodes = torch.searchsorted(self.ends, rows, right=True)
+        return episodes, self.ends[episodes]
+
+    def returns(self, discount: float) -> Tensor:
+        """Discounted rewards from each row to the end of its episode, (n,): one pass from the last row to the first."""
+        if discount not in self._returns:
+            returns, last = np.empty(len(self), np.float32), np.zeros(len(self), np.bool_)
+            last[self.ends.cpu().numpy() - 1] = True
+            total = 0.0
+            for start in reversed(range(0, len(self), BLOCK)):
+                block = slice(start, min(start + BLOCK, len(self)))
+                rewards = torch.split(self.rows[block], self.sizes, dim=1)[2][:, 0].tolist()
+                for row in range(len(rewards) - 1, -1, -1):
+                    total = rewards[row] + (0.0 if last[start + row] else discount * total)
+                    rewards[row] = total
+                returns[block] = rewards
+            self._returns[discount] = torch.from_numpy(returns).to(self.device)
+        return self._returns[discount]
+
+
+BLOCK = 65_536  # rows read at a time
 
 
 # --- networks -----------------------------------------------------------------------------------------------------
@@ -223,9 +276,9 @@ class _Mish(torch.autograd.Function):
 
 
 def _mish_parts(x: Tensor) -> tuple[Tensor, Tensor]:
-    """p and v in x tanh(softplus(x)) = x v / (1 - v), v = p - p^2 / 2, p the sigmoid of x: one function, not three.
+    """p = sigmoid(x) and v = p - p^2 / 2, with which mish(x) = x v / (1 - v): one function instead of three.
 
-    Nothing cancels where x is negative, nothing overflows where it is large.
+    No digits cancel where x is negative, and nothing overflows where it is large.
     """
     p = torch.sigmoid(x)
     return p, torch.addcmul(p, p, p, value=-0.5)
@@ -245,8 +298,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "mish"
 class Linear(nn.Module):
     """S independent affine maps, (S, B, inputs) -> (S, B, outputs), as one batched product.
 
-    Weights and biases start uniform in +-1/sqrt(fan_in). `copies` networks per member lie side by side on the first
-    axis (twin critics: rows 2 s and 2 s + 1 belong to member s).
+    Initial weights and biases are uniform in +-1/sqrt(fan_in). With `copies` networks per member, those of a member are
+    neighbours on the first axis (twin critics: rows 2 s and 2 s + 1 belong to member s).
     """
 
     def __init__(
@@ -260,6 +313,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter((bias.flatten(0, 1) * 2 - 1) * bound)
 
     def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """rows: which networks of the first axis to apply, by default all."""
         if rows is None:
             return torch.baddbmm(self.bias, x, self.weight)
         return torch.baddbmm(self.bias[rows], x, self.weight[rows])
@@ -285,14 +339,14 @@ class Stack(nn.Module):
     """
 
     copies = 1
-    size: int  # parameters of one network; a row is longer, and 0 from there on
+    size: int  # parameters of one network; the rest of its row is 0
     vector: Tensor
 
     def pack(self, vector: Tensor | None = None) -> None:
-        """Move the parameters into one tensor, each row a whole number of the longest SIMD words.
+        """Move the parameters into one tensor, whose rows are padded to a multiple of the longest SIMD word.
 
-        An optimizer then rounds a row the same way however many there are. vector: theirs from now on, in place of a new
-        one with their values.
+        An optimizer then rounds a row the same way whatever the number of rows. vector: the tensor to move into, whose
+        values the parameters take.
         """
         parameters = list(self.parameters())
         sizes = [parameter[0].numel() for parameter in parameters]
@@ -304,6 +358,7 @@ class Stack(nn.Module):
 
     @property
     def members(self) -> int:
+        """S."""
         return self.vector.shape[0] // self.copies
 
     def frozen_copy(self) -> Self:
@@ -312,8 +367,8 @@ class Stack(nn.Module):
         clone.pack()
         return clone
 
-    def onlooker(self) -> Self:
-        """The same weights, also as they learn, with no gradient to them."""
+    def shared_view(self) -> Self:
+        """A view that shares these weights; gradients pass through it to the inputs only."""
         clone = copy.deepcopy(self).requires_grad_(False)
         clone.pack(self.vector)
         return clone
@@ -327,8 +382,8 @@ class Stack(nn.Module):
 class ValueNetwork(Stack):
     """Multilayer perceptron to one value: (S copies, B, inputs) -> (S copies, B).
 
-    layer_norm: normalize before each activation, which keeps values of unseen inputs near seen ones (RLPD,
-    arXiv 2302.02948); "tanh": before the first alone, which is a tanh then (the critics of arXiv 2506.03154's authors).
+    layer_norm: normalize before each activation, so that values of unseen inputs stay near those of seen ones (RLPD,
+    arXiv 2302.02948); "tanh": before the first activation only, which then is a tanh (arXiv 2506.03154's code).
     """
 
     def __init__(
@@ -382,6 +437,7 @@ class Perceptron(nn.Module):
     """Hidden layers of a denoiser, one after the other. Source: Diffusion-QL (arXiv 2208.06193)."""
 
     equal_widths = False
+    reads: tuple[str, ...] = ()
 
     def __init__(self, random: Randomness, section: PolicySection) -> None:
         super().__init__()
@@ -400,6 +456,7 @@ class ResidualNetwork(nn.Module):
     """Residual blocks of a denoiser, all of one width. Source: IDQL (arXiv 2304.10573), LN-ResNet."""
 
     equal_widths = True
+    reads: tuple[str, ...] = ("dropout",)
 
     def __init__(self, random: Randomness, section: PolicySection) -> None:
         super().__init__()
@@ -422,8 +479,8 @@ class Denoiser(Stack):
     """Predicts the noise in a noisy action: (S, B, A) -> (S, B, A), given the observation and the diffusion step.
 
     The first layer acts on [action, step, observation, label]. It is kept as a sum of maps, so that the observation's
-    share is computed once for a whole chain and the step's once for all rows. `labels`: adds an embedding of {dropped,
-    worse, better}.
+    part is computed once for a whole chain, and the step's part once for all rows. labels: add an embedding of
+    {0: dropped, 1: worse, 2: better}.
     """
 
     features: Tensor
@@ -449,16 +506,16 @@ class Denoiser(Stack):
         self.pack()
 
     def condition(self, observations: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The first layer's share of observations (S, B, O), normalized, and labels (S, B): (S, B, H)."""
-        shares = self.observation(observations)
+        """The first layer's part of normalized observations (S, B, O) and labels (S, B), if any: (S, B, H)."""
+        parts = self.observation(observations)
         if self.label is not None:
             if labels is None:
                 labels = torch.zeros(observations.shape[:2], dtype=torch.int64, device=observations.device)
-            shares = shares + self.label(functional.one_hot(labels, 3).float())
-        return shares  # type: ignore[no-any-return]
+            parts = parts + self.label(functional.one_hot(labels, 3).float())
+        return parts  # type: ignore[no-any-return]
 
     def times(self) -> Tensor:
-        """The first layer's share of every diffusion step: (S, T, H)."""
+        """The first layer's part of every diffusion step: (S, T, H)."""
         features = self.features.expand(self.members, -1, -1)
         return self.time(self.time_out(mish(self.time_in(features))))  # type: ignore[no-any-return]
 
@@ -468,7 +525,7 @@ class Denoiser(Stack):
 
 
 class Normalizer(nn.Module):
-    """Observations to zero mean and unit deviation, fitted once on the training data: mean, deviation (O,)."""
+    """Scales observations to zero mean and unit standard deviation. mean, deviation: (O,), of the training data."""
 
     mean: Tensor
     inverse: Tensor
@@ -490,10 +547,9 @@ Denoise = Callable[[Tensor, int], Tensor]  # (noisy actions (S, B, A), diffusion
 def make_schedule(name: str, steps: int, beta_min: float = 0.1, beta_max: float = 10.0) -> Tensor:
     """beta_1 .. beta_T, (T,), float64.
 
-    "vp": the variance-preserving schedule of Diffusion-QL (arXiv 2208.06193, eq. after 3; arXiv 2112.07804);
-    "cosine": improved DDPM (arXiv 2102.09672, eq. 17), "cosine-levels": T levels of that curve from its begin to its end,
-    as CleanDiffuser (arXiv 2406.09509) has them; "linear": DDPM's betas (arXiv 2006.11239), spaced for T steps,
-    "linear-unscaled" as they are.
+    "vp": variance-preserving, of Diffusion-QL (arXiv 2208.06193, eq. after 3; 2112.07804). "cosine": improved DDPM
+    (arXiv 2102.09672, eq. 17). "cosine-levels": T levels of that curve, its begin and end included, as in CleanDiffuser
+    (arXiv 2406.09509). "linear": DDPM's betas (arXiv 2006.11239), scaled for T steps. "linear-unscaled": not scaled.
     """
     t = torch.arange(1, steps + 1, dtype=torch.float64)
     if name == "vp":
@@ -510,17 +566,17 @@ def make_schedule(name: str, steps: int, beta_min: float = 0.1, beta_max: float 
 
 
 def schedule_problem(section: PolicySection) -> str:
-    """What is wrong with a noise schedule for this many steps, or ""."""
+    """What makes a noise schedule unfit for this number of steps, or ""."""
     signal = torch.cumprod(1 - make_schedule(section.noise_schedule, section.diffusion_steps), 0).sqrt()
     if signal[-1] > 0.2:
-        return f"its last step still shows {signal[-1]:.0%} of the action, but sampling starts from noise alone"
+        return f"its last step keeps {signal[-1]:.0%} of the action, but sampling starts from pure noise"
     if (share := float((signal < 0.05).double().mean())) > 0.5:
-        return f"{share:.0%} of its steps are noise alone"
+        return f"{share:.0%} of its steps are nearly pure noise"
     return ""
 
 
 class Diffusion:
-    """Forward and reverse process of DDPM (arXiv 2006.11239) for actions in [-1, 1]; step t runs from 0 to T - 1."""
+    """Forward and reverse process of DDPM (arXiv 2006.11239) for actions in [-1, 1]; steps t run from 0 to T - 1."""
 
     def __init__(self, betas: Tensor, device: torch.device | str, variance: str = "posterior") -> None:
         alpha_bar = torch.cumprod(1 - betas, dim=0)
@@ -545,8 +601,8 @@ class Diffusion:
         signal, deviation = torch.split(self.levels[t], 1, dim=-1)  # (S, B, 1)
         return ((noisy - deviation * noise) / signal).clamp(-1.0, 1.0)
 
-    def reverse(self, denoise: Denoise, noises: Tensor) -> Tensor:
-        """Ancestral sampling, Algorithm 2: noises (S, T, B, A), the start's first, to clean actions (S, B, A)."""
+    def reverse(self, denoise: Denoise, noises: Tensor, steps: int | None = None) -> Tensor:
+        """Ancestral sampling, Algorithm 2, always in all steps: noises (S, T, B, A) to clean actions (S, B, A)."""
         x = noises[:, 0]
         for i, t in enumerate(range(self.steps - 1, 0, -1), start=1):
             clean = self.clean(x, denoise(x, t), t)
@@ -556,11 +612,11 @@ class Diffusion:
     def solve(self, denoise: Denoise, noises: Tensor, steps: int) -> Tensor:
         """DPM-Solver++ 2M (arXiv 2211.01095, Algorithm 2) in at most `steps` network calls: noises (S, 1, B, A).
 
-        They lie evenly over the diffusion steps, or where these are many, over their log signal-to-noise ratio.
+        Spaced evenly over the diffusion steps, or from EVEN_RATIOS steps on over the log signal-to-noise ratio.
         """
         log_snr = [math.log(signal / noise) for signal, noise in zip(self.signal, self.noise, strict=True)]
         grid = [round((self.steps - 1) * (1 - i / max(1, steps - 1))) for i in range(steps)]
-        if self.steps >= 200:
+        if self.steps >= EVEN_RATIOS:
             even = np.linspace(log_snr[-1], log_snr[0], steps)
             near = {int(np.abs(np.array(log_snr) - ratio).argmin()) for ratio in even}
             grid = sorted(near, reverse=True)
@@ -570,12 +626,43 @@ class Diffusion:
             mixed = clean if before is None else clean + (clean - before) * (h / (2 * h_before))
             x = (self.noise[t] / self.noise[s]) * x - self.signal[t] * math.expm1(-h) * mixed
             before, h_before = clean, h
-        return self.clean(x, denoise(x, grid[-1]), grid[-1])  # no noise is left: first order, the estimate itself
+        return self.clean(x, denoise(x, grid[-1]), grid[-1])  # to no noise: first order, the estimate itself
 
+
+EVEN_RATIOS = 200  # diffusion steps
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A line of the registry: how a denoiser turns noise into actions.
+
+    ancestral: each step draws noise, else the first only. reads: as in `PolicyAlgorithm`.
+    """
+
+    run: Callable[[Diffusion, Denoise, Tensor, int], Tensor]
+    ancestral: bool
+    reads: tuple[str, ...]
+
+
+SAMPLERS = {
+    "ddpm": Sampler(Diffusion.reverse, ancestral=True, reads=("variance",)),
+    "dpm-solver++": Sampler(Diffusion.solve, ancestral=False, reads=("sampling_steps",)),
+}
 
 # --- losses -------------------------------------------------------------------------------------------------------
 
 Loss = tuple[Tensor, dict[str, Tensor]]  # the loss of each member, (S,), and metrics of the same shape
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A line of a registry: a function, and the fields of its table that are its last arguments."""
+
+    apply: Callable[..., Any]
+    reads: tuple[str, ...] = ()
+
+    def __call__(self, section: TrainingSection, *tensors: Tensor) -> Any:
+        return self.apply(*tensors, *(getattr(section, name) for name in self.reads))
 
 
 def expectile_loss(target_q: Tensor, v: Tensor, expectile: float) -> Loss:
@@ -586,8 +673,7 @@ def expectile_loss(target_q: Tensor, v: Tensor, expectile: float) -> Loss:
     """
     difference = target_q.detach() - v
     weight = torch.where(difference < 0, 1.0 - expectile, expectile)
-    loss = (weight * difference.square()).mean(-1)
-    return loss, {"v_loss": loss.detach(), "v": v.detach().mean(-1)}
+    return _value_loss((weight * difference.square()).mean(-1), v)
 
 
 def quantile_loss(target_q: Tensor, v: Tensor, quantile: float) -> Loss:
@@ -596,32 +682,34 @@ def quantile_loss(target_q: Tensor, v: Tensor, quantile: float) -> Loss:
     Source: implicit diffusion Q-learning, arXiv 2304.10573, section 4.1.
     """
     difference = target_q.detach() - v
-    loss = torch.maximum(quantile * difference, (quantile - 1.0) * difference).mean(-1)
-    return loss, {"v_loss": loss.detach(), "v": v.detach().mean(-1)}
+    return _value_loss(torch.maximum(quantile * difference, (quantile - 1.0) * difference).mean(-1), v)
 
 
 def gumbel_loss(target_q: Tensor, v: Tensor, temperature: float) -> Loss:
     """Gumbel regression of V towards target Q; shapes and units as for `expectile_loss`, temperature in the unit of Q.
 
-    From 7 temperatures above V on, a target teaches nothing: z is cut off there.
+    z is at most 7: a target further above V than 7 temperatures has no gradient.
     Source: extreme Q-learning, arXiv 2301.02328, eq. 9.
     """
     z = ((target_q.detach() - v) / temperature).clamp(max=7.0)
-    loss = (z.exp() - z - 1.0).mean(-1)
+    return _value_loss((z.exp() - z - 1.0).mean(-1), v)
+
+
+def _value_loss(loss: Tensor, v: Tensor) -> Loss:
     return loss, {"v_loss": loss.detach(), "v": v.detach().mean(-1)}
 
 
-VALUE_LOSSES: dict[str, Callable[[Tensor, Tensor, GuidanceSection], Loss]] = {
-    "expectile": lambda target_q, v, section: expectile_loss(target_q, v, section.expectile),
-    "quantile": lambda target_q, v, section: quantile_loss(target_q, v, section.expectile),
-    "gumbel": lambda target_q, v, section: gumbel_loss(target_q, v, section.gumbel_temperature),
+VALUE_LOSSES = {
+    "expectile": Rule(expectile_loss, ("expectile",)),
+    "quantile": Rule(quantile_loss, ("expectile",)),
+    "gumbel": Rule(gumbel_loss, ("gumbel_temperature",)),
 }
 
 
-def td_loss(q: Tensor, rewards: Tensor, terminals: Tensor, next_v: Tensor, discount: float) -> Loss:
-    """Squared error of both critics to r + discount (1 - terminal) V(s').
+def td_loss(q: Tensor, rewards: Tensor, terminals: Tensor, next_v: Tensor, discount: float | Tensor) -> Loss:
+    """Squared error of both critics to rewards + discount (1 - terminals) next_v.
 
-    q: (S, 2, B); rewards, terminals, next_v: (S, B), in scaled-reward units. A time limit is no terminal.
+    q: (S, 2, B); the others (S, B), in scaled-reward units; discount may be one number. A time limit is no terminal.
     Source: implicit Q-learning, arXiv 2110.06169, eq. 6; Diffusion-QL, arXiv 2208.06193, eq. 4.
     """
     target = (rewards + discount * (1.0 - terminals) * next_v).detach()
@@ -632,7 +720,7 @@ def td_loss(q: Tensor, rewards: Tensor, terminals: Tensor, next_v: Tensor, disco
 def noise_loss(predicted: Tensor, noise: Tensor, weight: Tensor | None = None) -> Loss:
     """Mean squared error of the predicted noise.
 
-    predicted, noise: (S, B, A); weight of each transition: (S, B), or None for equal ones.
+    predicted, noise: (S, B, A); weight of each transition: (S, B), by default equal.
     Source: DDPM, arXiv 2006.11239, eq. 14; weighted: IDQL, arXiv 2304.10573, eq. 9.
     """
     error = (predicted - noise).square().mean(-1)
@@ -641,7 +729,7 @@ def noise_loss(predicted: Tensor, noise: Tensor, weight: Tensor | None = None) -
 
 
 def improvement_loss(q: Tensor) -> Loss:
-    """Minus the mean value of the policy's own actions, in units of their mean absolute value.
+    """Minus the mean Q of the policy's own actions, in units of their mean absolute Q.
 
     q: (S, B), with gradient to the actions.
     Source: Diffusion-QL, arXiv 2208.06193, eq. 3 and its normalization by the data's value scale.
@@ -650,22 +738,25 @@ def improvement_loss(q: Tensor) -> Loss:
     return loss, {"policy_q": q.detach().mean(-1)}
 
 
-def advantage_weights(advantage: Tensor, rule: str, expectile: float, inverse_temperature: float) -> Tensor:
-    """Weight of each transition in the noise error, (S, B).
-
-    "expectile": |expectile - 1(advantage < 0)|; "exponential": exp(inverse_temperature * advantage), at most 100;
-    "hard": 1(advantage >= 0).
-    Source: IDQL, arXiv 2304.10573, table 1; "exponential": implicit Q-learning, arXiv 2110.06169, eq. 7.
-    """
-    if rule == "expectile":
-        return torch.where(advantage < 0, 1.0 - expectile, expectile)
-    if rule == "hard":
-        return (advantage >= 0).float()
-    return (inverse_temperature * advantage).exp().clamp(max=100.0)
+# weight of each transition in the noise error, (S, B), by its advantage
+# Source: IDQL, arXiv 2304.10573, table 1; "exponential": implicit Q-learning, arXiv 2110.06169, eq. 7
+ADVANTAGE_WEIGHTS = {
+    "none": Rule(torch.ones_like),
+    "expectile": Rule(
+        lambda advantage, expectile: torch.where(advantage < 0, 1.0 - expectile, expectile), ("advantage_expectile",)
+    ),
+    "exponential": Rule(
+        lambda advantage, inverse_temperature: (inverse_temperature * advantage).exp().clamp(max=100.0),
+        ("advantage_inverse_temperature",),
+    ),
+    "hard": Rule(lambda advantage: (advantage >= 0).float()),
+}
 
 
 def add(first: Loss, second: Loss, weight: float = 1.0) -> Loss:
-    """first + weight * second, with the metrics of both."""
+    """first + weight * second, with the metrics of both. Raises: RuntimeError for a metric that both have."""
+    if both := first[1].keys() & second[1].keys():
+        raise RuntimeError(f"two losses have a metric {min(both)!r}; give one of them another name")
     return first[0] + weight * second[0], first[1] | second[1]
 
 
@@ -676,43 +767,43 @@ class Policy(nn.Module):
     """A diffusion model over actions, given the observation; the moving average of its weights acts."""
 
     def __init__(
-        self,
-        random: Randomness,
-        normalizer: Normalizer,
-        section: PolicySection,
-        observation_dim: int,
-        action_dim: int,
+        self, random: Randomness, normalizer: Normalizer, section: PolicySection, observation_dim: int, action_dim: int
     ) -> None:
         super().__init__()
         self.section, self.normalizer, self.algorithm = section, normalizer, POLICIES[section.algorithm]
-        self.action_dim = action_dim
+        self.action_dim, self.sampler = action_dim, SAMPLERS[section.sampler]
         betas = make_schedule(section.noise_schedule, section.diffusion_steps)
         self.diffusion = Diffusion(betas, random.device, section.variance)
         self.denoiser = Denoiser(random, section, observation_dim, action_dim, self.algorithm.labels)
         self.average = self.denoiser.frozen_copy()
-        self.times: Tensor | None = None  # (S, T, H), where the weights change no more
+        self.times: Tensor | None = None  # (S, T, H), once the weights are final
 
     @property
     def members(self) -> int:
+        """S."""
         return self.average.members
 
     def networks(self) -> list[tuple[Stack, float]]:
-        """The networks that learn, and their learning rates at the start."""
+        """The networks that learn, and their initial learning rates."""
         return [(self.denoiser, self.section.learning_rate)]
 
     def loss(self, batch: Batch, guidance: Judge | None, random: Randomness) -> Loss:
-        """The algorithm's loss under a guidance, or without its guidance term where there is none."""
-        return self.algorithm.loss(self, batch, guidance, random)
+        """The algorithm's loss under a guidance. It gets None where there is none, or where none enters it."""
+        guided = guidance is not None and self.algorithm.guided(self.section)
+        return self.algorithm.loss(self, batch, guidance if guided else None, random)
 
     def follow(self, step: int) -> None:
-        """Move the average after gradient step `step`; it forgets the initial weights faster than ema_decay."""
+        """Move the average after gradient step `step`; early on it forgets faster than ema_decay."""
         if step < max(self.section.ema_from, self.section.ema_every - 1):
             self.average.follow(self.denoiser, 1.0)
         elif (step + 1) % self.section.ema_every == 0:
             self.average.follow(self.denoiser, 1.0 - min(self.section.ema_decay, (1 + step) / (10 + step)))
 
     def predict(self, batch: Batch, random: Randomness, labels: Tensor | None = None) -> Prediction:
-        """Noise the batch's actions at random diffusion steps and predict that noise."""
+        """Add noise to the batch's actions at random diffusion steps, and predict it.
+
+        Raises: RuntimeError where it is called twice in a step, since both calls would draw the same steps and noise.
+        """
         rows = batch.rewards.shape[1]
         t = random.integers("t", self.diffusion.steps, rows)
         noise = random.normal("noise", rows, self.action_dim)
@@ -729,35 +820,21 @@ class Policy(nn.Module):
         *,
         candidates: int = 1,
         w: float = 1.0,
-        guidance: Ranker | None = None,
+        guidance: Judge | RowsApart | None = None,
         guidance_weight: float = 0.0,
         jacobian: bool = False,
     ) -> Tensor:
         """Actions of the averaged policy: raw observations (S, B, O) -> (S, B N, A), the N of a state side by side.
 
-        noises: as from `noises`, for B N rows. w is the weight of classifier-free guidance (0: unguided; arXiv
-        2207.12598), for policies that know labels. guidance_weight > 0 shifts the predicted noise against dQ/da at the
-        one-step estimate of the clean action: with jacobian by -guidance_weight * sqrt(1 - alpha_bar) * dQ/dx, through
-        that estimate's network, which draws from the policy's density times exp(guidance_weight * Q), exactly so where
-        the one is Gaussian and the other linear (arXiv 2105.05233, Algorithm 2); without it by -guidance_weight *
-        sqrt(alpha_bar) * dQ/da (Q-guided flow, arXiv 2606.11087), which moves the clean action by guidance_weight *
-        sqrt(1 - alpha_bar) * dQ/da: no temperature.
+        noises: as from `noises`, for B N rows. w: weight of classifier-free guidance (0: unconditional; arXiv
+        2207.12598), for policies with labels. guidance_weight: if positive, the predicted noise is shifted by the
+        gradient of Q at the one-step estimate of the clean action. With jacobian, by -guidance_weight sqrt(1 -
+        alpha_bar) dQ/dx, through the denoiser: this draws from the policy's density times exp(guidance_weight Q),
+        exactly if the one is Gaussian and the other linear (arXiv 2105.05233, Algorithm 2). Without, by
+        -guidance_weight sqrt(alpha_bar) dQ/da (Q-guided flow, arXiv 2606.11087).
         """
-        network = self.average
-        normalized = self.normalizer(observations)
-        conditions = [network.condition(normalized)]
-        if self.algorithm.labels:
-            better = torch.full(observations.shape[:2], 2, dtype=torch.int64, device=observations.device)
-            conditions.append(network.condition(normalized, better))
-        conditions = [condition.repeat_interleave(candidates, dim=1) for condition in conditions]
+        predict = self._prediction(observations, candidates, w)
         repeated = observations.repeat_interleave(candidates, dim=1)
-        times = network.times() if self.times is None else self.times
-
-        def predict(x: Tensor, t: int) -> Tensor:
-            noise: Tensor = network(x, times[:, t : t + 1], conditions[0])
-            for condition in conditions[1:]:
-                noise = noise + w * (network(x, times[:, t : t + 1], condition) - noise)
-            return noise
 
         def denoise(x: Tensor, t: int) -> Tensor:
             if guidance is None or guidance_weight == 0:
@@ -775,28 +852,41 @@ class Policy(nn.Module):
 
         return self.denoise_all(denoise, noises)
 
+    def _prediction(self, observations: Tensor, candidates: int, w: float) -> Denoise:
+        """The averaged denoiser in these states, conditional and unconditional noise combined by w."""
+        network = self.average
+        normalized = self.normalizer(observations)
+        conditions = [network.condition(normalized)]
+        if self.algorithm.labels:
+            better = torch.full(observations.shape[:2], 2, dtype=torch.int64, device=observations.device)
+            conditions.append(network.condition(normalized, better))
+        conditions = [condition.repeat_interleave(candidates, dim=1) for condition in conditions]
+        times = network.times() if self.times is None else self.times
+
+        def predict(x: Tensor, t: int) -> Tensor:
+            noise: Tensor = network(x, times[:, t : t + 1], conditions[0])
+            for condition in conditions[1:]:
+                noise = noise + w * (network(x, times[:, t : t + 1], condition) - noise)
+            return noise
+
+        return predict
+
     def act_alone(self, observations: Tensor, random: Randomness, w: float = 1.0) -> Tensor:
-        """One action for each of B states, unranked: (S, B, O) -> (S, B, A)."""
+        """One action for each of B states, without a judge: (S, B, O) -> (S, B, A)."""
         return self.sample(observations, self.noises(random, "act", observations.shape[1]), w=w)
 
     def noises(self, random: Randomness, name: str, rows: int) -> Tensor:
-        """The noise a chain needs: (S, T, rows, A), or (S, 1, rows, A) for a deterministic solver."""
-        return random.normal(name, 1 if self.solves else self.diffusion.steps, rows, self.action_dim)
-
-    @property
-    def solves(self) -> bool:
-        return self.section.sampler == "dpm-solver++"
+        """The noise that a chain needs: (S, T, rows, A), or (S, 1, rows, A) for a deterministic sampler."""
+        return random.normal(name, self.diffusion.steps if self.sampler.ancestral else 1, rows, self.action_dim)
 
     def denoise_all(self, denoise: Denoise, noises: Tensor) -> Tensor:
-        """Run the policy's sampler: noises as drawn -> clean actions (S, rows, A)."""
-        if self.solves:
-            return self.diffusion.solve(denoise, noises, self.section.sampling_steps)
-        return self.diffusion.reverse(denoise, noises)
+        """Run the sampler: noises, as from `noises`, to clean actions (S, rows, A)."""
+        return self.sampler.run(self.diffusion, denoise, noises, self.section.sampling_steps)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A step of denoising training: predicted, noise, noisy (S, B, A), t (S, B), shares of the first layer."""
+    """A step of denoising training: predicted, noise, noisy (S, B, A), t (S, B), and the first layer's parts."""
 
     predicted: Tensor
     noise: Tensor
@@ -807,24 +897,21 @@ class Prediction:
 
 
 def cloning_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Randomness) -> Loss:
-    """The noise error alone (DDPM, arXiv 2006.11239), its transitions weighted by the advantage if so set."""
+    """Noise error (DDPM, arXiv 2006.11239), under a guidance weighted by the advantage of each transition."""
     step = policy.predict(batch, random)
-    section = policy.section
-    if guidance is None or section.advantage_weight == "none":
+    if guidance is None:
         return noise_loss(step.predicted, step.noise)
     with torch.no_grad():
         advantage = guidance.advantage(batch.observations, batch.actions)
-    weights = advantage_weights(
-        advantage, section.advantage_weight, section.advantage_expectile, section.advantage_inverse_temperature
-    )
+    weights = ADVANTAGE_WEIGHTS[policy.section.advantage_weight](policy.section, advantage)
     return noise_loss(step.predicted, step.noise, weights)
 
 
 def chain_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Randomness) -> Loss:
-    """Noise error minus eta times the scaled Q of actions from the whole chain (Diffusion-QL, arXiv 2208.06193, eq. 3)."""
+    """Noise error minus eta times scaled Q of actions from the whole chain (Diffusion-QL, arXiv 2208.06193, eq. 3)."""
     step = policy.predict(batch, random)
     cloning = noise_loss(step.predicted, step.noise)
-    if guidance is None or policy.section.eta == 0:
+    if guidance is None:
         return cloning
 
     def denoise(x: Tensor, t: int) -> Tensor:
@@ -836,10 +923,10 @@ def chain_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Ran
 
 
 def one_step_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Randomness) -> Loss:
-    """Noise error minus eta times the scaled Q of the one-step estimate of the clean action (EDP, arXiv 2305.20081, eq. 9)."""
+    """Noise error minus eta times scaled Q of the one-step clean estimate (EDP, arXiv 2305.20081, eq. 9)."""
     step = policy.predict(batch, random)
     cloning = noise_loss(step.predicted, step.noise)
-    if guidance is None or policy.section.eta == 0:
+    if guidance is None:
         return cloning
     actions = policy.diffusion.clean(step.noisy, step.predicted, step.t)
     q = guidance.one_q(batch.observations, actions, random.integers("twin", 2))
@@ -849,7 +936,7 @@ def one_step_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: 
 def noise_regression_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Randomness) -> Loss:
     """Squared error to noise - eta sqrt(1 - alpha_bar) dQ/da at the noisy action (DAC, arXiv 2405.20555)."""
     step = policy.predict(batch, random)
-    if guidance is None or policy.section.eta == 0:
+    if guidance is None:
         return noise_loss(step.predicted, step.noise)
     noisy = step.noisy.detach().requires_grad_()
     q = guidance.one_q(batch.observations, noisy, random.integers("twin", 2))
@@ -860,26 +947,35 @@ def noise_regression_loss(policy: Policy, batch: Batch, guidance: Judge | None, 
 
 
 def label_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Randomness) -> Loss:
-    """Noise error given "this action is an improvement", label dropped at random (arXiv 2505.23458; 2207.12598)."""
+    """Noise error given the label "the advantage of this action is positive", which is dropped at random.
+
+    Source: arXiv 2505.23458; classifier-free guidance, arXiv 2207.12598.
+    """
     if guidance is None:
         return cloning_loss(policy, batch, None, random)
     with torch.no_grad():
         better = guidance.advantage(batch.observations, batch.actions) > 0
-    shown = random.uniform("label", better.shape[1]) >= policy.section.label_dropout
-    step = policy.predict(batch, random, labels=shown * (1 + better.long()))
+    kept = random.uniform("label", better.shape[1]) >= policy.section.label_dropout
+    step = policy.predict(batch, random, labels=kept * (1 + better.long()))
     loss, metrics = noise_loss(step.predicted, step.noise)
     return loss, metrics | {"better": better.float().mean(-1)}
 
 
 def weighed_by_eta(section: PolicySection) -> bool:
+    """Whether a guidance enters a loss of which eta is the weight."""
     return section.eta > 0
 
 
 @dataclass(frozen=True)
 class PolicyAlgorithm:
-    """A line of the registry: how a policy learns, when a guidance enters its loss, its network, whether it has labels."""
+    """A line of the registry: how a policy learns.
+
+    reads: fields of [policy] that it reads, beside those that all read. guided: whether a guidance enters the loss,
+    which gets None if not. network: the denoiser, unless the experiment names one. labels: whether actions have labels.
+    """
 
     loss: Callable[[Policy, Batch, Judge | None, Randomness], Loss]
+    reads: tuple[str, ...] = ("eta",)
     guided: Callable[[PolicySection], bool] = weighed_by_eta
     network: str = "mlp"
     labels: bool = False
@@ -890,23 +986,25 @@ def _weighted(section: PolicySection) -> bool:
 
 
 POLICIES = {
-    "bc": PolicyAlgorithm(cloning_loss, _weighted),
-    "idql": PolicyAlgorithm(cloning_loss, _weighted, network="resnet"),
+    "bc": PolicyAlgorithm(cloning_loss, ("advantage_weight",), _weighted),
+    "idql": PolicyAlgorithm(cloning_loss, ("advantage_weight",), _weighted, network="resnet"),
     "dql": PolicyAlgorithm(chain_loss),
     "edp": PolicyAlgorithm(one_step_loss),
     "dac": PolicyAlgorithm(noise_regression_loss),
-    "cfg": PolicyAlgorithm(label_loss, lambda section: section.label_dropout < 1, labels=True),
+    "cfg": PolicyAlgorithm(label_loss, ("label_dropout",), lambda section: section.label_dropout < 1, labels=True),
 }
 
 
 # --- guidance -----------------------------------------------------------------------------------------------------
 
+Actor = Callable[[Tensor, Randomness], Tensor]  # raw observations (S, B, O) -> actions (S, B, A)
+
 
 class Guidance(nn.Module):
-    """Values learned from the dataset alone. Whatever trained them, every policy and ranking uses q, v, advantage.
+    """Values learned from the dataset alone. Policies and acting use q, v and advantage, however they were learned.
 
-    Twin critics and their Polyak targets, (2 S, ...), and V, (S, ...). `companion=False` leaves out the actor that
-    "dql" needs where it learns alone.
+    Twin critics and their Polyak targets, (2 S, ...), and V, (S, ...). companion: with the actor that some algorithms
+    need when the guidance learns alone.
     """
 
     def __init__(
@@ -924,34 +1022,36 @@ class Guidance(nn.Module):
         self.online_q = ValueNetwork(random, "q", observation_dim + action_dim, *shape, copies=2)
         self.target_q = self.online_q.frozen_copy()
         self.value = ValueNetwork(random, "v", observation_dim, *shape)
-        self.learning: list[Stack] = []  # the critics as they learn; in a list, since they are stored already
+        self.learning: list[
+            Stack
+        ] = []  # the online critics in a run that trains them; in a list, so that no name repeats
         self.actor: Policy | None = None
         if companion and self.algorithm.has_actor:
-            shared = ("activation", "time_features", "diffusion_steps", "eta", "ema_decay")
-            table = {key: getattr(section, key) for key in shared} | {
-                "algorithm": "dql",
-                "hidden": section.actor_hidden,
+            table = {
+                key: getattr(section, key) for key in ("activation", *COMPANION) if key in PolicySection.model_fields
             }
-            self.actor = Policy(random, normalizer, PolicySection(**table), observation_dim, action_dim)
+            actor = PolicySection(**table | {"algorithm": "dql", "hidden": section.actor_hidden})
+            self.actor = Policy(random, normalizer, actor, observation_dim, action_dim)
 
     @property
     def members(self) -> int:
+        """S."""
         return self.value.members
 
     def twins(self, network: Stack, observations: Tensor, actions: Tensor) -> Tensor:
-        """Both critics' values: observations (S, B, O), actions (S, B, A) -> (S, 2, B)."""
+        """Values of both critics: observations (S, B, O), actions (S, B, A) -> (S, 2, B)."""
         inputs = torch.cat([self.normalizer(observations), actions], dim=-1)
         values: Tensor = network(inputs.repeat_interleave(2, dim=0))  # (2 S, B)
         return values.view(self.members, 2, -1)
 
     def q(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """Minimum of the twin target critics: raw (S, B, O), scaled (S, B, A) -> (S, B), scaled-reward units."""
+        """Minimum of the twin target critics: raw (S, B, O), scaled (S, B, A) -> (S, B), in scaled-reward units."""
         return self.twins(self.target_q, observations, actions).amin(1)
 
     def one_q(self, observations: Tensor, actions: Tensor, twin: Tensor, members: Tensor | None = None) -> Tensor:
-        """What teaches a policy: critic `twin` (S,) in {0, 1} of each member, or of `members` (S,): (S, B).
+        """Values by which a policy learns: critic `twin` (S,) in {0, 1} of each member, or of `members` (S,): (S, B).
 
-        The target, or where the guidance learns along the online one, which no gradient of a policy's loss reaches.
+        Of the target critics, or in a joint run of the online ones, without gradient to their weights.
         """
         inputs = torch.cat([self.normalizer(observations), actions], dim=-1)
         rows = 2 * (torch.arange(self.members, device=twin.device) if members is None else members) + twin
@@ -959,7 +1059,7 @@ class Guidance(nn.Module):
         return network(inputs, rows)  # type: ignore[no-any-return]
 
     def v(self, observations: Tensor) -> Tensor:
-        """State value: raw (S, B, O) -> (S, B), scaled-reward units."""
+        """State value: raw (S, B, O) -> (S, B), in scaled-reward units."""
         return self.value(self.normalizer(observations))  # type: ignore[no-any-return]
 
     def advantage(self, observations: Tensor, actions: Tensor) -> Tensor:
@@ -967,17 +1067,17 @@ class Guidance(nn.Module):
         return self.q(observations, actions) - self.v(observations)
 
     def networks(self) -> list[tuple[Stack, float]]:
-        """The networks that learn, and their learning rates at the start."""
+        """The networks that learn, and their initial learning rates."""
         rate = self.section.learning_rate
         actor = [] if self.actor is None else [(self.actor.denoiser, self.section.actor_learning_rate or rate)]
         return [(self.online_q, rate), (self.value, self.section.value_learning_rate or rate), *actor]
 
-    def loss(self, batch: Batch, random: Randomness, actor: Sampler | None = None) -> Loss:
-        """The algorithm's loss. actor: what acts in a joint run, in place of the companion."""
+    def loss(self, batch: Batch, random: Randomness, actor: Actor | None = None) -> Loss:
+        """The algorithm's loss. actor: the policy that acts in a joint run, in place of the companion."""
         return self.algorithm.loss(self, batch, random, actor)
 
     def follow(self, step: int) -> None:
-        """Targets and averages after gradient step `step`: target <- (1 - tau) target + tau online."""
+        """Move targets and averages after gradient step `step`: target <- (1 - tau) target + tau online."""
         if (step + 1) % self.section.target_every == 0:
             self.target_q.follow(self.online_q, self.section.tau)
         if self.actor is not None:
@@ -986,9 +1086,9 @@ class Guidance(nn.Module):
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Guidances that judge as one, asked as one is: all their members judge each row, and a rule makes one of K figures.
+    """Guidances that judge as one: all K members of all of them judge each row, and a rule combines their values.
 
-    rule: of `ENSEMBLES`. candidates: how many rows side by side are of one state, for "rank".
+    rule: of `ENSEMBLES`. candidates: how many consecutive rows belong to one state, for "rank".
     """
 
     guidances: Sequence[Guidance]
@@ -997,14 +1097,15 @@ class Ensemble:
 
     @property
     def members(self) -> int:
-        """K, over all guidances."""
+        """K."""
         return sum(guidance.members for guidance in self.guidances)
 
     def parameters(self) -> Iterator[nn.Parameter]:
+        """The weights of all members."""
         return chain.from_iterable(guidance.parameters() for guidance in self.guidances)
 
     def q(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """As `Guidance.q`: (S, B, O), (S, B, A) -> (S, B), of any number of policy members."""
+        """As `Guidance.q`: (S, B, O), (S, B, A) -> (S, B), for any number S of policy members."""
         return self._judge(Guidance.q, observations, actions)
 
     def v(self, observations: Tensor) -> Tensor:
@@ -1012,41 +1113,41 @@ class Ensemble:
         return self._judge(Guidance.v, observations)
 
     def advantage(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """The figure of all advantages, each against its own V."""
+        """All members' advantages combined, each against its own V."""
         return self._judge(Guidance.advantage, observations, actions)
 
     def one_q(self, observations: Tensor, actions: Tensor, twin: Tensor) -> Tensor:
-        """As `Guidance.one_q`: all members judge by the twin that a policy member drew, (S,); one by one, for the cache."""
-        found = [
+        """As `Guidance.one_q`: all members use the critic that a policy member drew, (S,)."""
+        values = [
             guidance.one_q(observations, actions, twin, torch.full_like(twin, member))
             for guidance in self.guidances
-            for member in range(guidance.members)
+            for member in range(guidance.members)  # one after another, which fits the processor's cache
         ]
-        return ENSEMBLES[self.rule](torch.stack(found), self.candidates)
+        return ENSEMBLES[self.rule](torch.stack(values), self.candidates)
 
     def _judge(self, ask: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        found = [
+        values = [
             torch.cat(
                 [ask(guidance, *(row.expand(guidance.members, -1, -1) for row in rows)) for guidance in self.guidances]
             )
-            for rows in zip(*inputs, strict=True)  # of one policy member after another: together they fill the memory
+            for rows in zip(*inputs, strict=True)  # of one policy member after another, to save memory
         ]
-        return ENSEMBLES[self.rule](torch.stack(found, dim=1), self.candidates)  # of (K, S, B)
+        return ENSEMBLES[self.rule](torch.stack(values, dim=1), self.candidates)  # of (K, S, B)
 
 
 def median(values: Tensor) -> Tensor:
-    """Over the first axis; of an even number the mean of the two in the middle."""
+    """Median over the first axis; of an even number, the mean of the two in the middle."""
     ordered, count = values.sort(0).values, len(values)
     return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
 
 
 def mean_rank(values: Tensor, candidates: int) -> Tensor:
-    """(K, S, B) -> (S, B): the place of each row among its N of one state, 0 the lowest and 1 the highest, mean over K.
+    """(K, S, B) -> (S, B): rank of each row among the N of its state, from 0, the lowest, to 1, averaged over K.
 
-    Equal ones share the mean of their places.
+    Equal values share the mean of their ranks.
     """
 
-    def places(each: Tensor) -> Tensor:  # of equal ones the first is the lowest
+    def places(each: Tensor) -> Tensor:  # of equal values the first is the lowest
         return each.argsort(dim=-1, stable=True).argsort(dim=-1).float()
 
     states = values.view(*values.shape[:2], -1, candidates)  # (K, S, B / N, N)
@@ -1063,144 +1164,210 @@ ENSEMBLES: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 Judge = Guidance | Ensemble
 
-Sampler = Callable[[Tensor, Randomness], Tensor]  # raw observations (S, B, O) -> actions (S, B, A)
 
-
-def implicit_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Sampler | None) -> Loss:
-    """Implicit Q-learning (arXiv 2110.06169, Algorithm 1; arXiv 2304.10573): no action outside the data is valued."""
+def implicit_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Actor | None) -> Loss:
+    """Implicit Q-learning (arXiv 2110.06169, Algorithm 1; arXiv 2304.10573): uses no action outside the data."""
     with torch.no_grad():
         target_q = guidance.q(batch.observations, batch.actions)
         next_v = guidance.v(batch.next_observations)
     v = guidance.v(batch.observations)
     q = guidance.twins(guidance.online_q, batch.observations, batch.actions)
     return add(
-        VALUE_LOSSES[guidance.section.value_loss](target_q, v, guidance.section),
+        VALUE_LOSSES[guidance.section.value_loss](guidance.section, target_q, v),
         td_loss(q, batch.rewards, batch.terminals, next_v, guidance.section.discount),
     )
 
 
-def diffusion_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Sampler | None) -> Loss:
-    """The critics of Diffusion-QL (arXiv 2208.06193, eq. 4), bootstrapped by the actor, or else by a companion.
+def critic_loss(
+    guidance: Guidance, batch: Batch, rewards: Tensor, terminals: Tensor, next_v: Tensor, discount: float | Tensor
+) -> Loss:
+    """`td_loss` of the critics at the data's actions, plus regression of V to the mean of their target Q there."""
+    q = guidance.twins(guidance.online_q, batch.observations, batch.actions)
+    with torch.no_grad():
+        target_q = guidance.q(batch.observations, batch.actions)
+    value = expectile_loss(target_q, guidance.v(batch.observations), 0.5)
+    return add(td_loss(q, rewards, terminals, next_v, discount), value)
 
-    Of `bootstrap_candidates` next actions the best by each critic counts, and of the critics the lower. V regresses to
-    Q at the data's actions. The companion learns along by the loss of "dql".
+
+def diffusion_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Actor | None) -> Loss:
+    """The critics of Diffusion-QL (arXiv 2208.06193, eq. 4), bootstrapped by the actor, else by the companion.
+
+    Each critic takes the best of `bootstrap_candidates` next actions, and the lower of the two values counts. The
+    companion learns by the loss of the policy algorithm "dql".
     """
     companion = guidance.actor if actor is None else None
     if companion is not None:
         actor = companion.act_alone
     if actor is None:
-        raise RuntimeError("this guidance was built to be used, or to learn beside a policy")
+        raise RuntimeError("this guidance was built without a companion, and got no actor")
     repeated = batch.next_observations.repeat_interleave(guidance.section.bootstrap_candidates, dim=1)  # (S, B N, O)
     with torch.no_grad():
-        next_actions = actor(repeated, random)
-        both = guidance.twins(guidance.target_q, repeated, next_actions)  # (S, 2, B N)
+        both = guidance.twins(guidance.target_q, repeated, actor(repeated, random))  # (S, 2, B N)
         next_q = both.view(*both.shape[:2], batch.rewards.shape[1], -1).amax(-1).amin(1)
-        target_q = guidance.q(batch.observations, batch.actions)
-    q = guidance.twins(guidance.online_q, batch.observations, batch.actions)
-    critic = td_loss(q, batch.rewards, batch.terminals, next_q, guidance.section.discount)
-    value = expectile_loss(target_q, guidance.v(batch.observations), 0.5)
-    loss = add(critic, value)
+    loss = critic_loss(guidance, batch, batch.rewards, batch.terminals, next_q, guidance.section.discount)
     return loss if companion is None else add(loss, companion.loss(batch, guidance, random))
+
+
+def sarsa_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Actor | None) -> Loss:
+    """Evaluate the policy that made the data: bootstrap by Q of its next action, or by V(s') where there is none.
+
+    Source: Sutton and Barto, Reinforcement Learning, 2nd edition, section 6.4; offline: arXiv 2106.08909.
+    """
+    next_actions, exists = batch.next_actions()
+    with torch.no_grad():
+        next_q = guidance.q(batch.next_observations, next_actions)
+        next_v = torch.where(exists, next_q, guidance.v(batch.next_observations))
+    return critic_loss(guidance, batch, batch.rewards, batch.terminals, next_v, guidance.section.discount)
+
+
+def monte_carlo_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Actor | None) -> Loss:
+    """Regress Q to the discounted return to the end of the episode; where it was cut off, V of its last state follows.
+
+    Source: Sutton and Barto, Reinforcement Learning, 2nd edition, section 5.1.
+    """
+    discount = guidance.section.discount
+    returns, steps, last = batch.returns(discount)
+    with torch.no_grad():
+        next_v = guidance.v(last.next_observations)
+    return critic_loss(guidance, batch, returns, last.terminals, next_v, discount**steps)
 
 
 @dataclass(frozen=True)
 class GuidanceAlgorithm:
-    """A line of the registry: how a guidance learns, and whether it needs an actor to do so."""
+    """A line of the registry: how a guidance learns.
 
-    loss: Callable[[Guidance, Batch, Randomness, Sampler | None], Loss]
+    reads: fields of [guidance] that it reads, beside those that all read. has_actor: whether it needs an actor: the
+    policy of a joint run, or else a companion, which reads the fields in COMPANION.
+    """
+
+    loss: Callable[[Guidance, Batch, Randomness, Actor | None], Loss]
+    reads: tuple[str, ...] = ()
     has_actor: bool = False
 
 
+COMPANION = ("actor_learning_rate", "actor_hidden", "time_features", "eta", "diffusion_steps", "ema_decay")
+
 GUIDANCES = {
-    "idql": GuidanceAlgorithm(implicit_q_loss),
-    "dql": GuidanceAlgorithm(diffusion_q_loss, has_actor=True),
+    "idql": GuidanceAlgorithm(implicit_q_loss, ("value_loss",)),
+    "dql": GuidanceAlgorithm(diffusion_q_loss, ("bootstrap_candidates", *COMPANION), has_actor=True),
+    "sarsa": GuidanceAlgorithm(sarsa_loss),
+    "mc": GuidanceAlgorithm(monte_carlo_loss),
 }
 
 # --- algorithms and their settings --------------------------------------------------------------------------------
 
 
-def check_algorithms(run: Experiment) -> Experiment:
-    """The experiment with all that follows from its algorithms filled in; this is what bundles hold.
+WINDOW = ("guidance_from", "guidance_until")
+PACE = ("steps", "batch_size", "snapshots", "save_every")  # in a joint run those of [policy] count
 
-    Raises: MdptError for a name that no registry has, or a setting that the algorithm cannot take.
+SCHEMES = {"guidance-first": SimpleNamespace(reads=("ensemble", *WINDOW)), "joint": SimpleNamespace(reads=WINDOW)}
+SCHEMES["unguided"] = SimpleNamespace(reads=())
+
+# for each table, its fields that choose a line of a registry; lines name the fields that they read, also later choices
+CHOICES: dict[Kind, dict[str, Mapping[str, Any]]] = {
+    "guidance": {"algorithm": GUIDANCES, "value_loss": VALUE_LOSSES},
+    "policy": {
+        "scheme": SCHEMES,
+        "algorithm": POLICIES,
+        "network": NETWORKS,
+        "sampler": SAMPLERS,
+        "advantage_weight": ADVANTAGE_WEIGHTS,
+    },
+}
+
+
+def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read and check an experiment file, as `data.load_experiment` and `check_algorithms` do. Raises: MdptError."""
+    run = data.load_experiment(path, overrides)
+    try:
+        return check_algorithms(run)
+    except MdptError as error:
+        raise MdptError(f"{path}: {error}") from error
+
+
+def check_algorithms(run: Experiment) -> Experiment:
+    """The experiment with the fields filled in that follow from its algorithms; bundles hold it in this form.
+
+    Raises: MdptError for a name that is in no registry, or a field that the algorithm cannot use.
     """
 
-    def known(where: str, name: str, registry: Mapping[str, Any]) -> Any:
+    def line(where: str, name: str, registry: Mapping[str, Any]) -> Any:
         if name in registry:
             return registry[name]
         near = difflib.get_close_matches(name, registry, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise MdptError(f"{where} = {name!r}: should be one of {', '.join(registry)}{hint}")
 
-    known("[guidance] algorithm", run.guidance.algorithm, GUIDANCES)
+    line("[guidance] algorithm", run.guidance.algorithm, GUIDANCES)
     section = run.policy
-    algorithm = known("[policy] algorithm", section.algorithm, POLICIES)
+    algorithm = line("[policy] algorithm", section.algorithm, POLICIES)
     network = section.network or algorithm.network
-    if known("[policy] network", network, NETWORKS).equal_widths and len(set(section.hidden)) > 1:
-        raise MdptError(f"[policy] hidden = {section.hidden}: the blocks of network {network!r} are all of one width")
+    if line("[policy] network", network, NETWORKS).equal_widths and len(set(section.hidden)) > 1:
+        raise MdptError(f"[policy] hidden = {section.hidden}: all blocks of network {network!r} have the same width")
     return run.model_copy(update={"policy": section.model_copy(update={"network": network})})
 
 
+def unread_fields(run: Experiment, kind: Kind) -> dict[str, list[str]]:
+    """The fields that were set but have no effect on a training run, as "table.field", by the choice that ignores them.
+
+    In a joint run the fields of [guidance] count, too.
+    """
+    joint = kind == "policy" and run.policy.scheme == "joint"
+    unread: dict[str, list[str]] = {}
+    for table in ("guidance", "policy") if joint else (kind,):
+        section = run.guidance if table == "guidance" else run.policy
+        owners: dict[str, str] = {}  # of fields that not all choices read: the choice made
+        read: set[str] = set()
+        for field, registry in CHOICES[table].items():
+            choice = getattr(section, field)
+            effective = field not in owners or field in read
+            owner = owners[field] if not effective else choice if field == "algorithm" else f"{field} {choice}"
+            for line in registry.values():
+                owners = dict.fromkeys(line.reads, owner) | owners
+            read |= set(registry[choice].reads if effective else ())
+        if joint and table == "guidance":
+            owners |= dict.fromkeys(ignored := (*PACE, *COMPANION), "scheme joint")
+            read -= set(ignored)
+        for name in type(section).model_fields:
+            if name in section.model_fields_set and name in owners.keys() - read:
+                unread.setdefault(owners[name], []).append(f"{table}.{name}")
+    return unread
+
+
 def guided_steps(section: PolicySection, step: int | None = None) -> range:
-    """The steps, until `step` or ever, in whose loss guidance_from and guidance_until let a guidance be."""
+    """The steps, of the first `step` or of all, that lie between guidance_from and guidance_until."""
     first, end = (math.ceil(share * section.steps) for share in (section.guidance_from, section.guidance_until))
     return range(first, end if step is None else min(end, step))
 
 
 def learns_under_guidance(section: PolicySection, step: int | None = None) -> bool:
-    """Whether anything of a guidance enters a policy's loss, until `step` or ever."""
+    """Whether a guidance enters a policy's loss, within the first `step` steps or at all."""
     guided = section.scheme != "unguided" and len(guided_steps(section, step)) > 0
     return guided and POLICIES[section.algorithm].guided(section)
 
 
 def learns_labels(section: PolicySection, step: int | None = None) -> bool:
-    """Whether a policy learns under a label, until `step` or ever."""
+    """Whether a policy learns labels, within the first `step` steps or at all."""
     return POLICIES[section.algorithm].labels and learns_under_guidance(section, step)
 
 
 # --- bundles ------------------------------------------------------------------------------------------------------
 
-Bundle = dict[str, Any]
+BUNDLE_FORMAT, BUNDLE_VERSION = "mdpt bundle", 6  # a new field leaves the version as it is, a new meaning raises it
 
-ACTING = ("average.", "target_q.", "value.")  # the weights that act or are asked for values
+ACTING = ("average.", "target_q.", "value.")  # weights that act or give values; the others only learn
 
-BUNDLE_FORMAT, BUNDLE_VERSION = "mdpt bundle", 6
-
-
-def new_bundle(kind: str, experiment: Experiment, dataset: Dataset) -> Bundle:
-    """All of a bundle that does not change while it learns."""
-    returns, reference = dataset.episode_returns, dataset.section.reference
-    return {
-        "format": BUNDLE_FORMAT,
-        "version": BUNDLE_VERSION,
-        "kind": kind,
-        "experiment": experiment.model_copy(update={"data": dataset.section}).model_dump(),
-        "seeds": list(experiment.seeds),
-        "environment": asdict(dataset.environment),
-        "reference": None if reference is None else reference_returns(reference),
-        "dataset": dataset.identity
-        | {
-            "training_transitions": len(dataset),
-            "episodes": len(returns),
-            "mean_return": float(returns.mean()),
-            "best_return": float(returns.max()),
-        },
-        "normalizer": {"mean": torch.from_numpy(dataset.mean), "deviation": torch.from_numpy(dataset.deviation)},
-        "reward_scale": dataset.reward_scale,
-        "versions": {"mdpt": version(), "torch": str(torch.__version__), "python": platform.python_version()},
-        "step": 0,
-        "complete": False,
-        "history": [],
-        "snapshots": {},
-        "accounting": {},
-        "guidances": [],  # of a policy: those it learns under
-    }
+NOT_WRITTEN = "is not a bundle as mdpt writes it; write it anew"
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """A tensor that holds what it claims to."""
+    """The tensor itself. Raises: ValueError unless it is a contiguous float32 tensor of finite numbers."""
     if type(tensor) is not Tensor or tensor.layout != torch.strided or not tensor.is_contiguous():
         raise ValueError("should be a plain tensor")
+    if tensor.dtype != torch.float32:
+        raise ValueError(f"should be float32, not {tensor.dtype}")
+    if not tensor.isfinite().all():
+        raise ValueError("has numbers that are not finite")
     return tensor
 
 
@@ -1210,81 +1377,108 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class Part(BaseModel):
-    """A table of a bundle: every key of its kind, none more, every number finite."""
+    """A table of a bundle, strictly typed, every number finite.
+
+    When a file is validated, the context is a list: unknown fields are left out, and their names are appended to it.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
-
-class Environment(Part):
-    """An `EnvironmentSpec`."""
-
-    id: str | None
-    observation_dim: Annotated[int, Field(ge=1)]
-    action_dim: Annotated[int, Field(ge=1)]
-    action_low: tuple[float, ...]
-    action_high: tuple[float, ...]
-    max_episode_steps: Annotated[int, Field(ge=1)]
-    kwargs: dict[str, Any]
-    flattened: bool
-    repeatable: bool
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_unknown(cls, content: Any, info: ValidationInfo) -> Any:
+        if not isinstance(content, dict) or info.context is None or cls is Entry:
+            return content
+        table = "" if cls is Bundle else f"{cls.model_config.get('title') or cls.__name__.lower()}."
+        info.context.extend(f"{table}{shown(key)[1:-1]}" for key in content if key not in cls.model_fields)
+        return {key: value for key, value in content.items() if key in cls.model_fields}
 
 
-class Data(Part):
-    """What is known of the data: their identity, and returns of whole episodes."""
+def stored(kind: type[Any], title: str) -> BeforeValidator:
+    """Validate the table that a bundle stores of a dataclass, and build the dataclass from it."""
+    hints = get_type_hints(kind)
+    members: dict[str, Any] = {each.name: (hints[each.name], each) for each in fields(kind)}
+    table = create_model(kind.__name__, __base__=Part, __cls_kwargs__={"title": title}, **members)
+
+    def build(value: Any, info: ValidationInfo) -> Any:
+        return value if isinstance(value, kind) else kind(**dict(table.model_validate(value, context=info.context)))
+
+    return BeforeValidator(build)
+
+
+def experiment_of(value: Any, info: ValidationInfo) -> Any:
+    """The experiment that a bundle stores; fields that it lacks have the value that mdpt used before they existed."""
+    if not isinstance(value, dict):
+        return value
+    experiment, unknown = data.experiment_as_stored(value)
+    if info.context is not None:
+        info.context.extend(f"experiment.{name}" for name in unknown)
+    return check_algorithms(experiment)
+
+
+class Data(Part, title="dataset"):
+    """The data that a bundle learned from: their `Identity`, and raw undiscounted returns of whole episodes."""
 
     source: str
     name: str
     hash: str
     no_environment: str
-    transitions: Count
+    transitions: Count  # rows of the file
     training_transitions: Count
     episodes: Count
     mean_return: float
     best_return: float
 
 
-class Account(Part):
-    """As `Cost.read` gives it."""
+class Account(Part, title="accounting"):
+    """What training has cost so far; counts and bytes are totals over all members."""
 
-    parameters_trained: Count
-    parameters_held: Count
-    optimizer_bytes: Count
-    peak_bytes: int
-    seconds: float
-    seconds_per_1000_steps: float
+    parameters_trained: Count = 0
+    parameters_held: Count = 0
+    optimizer_bytes: Count = 0
+    peak_bytes: int = 0  # above the loaded dataset
+    seconds: float = 0.0
+    seconds_per_1000_steps: float = 0.0
     device: str
-    products: Literal["oneDNN", "default"]
-
-
-class RewardScale(Part):
-    rule: str
-    multiplier: float
-    offset: float
+    products: Products
 
 
 class Versions(Part):
+    """The versions that wrote a bundle."""
+
     mdpt: str
     torch: str
     python: str
 
 
 class Training(Part):
-    """What only going on needs: states as `Learner.state`, and what `History` has yet to average."""
+    """What an unfinished bundle needs to go on: optimizer states, one per network, and `History.pending`."""
 
     optimizers: list[Tensors]
     pending: list[tuple[Plain, Tensors]]
 
 
 class Entry(Part):
-    """Of a training history: a step, and for each metric a number per member."""
+    """An entry of the training history; step: gradient steps done.
+
+    Its other fields are `metrics`: one number per member, averaged over the steps since the entry before.
+    """
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, list[float]]
     step: Count
 
+    @property
+    def metrics(self) -> dict[str, list[float]]:
+        """The metrics by name, "loss" among them."""
+        return self.__pydantic_extra__
+
 
 class Quality(Part):
-    """As `guidance_quality` finds it, at a step: lists hold a number per member, None where no return is known."""
+    """How far to trust a guidance, by `guidance_quality`: lists hold a number per member, None where none is defined.
+
+    step: gradient steps done. rows: held-out rows that count. bootstrapped: their returns end in V at a time limit.
+    """
 
     step: Count
     rows: Count
@@ -1297,43 +1491,93 @@ class Quality(Part):
     q_spread_rows: float
 
 
-class Schema(Part):
-    """A bundle."""
+class Bundle(Part):
+    """A guidance or a policy: all members' weights, and all that is needed to use them or to go on training them.
 
-    format: str
-    version: int
-    kind: Literal["guidance", "policy"]
-    experiment: dict[str, Any]
+    guidances: of a policy, those that it learns under. snapshots: weights that act, by gradient step. training: only
+    while it is not complete. digest: SHA-256 of the file that it was read from, not stored.
+    """
+
+    format: str = BUNDLE_FORMAT
+    version: int = BUNDLE_VERSION
+    kind: Kind
+    experiment: Annotated[Experiment, BeforeValidator(experiment_of)]
     seeds: Annotated[list[int], Field(min_length=1, max_length=256)]
-    environment: Environment
-    reference: tuple[float, float] | None
+    environment: Annotated[EnvironmentSpec, stored(EnvironmentSpec, "environment")]
+    reference: tuple[float, float] | None  # raw returns of scores 0 and 100
     dataset: Data
-    normalizer: Tensors
-    reward_scale: RewardScale
+    normalizer: Tensors  # mean, deviation (O,)
+    reward_scale: Annotated[RewardScale, stored(RewardScale, "reward_scale")]
     versions: Versions
-    step: Annotated[int, Field(ge=1)]
+    step: Count
     complete: bool
     history: list[Entry]
     snapshots: dict[int, Tensors]
     accounting: Account
-    guidances: list[Schema]
+    guidances: list[Bundle]
     weights: Tensors
     training: Training | None = None
     quality: list[Quality] = []
+    digest: Annotated[str, Field(exclude=True)] = ""
+
+    @property
+    def section(self) -> TrainingSection:
+        """The table of the experiment that this module learns by."""
+        return self.experiment.guidance if self.kind == "guidance" else self.experiment.policy
+
+    @property
+    def joint(self) -> bool:
+        """Whether this is a policy that learns together with its guidance."""
+        return self.kind == "policy" and self.experiment.policy.scheme == "joint"
+
+    @property
+    def acting(self) -> dict[str, Tensor]:
+        """The weights that act or give values."""
+        return {name: tensor for name, tensor in self.weights.items() if name.startswith(ACTING)}
+
+
+def new_bundle(kind: Kind, experiment: Experiment, dataset: Dataset, account: Account) -> Bundle:
+    """A bundle at step 0, without weights."""
+    returns, reference = dataset.episode_returns, dataset.section.reference
+    return Bundle(
+        kind=kind,
+        experiment=experiment.model_copy(update={"data": dataset.section}),
+        seeds=list(experiment.seeds),
+        environment=dataset.environment,
+        reference=None if reference is None else data.reference_returns(reference),
+        dataset=Data(
+            **asdict(dataset.identity),
+            training_transitions=len(dataset),
+            episodes=len(returns),
+            mean_return=float(returns.mean()),
+            best_return=float(returns.max()),
+        ),
+        normalizer={"mean": torch.from_numpy(dataset.mean), "deviation": torch.from_numpy(dataset.deviation)},
+        reward_scale=dataset.reward_scale,
+        versions=Versions(mdpt=data.version(), torch=str(torch.__version__), python=platform.python_version()),
+        step=0,
+        complete=False,
+        history=[],
+        snapshots={},
+        accounting=account,
+        guidances=[],
+        weights={},
+    )
 
 
 def save_bundle(path: Path, bundle: Bundle) -> None:
-    """Write a bundle, plain containers and tensors only, so that it is there whole or not at all."""
-    with written_whole(path, "choose another --out") as temporary, temporary.open("wb") as file:
-        torch.save(bundle, file)
+    """Write a bundle as plain containers and tensors, so that the file is there whole or not at all."""
+    with data.written_whole(path, "choose another --out") as temporary, temporary.open("wb") as file:
+        torch.save(bundle.model_dump(), file)
 
 
 def read_bundle(path: Path) -> Bundle:
-    """Read a bundle of either kind onto the CPU, opened with weights_only=True.
+    """Read a bundle of either kind onto the CPU.
 
-    FILE@STEP gives the snapshot of that gradient step (a joint run's guidance likewise), FILE@last the last weights.
+    FILE@STEP gives the weights of the snapshot of that gradient step, of the policy and of a guidance that learned
+    together with it; FILE@last gives the last weights.
 
-    Raises: MdptError for a file that is missing, damaged, no bundle, of another version, or without that snapshot.
+    Raises: MdptError for a file that is missing, damaged, not a bundle, of another version, or without that snapshot.
     """
     if path.is_dir():
         raise MdptError(f"{path}: is a folder; expected a bundle")
@@ -1348,150 +1592,65 @@ def read_bundle(path: Path) -> Bundle:
         raise MdptError(
             f"{path}: is an experiment file; expected a bundle, which `mdpt guidance` and `mdpt policy` write"
         )
+    content, digest = _load(path)
+    if not isinstance(content, dict) or str(content.get("format")) != BUNDLE_FORMAT:
+        raise MdptError(f"{path}: is not an mdpt bundle; expected a file written by `mdpt guidance` or `mdpt policy`")
+    if (number := shown(content.get("version"))) != str(BUNDLE_VERSION):
+        raise MdptError(
+            f"{path}: bundle version {number}, this mdpt reads version {BUNDLE_VERSION}; "
+            "train it anew or use the mdpt that wrote it"
+        )
+    unknown: list[str] = []
     try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            if any(entry.compress_type for entry in entries) or archive.testzip():
-                raise ValueError("an entry is packed, or not what was written")
-            if sum(entry.file_size for entry in entries) > path.stat().st_size:
-                raise ValueError("it claims to hold more than it does")
-            if len({entry.filename for entry in entries}) < len(entries) or entries[0].header_offset:
-                raise ValueError("readers of zip files would not agree on what is in it")
-        bundle = torch.load(path, map_location="cpu", weights_only=True)
+        bundle = Bundle.model_validate(content, context=unknown)
+    except ValidationError as error:
+        where, problem = error.errors()[0]["loc"], error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise MdptError(f"{path}: {NOT_WRITTEN}: {'.'.join(map(str, where))}: {problem}") from error
+    except MdptError as error:
+        raise MdptError(f"{path}: {error}") from error
+    if unknown:
+        names = ", ".join(dict.fromkeys(unknown))
+        text = f"{path}: written by mdpt {bundle.versions.mdpt}, this mdpt leaves out what it does not know: {names}"
+        warnings.warn(text, MdptWarning, stacklevel=2)
+    for each in (bundle, *bundle.guidances):
+        each.digest = digest
+    return bundle
+
+
+def _load(path: Path) -> tuple[Any, str]:
+    """What a file of `torch.save` holds, and its SHA-256: checked, hashed and loaded through one open file."""
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            with zipfile.ZipFile(file) as archive:
+                entries = archive.infolist()
+                if any(entry.compress_type for entry in entries) or archive.testzip():
+                    raise ValueError("an entry is packed, or its checksum is wrong")
+                if sum(entry.file_size for entry in entries) > file.seek(0, os.SEEK_END):
+                    raise ValueError("the entries claim to hold more than the file")
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True), digest
     except PermissionError as error:
         raise MdptError(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # torch raises many kinds for a damaged or foreign file
         raise MdptError(
             f"{path}: cannot be read as a bundle, it is damaged or something else; write it anew"
         ) from error
-    if not isinstance(bundle, dict) or str(bundle.get("format")) != BUNDLE_FORMAT:
-        raise MdptError(f"{path}: is no mdpt bundle; expected a file written by `mdpt guidance` or `mdpt policy`")
-    if (found := shown(bundle.get("version"))) != str(BUNDLE_VERSION):
-        raise MdptError(
-            f"{path}: bundle version {found}, this mdpt reads version {BUNDLE_VERSION}; "
-            "train it anew or use the mdpt that wrote it"
-        )
-    try:
-        Schema.model_validate(bundle)
-        check_bundle(bundle)
-    except ValidationError as error:
-        where, what = error.errors()[0]["loc"], error.errors()[0]["msg"]
-        raise MdptError(f"{path}: {ALTERED}: {'.'.join(map(str, where))}: {what}") from error
-    except MdptError as error:
-        raise MdptError(f"{path}: {error}") from error
-    return bundle
-
-
-ALTERED = "is no bundle as mdpt writes it; write it anew"
-
-
-def check_bundle(bundle: Bundle, outer: Bundle | None = None) -> None:
-    """Check what a bundle that follows the schema says against itself, before anything is allocated by it.
-
-    outer: the policy that holds it. Raises: MdptError naming the first part that does not agree.
-    """
-    try:
-        run = check_algorithms(check_experiment("it", bundle["experiment"]))
-    except MdptError as error:
-        written = bundle["versions"]["mdpt"]
-        raise MdptError(f"written by mdpt {written}, which this mdpt does not follow: {error}") from error
-    kind, seeds, spec, step = bundle["kind"], bundle["seeds"], bundle["environment"], bundle["step"]
-    along = outer is not None and outer["experiment"]["policy"]["scheme"] == "joint"
-    grew_along = outer is not None and run.policy.scheme == "joint"  # beside that policy or another
-    steps = max(getattr(run, kind).steps, run.policy.steps * grew_along)
-    inside = {"unguided": (0,), "joint": (1,)}.get(run.policy.scheme, range(257)) if kind == "policy" else (0,)
-    learns = not bundle["complete"] and outer is None
-    low, high = (np.array(spec[key]) for key in ("action_low", "action_high"))
-    pending = (bundle.get("training") or {"pending": []})["pending"]
-    ends = [0, *(entry["step"] for entry in bundle["history"])]
-    qualities = bundle.get("quality", [])
-    whole = ends[-1] + len(pending) == step or outer is not None  # a joint policy's guidance has none of its own
-    agrees = {
-        "experiment": all(bundle["experiment"].get(name) == table for name, table in run.model_dump().items()),
-        "format": (bundle["format"], bundle["version"]) == (BUNDLE_FORMAT, BUNDLE_VERSION),
-        "kind": outer is None or kind == "guidance",
-        "guidances": len(bundle["guidances"]) in inside,
-        "seeds": set(seeds) <= set(run.seeds) and len(set(seeds)) == len(seeds),
-        "step": step <= steps and (outer is not None or bundle["complete"] == (step == steps)),
-        "environment": low.shape == high.shape == (spec["action_dim"],)
-        and bool(((low < high) & (high - low < 1e30)).all()),
-        "reference": spec["id"] is None
-        if bundle["reference"] is None
-        else 0 < bundle["reference"][1] - bundle["reference"][0] < math.inf,
-        "quality": all(
-            len(found) == len(seeds) for entry in qualities for found in entry.values() if type(found) is list
-        ),
-        "history": whole
-        and all(a < b for a, b in pairwise(ends))
-        and all(len(entry[key]) == len(seeds) for entry in bundle["history"] for key in entry.keys() - {"step"}),
-        "snapshots": all(1 <= at <= step for at in bundle["snapshots"]),
-        "training": (bundle.get("training") is not None) == learns,
-    }
-    if wrong := [key for key, right in agrees.items() if not right]:
-        raise MdptError(f"{ALTERED}: {wrong[0]} does not agree with the rest")
-    check_tensors("normalizer", bundle["normalizer"], dict.fromkeys(("mean", "deviation"), (spec["observation_dim"],)))
-    if not (bundle["normalizer"]["deviation"] > 1e-30).all():
-        raise MdptError(f"{ALTERED}: normalizer.deviation is not positive")
-    for loss, metrics in pending:
-        check_tensors("training.pending", {"loss": loss} | metrics, dict.fromkeys(("loss", *metrics), (len(seeds),)))
-    for inner in bundle["guidances"]:
-        check_bundle(inner, bundle)
-        check_fit(bundle, inner)
-        if run.policy.scheme == "joint" and any(inner[key] != bundle[key] for key in ("experiment", "seeds", "step")):
-            raise MdptError(f"{ALTERED}: guidances.0 is of another run")
-    check_shapes(bundle, outer is None or along, learns)
-
-
-def check_shapes(bundle: Bundle, whole: bool, learns: bool) -> None:
-    """Check the tensors of a bundle against modules that hold no numbers.
-
-    whole: it holds all its weights, not only those that act. learns: it is to go on, so has states of optimizers.
-    """
-    module: Guidance | Policy
-    if bundle["kind"] == "policy":
-        module = build_policy(bundle, "meta", new=True)
-    else:
-        module = build_guidance(bundle, "meta", new=True, companion=learns)
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    acting = {name: shape for name, shape in shapes.items() if name.startswith(ACTING)}
-    check_tensors("weights", bundle["weights"], shapes if whole else acting)
-    for at, weights in bundle["snapshots"].items():
-        check_tensors(f"snapshots.{at}", weights, acting)
-    if learns:
-        joint = bundle["guidances"] if bundle["experiment"]["policy"]["scheme"] == "joint" else []
-        first = [build_guidance(each, "meta", new=True, companion=False) for each in joint]
-        networks = [network for part in (*first, module) for network, _ in part.networks()]
-        states = bundle["training"]["optimizers"]
-        for place, (network, state) in enumerate(zip_longest(networks, states)):
-            shape = tuple(network.vector.shape) if network is not None else ()
-            check_tensors(
-                f"training.optimizers.{place}", state or {}, {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
-            )
-
-
-def check_tensors(where: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises: MdptError where tensors have other names or shapes, are no float32 or not finite."""
-    for name in sorted(tensors.keys() | shapes.keys()):
-        tensor = tensors.get(name)
-        if tensor is None or name not in shapes:
-            raise MdptError(f"{ALTERED}: {where}.{name} is {'missing' if tensor is None else 'unknown'}")
-        if tuple(tensor.shape) != shapes[name] or tensor.dtype != torch.float32:
-            found = f"{tuple(tensor.shape)}, {tensor.dtype}"
-            raise MdptError(f"{ALTERED}: {where}.{name} has shape {found}; expected {shapes[name]}, {torch.float32}")
-        if not tensor.isfinite().all():
-            raise MdptError(f"{ALTERED}: {where}.{name} is not finite")
 
 
 def _at_step(bundle: Bundle, path: Path, step: str) -> Bundle:
     if step == "last":
         return bundle
-    if not step.isdecimal() or int(step) not in bundle["snapshots"]:
-        known = ", ".join(f"@{known}" for known in bundle["snapshots"])
-        raise MdptError(f"{path}: no snapshot @{step}; there are {known or 'none yet'} and @last")
-    if bundle["experiment"]["policy"]["scheme"] == "joint":  # whose guidance grew along
-        bundle["guidances"] = [_at_step(inner, path, step) for inner in bundle["guidances"]]
-    bundle["weights"] |= bundle["snapshots"][int(step)]
-    return bundle | {"step": int(step)}
+    if not step.isdecimal() or int(step) not in bundle.snapshots:
+        steps = ", ".join(f"@{each}" for each in bundle.snapshots)
+        raise MdptError(f"{path}: no snapshot @{step}; there are {steps or 'none yet'} and @last")
+    return _at(bundle, int(step))
+
+
+def _at(bundle: Bundle, step: int) -> Bundle:
+    guidances = [_at(inner, step) for inner in bundle.guidances] if bundle.joint else bundle.guidances
+    weights = bundle.weights | bundle.snapshots[step]
+    return bundle.model_copy(update={"step": step, "weights": weights, "guidances": guidances})
 
 
 def read_guidances(path: Path) -> list[Bundle]:
@@ -1502,94 +1661,93 @@ def read_guidances(path: Path) -> list[Bundle]:
     name, mark, seed = path.name.rpartition("#")
     if mark and name and not path.exists():
         bundles = read_guidances(path.with_name(name))
-        seeds = [str(known) for bundle in bundles for known in bundle["seeds"]]
+        seeds = [str(each) for bundle in bundles for each in bundle.seeds]
         if "@" in seed:
             raise MdptError(f"{path}: a member of a snapshot is named FILE@STEP#SEED")
         if seeds.count(seed) != 1:
-            raise MdptError(f"{path}: there is not one member of this seed; the seeds are {', '.join(seeds)}")
-        return [
-            select_members(bundle, [bundle["seeds"].index(int(seed))])
-            for bundle in bundles
-            if int(seed) in bundle["seeds"]
-        ]
+            raise MdptError(f"{path}: expected one member of seed {seed}; the seeds are {', '.join(seeds)}")
+        (bundle,) = (each for each in bundles if int(seed) in each.seeds)
+        return [select_members(bundle, [bundle.seeds.index(int(seed))])]
     bundle = read_bundle(path)
-    if bundle["kind"] != "policy":
+    if bundle.kind != "policy":
         return [bundle]
-    if not bundle["guidances"]:
+    if not bundle.guidances:
         raise MdptError(f"{path}: this policy was trained unguided and holds no guidance; give a guidance bundle")
-    return list(bundle["guidances"])
+    return bundle.guidances
 
 
 def read_named(names: Sequence[str]) -> list[Bundle]:
-    """The guidances in files, a name twice once, or of "none" none. Raises: MdptError, also for none beside others."""
+    """The guidances in files, a repeated name once; of "none" alone an empty list.
+
+    Raises: MdptError, also for "none" beside other names.
+    """
     if "none" in names and len(names) > 1:
-        raise MdptError(f"{', '.join(names)}: none is no guidance beside others; leave it out")
+        raise MdptError(f"{', '.join(names)}: none cannot be combined with other guidances; leave it out")
     return [bundle for name in dict.fromkeys(names) if name != "none" for bundle in read_guidances(Path(name))]
 
 
 def read_policy(path: Path) -> Bundle:
     """The policy bundle in `path`. Raises: MdptError, also for a guidance bundle."""
     bundle = read_bundle(path)
-    if bundle["kind"] != "policy":
-        raise MdptError(f"{path}: is a {bundle['kind']} bundle; expected a policy bundle, written by `mdpt policy`")
+    if bundle.kind != "policy":
+        raise MdptError(f"{path}: is a {bundle.kind} bundle; expected a policy bundle, written by `mdpt policy`")
     return bundle
 
 
 def check_fit(first: Bundle, second: Bundle) -> list[str]:
-    """Warnings about using two bundles together.
+    """Check that two bundles are of one environment; returns warnings where they learned from other data.
 
-    Raises: MdptError listing each environment property in which they differ, by value.
+    Raises: MdptError listing the values of each environment property in which they differ.
     """
-    ours, theirs = first["environment"], second["environment"]
-    own = {"repeatable"} | ({"max_episode_steps"} if ours["id"] is None else set())  # without one the data's longest
-    facts = [key for key in ours if key not in own]
-    mismatches = [f"{key} {ours[key]} against {theirs[key]}" for key in facts if ours[key] != theirs[key]]
+    ours, theirs = asdict(first.environment), asdict(second.environment)
+    # without an environment, max_episode_steps is the length of the longest episode of the data
+    own = {"repeatable"} | ({"max_episode_steps"} if first.environment.id is None else set())
+    mismatches = [
+        f"{key} {value} against {theirs[key]}" for key, value in ours.items() if key not in own and value != theirs[key]
+    ]
     if mismatches:
         raise MdptError(
-            f"the {first['kind']} and the {second['kind']} do not fit together: {'; '.join(mismatches)}; "
+            f"the {first.kind} and the {second.kind} do not fit together: {'; '.join(mismatches)}; "
             "use bundles of one environment"
         )
     both, known = (first, second), "swapping is known to hold only under one data distribution"
-    if first["dataset"]["hash"] != second["dataset"]["hash"]:
-        names = [f"the {bundle['kind']} learned from {bundle['dataset']['name']}" for bundle in both]
+    if first.dataset.hash != second.dataset.hash:
+        names = [f"the {bundle.kind} learned from {bundle.dataset.name}" for bundle in both]
         return [f"{' and '.join(names)}: {known}"]
-    shares = [tuple(bundle["experiment"]["data"][key] for key in ("fraction", "held_out", "seed")) for bundle in both]
+    sections = [bundle.experiment.data for bundle in both]
+    shares = [(section.fraction, section.held_out, section.seed) for section in sections]
     if shares[0] != shares[1]:
-        names = [f"the {bundle['kind']} {share}" for bundle, share in zip(both, shares, strict=True)]
+        names = [f"the {bundle.kind} {share}" for bundle, share in zip(both, shares, strict=True)]
         return [f"other episodes of one dataset, by fraction, held_out and seed: {' and '.join(names)}: {known}"]
     return []
 
 
-def check_teachers(bundle: Bundle, teachers: Sequence[Bundle], rule: str) -> list[str]:
-    """Warnings about a policy and all that guides it by a rule of `ENSEMBLES`, or "none".
+def check_ensemble(guidances: Sequence[Bundle], rule: str) -> None:
+    """Check that guidances can judge together by a rule of `ENSEMBLES`, or, where it is "none", that there is one.
 
-    Raises: MdptError where they do not fit, or cannot judge as one.
+    Raises: MdptError where they cannot.
     """
-    warnings = list(dict.fromkeys(warning for teacher in teachers for warning in check_fit(bundle, teacher)))
-    if rule == "none" and len(teachers) > 1:
+    if rule == "none" and len(guidances) > 1:
         raise MdptError(
-            f"{len(teachers)} guidances act together only as an ensemble; set policy.ensemble, under which a policy learns, "
-            "or evaluation.ensemble, by which it acts, to mean, median or min, the latter also to rank"
+            f"{len(guidances)} guidances act together only as an ensemble; set policy.ensemble, under which a policy "
+            "learns, or evaluation.ensemble, by which it acts, to mean, median or min, the latter also to rank"
         )
-    if rule != "rank":
-        scales = [values_scale(teacher) for teacher in teachers]
-        for other in scales[1:]:
-            if other != scales[0]:
-                raise MdptError(
-                    f"values of {scales[0]} and of {other} have no {rule} together; leave one out (only "
-                    "evaluation.ensemble=rank knows no scale)"
-                )
-    return warnings
+    scales = list(dict.fromkeys(map(values_scale, guidances)))
+    if rule != "rank" and len(scales) > 1:
+        raise MdptError(
+            f"values of {scales[0]} and of {scales[1]} have no {rule} together; leave one out "
+            "(evaluation.ensemble=rank is independent of the scale of Q)"
+        )
 
 
 def values_scale(guidance: Bundle) -> str:
-    """What its values count: guidances with another scale have no mean."""
-    scale, discount = guidance["reward_scale"], guidance["experiment"]["guidance"]["discount"]
-    return f"rewards x {scale['multiplier']:.6g} + {scale['offset']:.6g}, discounted by {discount:g}"
+    """The unit of a guidance's values, in words: only guidances of one unit have a mean."""
+    scale, discount = guidance.reward_scale, guidance.experiment.guidance.discount
+    return f"rewards x {scale.multiplier:.6g} + {scale.offset:.6g}, discounted by {discount:g}"
 
 
 def pair_members(policies: int, guidances: int) -> list[int]:
-    """The guidance member that goes with each policy member: by position; one guidance member serves all.
+    """The guidance member for each policy member: by position, or the only one.
 
     Raises: MdptError for any other difference in number, naming both.
     """
@@ -1602,65 +1760,80 @@ def pair_members(policies: int, guidances: int) -> list[int]:
 
 
 def select_members(bundle: Bundle, members: Sequence[int]) -> Bundle:
-    """The bundle of the given members, in the given order, repetitions allowed, with no more than acting needs."""
-    count = len(bundle["seeds"])
+    """The bundle of the given members, in the given order, repetitions allowed, with only what acting needs."""
+    count = len(bundle.seeds)
 
     def rows(tensor: Tensor) -> Tensor:  # (S copies, ...)
         return tensor.view(count, -1, *tensor.shape[1:])[list(members)].flatten(0, 1)
 
-    weights = {name: rows(tensor) for name, tensor in acting_weights(bundle).items()}
-    bare: Bundle = {"history": [], "snapshots": {}, "training": None, "guidances": []}
-    if "quality" in bundle:
-        bare["quality"] = [
-            {key: [found[i] for i in members] if isinstance(found, list) else found for key, found in entry.items()}
-            for entry in bundle["quality"]
-        ]
-    return bundle | bare | {"weights": weights, "seeds": [bundle["seeds"][member] for member in members]}
+    def chosen(quality: Quality) -> Quality:
+        lists = {name: [value[i] for i in members] for name, value in quality if isinstance(value, list)}
+        return quality.model_copy(update=lists)
+
+    update = {
+        "seeds": [bundle.seeds[member] for member in members],
+        "weights": {name: rows(tensor) for name, tensor in bundle.acting.items()},
+        "quality": [chosen(each) for each in bundle.quality],
+    }
+    return bundle.model_copy(update={"history": [], "snapshots": {}, "training": None, "guidances": []} | update)
+
+
+def same_weights(first: Bundle, second: Bundle) -> bool:
+    """Whether the weights that act are equal to the bit."""
+    ours, theirs = first.acting, second.acting
+    return ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
 
 
 def build_guidance(bundle: Bundle, device: str, *, new: bool = False, companion: bool = True) -> Guidance:
-    """The guidance of a bundle, frozen, without what only its training needed; new: one that is yet to learn."""
-    guidance = Guidance(*_shape(bundle, device), companion=new and companion)
+    """The guidance of a bundle, frozen, without what only its training needs.
+
+    new: one with initial weights, which is to learn; companion: with the actor that its algorithm may need.
+    """
+    random, normalizer, wide, actions = _shape(bundle, device)
+    guidance = Guidance(random, normalizer, bundle.experiment.guidance, wide, actions, companion=new and companion)
     if new:
-        guidance.learning = [guidance.online_q.onlooker()]
+        guidance.learning = [guidance.online_q.shared_view()]
         return guidance
-    del guidance.online_q  # its targets speak for it
-    guidance.load_state_dict(acting_weights(bundle))
+    del guidance.online_q  # its targets give all values
+    load_weights(guidance, bundle.acting)
     return guidance.requires_grad_(False)
 
 
 def build_judge(bundles: Sequence[Bundle], rule: str, members: int, device: str, candidates: int = 1) -> Judge:
-    """What judges the actions of policy members: a guidance member each, by position, or all members as one."""
+    """The judge of the actions of policy members: one guidance member each, by position, or all members as one."""
     if rule == "none":
         (bundle,) = bundles
-        return build_guidance(select_members(bundle, pair_members(members, len(bundle["seeds"]))), device)
+        return build_guidance(select_members(bundle, pair_members(members, len(bundle.seeds))), device)
     return Ensemble([build_guidance(bundle, device) for bundle in bundles], rule, candidates)
 
 
 def build_policy(bundle: Bundle, device: str, *, new: bool = False) -> Policy:
-    """The policy of a bundle, without its guidance, ready to act; new: one that is yet to learn."""
-    policy = Policy(*_shape(bundle, device))
+    """The policy of a bundle, without its guidance, ready to act; new: one with initial weights, which is to learn."""
+    random, normalizer, wide, actions = _shape(bundle, device)
+    policy = Policy(random, normalizer, bundle.experiment.policy, wide, actions)
     if not new:
         del policy.denoiser  # its average acts
-        policy.load_state_dict(acting_weights(bundle))
+        load_weights(policy, bundle.acting)
         policy.requires_grad_(False).times = policy.average.times()
     return policy
 
 
-def acting_weights(bundle: Bundle) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in bundle["weights"].items() if name.startswith(ACTING)}
+def _shape(bundle: Bundle, device: str) -> tuple[Randomness, Normalizer, int, int]:
+    random = Randomness(bundle.seeds, f"{bundle.kind} init", device)
+    normalizer = Normalizer(bundle.normalizer["mean"], bundle.normalizer["deviation"]).to(device)
+    return random, normalizer, bundle.environment.observation_dim, bundle.environment.action_dim
 
 
-def _shape(bundle: Bundle, device: str) -> tuple[Randomness, Normalizer, Any, int, int]:
-    section = getattr(Experiment.model_validate(bundle["experiment"]), bundle["kind"])
-    seeds = bundle["seeds"]
-    random = Shapes(seeds) if device == "meta" else Randomness(seeds, f"{bundle['kind']} init", device)
-    sizes = bundle["environment"]["observation_dim"], bundle["environment"]["action_dim"]
-    return random, Normalizer(**bundle["normalizer"]).to(device), section, *sizes
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give a module these weights. Raises: MdptError where names or shapes are not all its own."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise MdptError(f"the weights of a bundle do not fit its experiment: {' '.join(str(error).split())}") from error
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """Named weights as independent CPU tensors, online and target or averaged ones."""
+    """All weights by name, online, target and averaged ones, as independent CPU tensors."""
     return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
 
 
@@ -1669,9 +1842,9 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Inference:
-    """How an action is chosen: N candidates, ranked by a guidance, sampled at a temperature, perhaps steered.
+    """How an action is chosen from N candidates; the fields are those of [evaluation], in effect.
 
-    ensemble: the rule that makes one of all members of all guidances, or "none": one member judges.
+    ensemble: the rule by which all members of all guidances judge as one, or "none": one member judges.
     """
 
     candidates: int = 1
@@ -1686,37 +1859,34 @@ class Inference:
 
 
 def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference, dict[str, bool]]:
-    """What [evaluation] asks of `act`, and which of its settings act. Without a guidance nothing can be ranked.
+    """The settings for `act`, from [evaluation], and for each field there whether it has an effect.
 
-    step: of the policy's weights.
+    guided: whether there is a guidance, without which nothing is ranked. step: gradient steps of the policy's weights.
 
-    Raises: MdptError for a w that this policy cannot take, or a gradient of ranks.
+    Raises: MdptError for a w that this policy cannot use, or for the gradient of ranks.
     """
-    section, labels = run.evaluation, learns_labels(run.policy, step)  # a policy that saw none has nothing to weigh
-    always = guided_steps(run.policy, step) == range(step)  # else it cloned, too
-    if labels and section.w != 1 and run.policy.label_dropout == 0 and always:
+    section, labels = run.evaluation, learns_labels(run.policy, step)  # w weighs labels that the policy has learned
+    unlabelled = run.policy.label_dropout > 0 or guided_steps(run.policy, step) != range(step)
+    if labels and section.w != 1 and not unlabelled:
         raise MdptError(
-            f"evaluation.w = {section.w:g}: this policy learned with label_dropout 0 and knows no noise without a label; "
-            "only 1 is possible"
+            f"evaluation.w = {section.w:g}: this policy learned with label_dropout 0, so it cannot predict noise "
+            "without a label; only 1 is possible"
         )
     ranked, steered = guided and section.guide != "gradient", guided and section.guide != "rank"
     ensemble = (section.ensemble or run.policy.ensemble) if guided else "none"
     if steered and ensemble == "rank":
         raise MdptError(
-            f"evaluation.ensemble = 'rank' has no gradient for guide {section.guide!r}; use another, 'none', or guide 'rank'"
+            f"evaluation.ensemble = 'rank' has no gradient for guide {section.guide!r}; choose another one, 'none' or "
+            "guide 'rank'"
         )
-    scaled = section.temperature_on != "steps" or run.policy.sampler != "dpm-solver++"  # whose only noise is the first
-    how = Inference(
-        candidates=section.candidates if ranked else 1,
-        selection=section.selection,
-        weight_temperature=section.weight_temperature,
-        temperature=section.temperature,
-        w=section.w if labels else 0.0,
-        guidance_weight=section.guidance_weight if steered else 0.0,
-        jacobian=section.jacobian,
-        temperature_on=section.temperature_on,
-        ensemble=ensemble,
-    )
+    scaled = section.temperature_on != "steps" or SAMPLERS[run.policy.sampler].ancestral  # else the first noise is all
+    effective = {
+        "candidates": section.candidates if ranked else 1,
+        "w": section.w if labels else 0.0,
+        "guidance_weight": section.guidance_weight if steered else 0.0,
+        "ensemble": ensemble,
+    }
+    how = Inference(**{each.name: getattr(section, each.name) for each in fields(Inference)} | effective)
     return how, {
         "candidates": ranked or section.candidates == 1,
         "selection": ranked,
@@ -1731,41 +1901,36 @@ def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference,
     }
 
 
-class Ranker(Protocol):
-    """What acting asks of a guidance."""
-
-    def q(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """Values of actions, as `Guidance.q`."""
-
-
 @dataclass(frozen=True)
 class RowsApart:
-    """Judges that share the rows out: the first judges the first `sizes[0]`, and so on."""
+    """Judges of consecutive rows: the first judges the first `sizes[0]` rows, the second the next `sizes[1]`, ..."""
 
-    guidances: Sequence[Judge]
+    judges: Sequence[Judge]
     sizes: Sequence[int]
 
     def q(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """Raw (1, rows, O), scaled (1, rows, A) -> (1, rows)."""
+        """Raw observations (1, rows, O), scaled actions (1, rows, A) -> (1, rows)."""
         shares = (torch.split(tensor, list(self.sizes), dim=1) for tensor in (observations, actions))
-        judged = zip(self.guidances, *shares, strict=True)
-        return torch.cat([guidance.q(states, chosen) for guidance, states, chosen in judged], dim=1)
+        return torch.cat(
+            [judge.q(states, chosen) for judge, states, chosen in zip(self.judges, *shares, strict=True)], 1
+        )
 
 
 @torch.no_grad()
 def act(
     policy: Policy,
-    guidance: Ranker | None,
+    guidance: Judge | RowsApart | None,
     observations: Tensor,
     noises: Tensor,
     uniform: Tensor,
     how: Inference,
 ) -> Tensor:
-    """Choose actions: raw observations (S, B, O) -> (S, B, A), scaled.
+    """Choose actions: raw observations (S, B, O) -> scaled actions (S, B, A).
 
-    Of N candidates per state the guidance takes the best ("max"), or draws one with probability proportional to
-    exp(weight_temperature * q) ("softmax"; V would cancel, since it does not depend on the action). noises: standard
-    normal, as from `Policy.noises` for B N rows. uniform: (S, B, N) in [0, 1), for "softmax".
+    Of N candidates per state, the one with the highest Q ("max"), or one drawn with probability proportional to
+    exp(weight_temperature * Q) ("softmax"; V would cancel, since it does not depend on the action).
+
+    noises: standard normal, as from `Policy.noises` for B N rows. uniform: (S, B, N) in [0, 1), for "softmax".
     """
     scale = torch.full((noises.shape[1], 1, 1), 1.0 if how.temperature_on == "start" else how.temperature)
     scale[0] = 1.0 if how.temperature_on == "steps" else how.temperature
@@ -1788,21 +1953,21 @@ def act(
     return actions.gather(2, best).squeeze(2)
 
 
-SMALL = 16**3  # multiplications; torch multiplies matrices another way where there are no more than these
+SMALL_PRODUCT = 16**3  # multiplications, up to which torch uses another kernel for matrix products
 
 
 def fewest_rows(*parts: nn.Module) -> int:
-    """Rows from which on no product of these modules is SMALL: what a row gives then depends on no other, by oneDNN."""
+    """Smallest batch at which torch uses one kernel, so that a row's result is independent of the batch size."""
     sizes = [layer.weight[0].numel() for part in parts for layer in part.modules() if isinstance(layer, Linear)]
-    return 1 + SMALL // min(sizes, default=SMALL + 1)
+    return 1 + SMALL_PRODUCT // min(sizes, default=SMALL_PRODUCT + 1)
 
 
 class Agent:
-    """One policy member in numbered episodes that run side by side, perhaps under a guidance member each.
+    """One policy member in numbered episodes that run side by side, perhaps judged by one guidance member each.
 
-    judges: the position of each episode's guidance member, ascending; by default the first serves all, or an ensemble
-    of all members of all guidances. What an episode draws depends on the policy member's seed, the episode's number, the
-    step and `seed` alone.
+    judges: for each episode the position of its guidance member, ascending; by default the first judges all, or an
+    ensemble of all members of all guidances does. The random numbers of an episode depend on the policy member's seed,
+    the episode's number, the step and `seed` alone.
     """
 
     def __init__(
@@ -1817,28 +1982,28 @@ class Agent:
     ) -> None:
         self.policy, self.how, apart = build_policy(policy, "cpu"), how, [guidances] if guidances else []
         if how.ensemble == "none":
-            apart = [[select_members(each, [member])] for each in guidances for member in range(len(each["seeds"]))]
-        self.guidances = [build_judge(each, how.ensemble, 1, "cpu", how.candidates) for each in apart]
-        self.judges = np.array(judges or [0] * len(episodes))
-        critics = chain.from_iterable(one.guidances if isinstance(one, Ensemble) else [one] for one in self.guidances)
-        self.fewest, self.fewest_apart = fewest_rows(self.policy), math.ceil(fewest_rows(*critics) / how.candidates)
-        (member,) = policy["seeds"]
+            apart = [[select_members(each, [member])] for each in guidances for member in range(len(each.seeds))]
+        self.judges = [build_judge(each, how.ensemble, 1, "cpu", how.candidates) for each in apart]
+        self.judge_of = np.array(judges or [0] * len(episodes))  # by episode
+        critics = chain.from_iterable(one.guidances if isinstance(one, Ensemble) else [one] for one in self.judges)
+        self.fewest, self.fewest_judged = fewest_rows(self.policy), math.ceil(fewest_rows(*critics) / how.candidates)
+        (member,) = policy.seeds
         self.random = Randomness([f"{member} episode {episode}" for episode in episodes], f"evaluate {seed}")
 
     def __call__(self, observations: Array, running: Array) -> Array:
         """Actions (R, A) in [-1, 1], from observations (R, O) of the episodes at the places `running` (R,)."""
-        judges, count = self.judges[running], self.how.candidates
-        shares = [np.flatnonzero(judges == judge) for judge in np.unique(judges)]
-        places = np.concatenate([np.resize(share, max(len(share), self.fewest_apart)) for share in shares])
-        places = np.pad(places, (0, max(0, self.fewest - len(places))), "edge")  # where states are few, some act twice
+        judge_of, count = self.judge_of[running], self.how.candidates
+        shares = [np.flatnonzero(judge_of == judge) for judge in np.unique(judge_of)]
+        places = np.concatenate([np.resize(share, max(len(share), self.fewest_judged)) for share in shares])
+        places = np.pad(places, (0, max(0, self.fewest - len(places))), "edge")  # few states are repeated
         rows = torch.from_numpy(running[places])
         noises = self.policy.noises(self.random, "act", count)[rows]  # (R, T, N, A)
         uniform = self.random.uniform("selection", count)[rows]  # (R, N)
         self.random.step += 1
         states = torch.from_numpy(observations[places])[None]
         noises = noises.transpose(0, 1).flatten(1, 2)[None]  # (1, T, R N, A)
-        sizes = count * np.bincount(judges[places], minlength=len(self.guidances))
-        ranker = RowsApart(self.guidances, sizes.tolist()) if self.guidances else None
+        sizes = count * np.bincount(judge_of[places], minlength=len(self.judges))
+        ranker = RowsApart(self.judges, sizes.tolist()) if self.judges else None
         actions = np.empty((len(running), noises.shape[-1]), np.float32)
         actions[places] = act(self.policy, ranker, states, noises, uniform[None], self.how)[0].numpy()
         return actions
@@ -1846,7 +2011,7 @@ class Agent:
 
 @dataclass(frozen=True)
 class Play:
-    """A task for a worker: rollouts of a policy of one member, each a number of episode and a judge, as for `Agent`."""
+    """A task for a worker: rollouts of a policy of one member, with the arguments of `Agent`."""
 
     policy: Bundle
     guidances: tuple[Bundle, ...]
@@ -1854,89 +2019,112 @@ class Play:
     episodes: tuple[int, ...]
     how: Inference
     seed: int
-    products: str
+    products: Products
 
 
 def play(task: Play, watch: Watch, **film: Any) -> tuple[Array, Array]:
-    """Raw returns and lengths of a task's episodes, as from `data.rollout`; on one thread, so that no bit depends on
-    how many there are.
+    """Raw returns and lengths of a task's episodes, as from `data.rollout`.
+
+    On one thread, so that results are equal to the bit whatever the number of threads.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         choose_products(task.products)
         agent = Agent(task.policy, task.guidances, task.how, seed=task.seed, episodes=task.episodes, judges=task.judges)
-        spec = EnvironmentSpec(**task.policy["environment"])
-        return rollout(agent, spec, task.episodes, seed=task.seed, watch=watch, **film)
+        return data.rollout(agent, task.policy.environment, task.episodes, seed=task.seed, watch=watch, **film)
     finally:
         torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class Values:
+    """A judge's opinion of a policy on held-out states, one number per member.
+
+    policy: mean Q of the policy's actions. data: mean Q of the data's actions. higher: fraction of states where the
+    policy's action has the higher Q.
+    """
+
+    policy: list[float]
+    data: list[float]
+    higher: list[float]
+
+
+@dataclass(frozen=True)
+class Offline:
+    """What is known of a policy without playing, on a number of held-out states.
+
+    distance: per member, root mean square difference between its actions and the data's, in [-1, 1]. chance: the same
+    between the data's actions of two states. values: by the name of the judge.
+    """
+
+    states: int
+    distance: list[float]
+    chance: float
+    values: dict[str, Values]
+
+
+OFFLINE_STATES = 2_000  # at most
 
 
 @torch.no_grad()
 def judge_offline(
     policy: Bundle,
-    teachers: Sequence[Bundle],
+    guidances: Sequence[Bundle],
     how: Inference,
     held_out: HeldOut,
     seed: int,
     judges: Mapping[str, tuple[Sequence[Bundle], str]],
-) -> dict[str, Any]:
-    """What can be said of a policy without playing, on up to 2,000 held-out states; lists hold a figure per member.
+) -> Offline:
+    """Compare a policy's actions with the data's on held-out states.
 
-    distance: root mean square difference between its action and the data's, in [-1, 1]; chance: between the data's
-    actions of two states. For each of `judges`, guidances and how they judge as one: mean Q of its actions and of the
-    data's, and how often its own is higher.
+    guidances: by which the policy acts. judges: by name, guidances and the rule by which they judge as one.
     """
-    count = len(policy["seeds"])
-    some = np.linspace(0, len(held_out.rewards) - 1, min(len(held_out.rewards), 2_000)).astype(np.int64)
-    observations, actions = (torch.from_numpy(array[some]) for array in (held_out.observations, held_out.actions))
-    states, data = observations.expand(count, -1, -1), actions.expand(count, -1, -1)
-    actor, random = build_policy(policy, "cpu"), Randomness(policy["seeds"], f"evaluate {seed} offline")
-    noises = actor.noises(random, "act", len(some) * how.candidates)
-    uniform = random.uniform("selection", len(some), how.candidates)
-    ranker = build_judge(teachers, how.ensemble, count, "cpu", how.candidates) if teachers else None
+    count = len(policy.seeds)
+    rows = np.linspace(0, len(held_out.rewards) - 1, min(len(held_out.rewards), OFFLINE_STATES)).astype(np.int64)
+    observations, actions = (torch.from_numpy(array[rows]) for array in (held_out.observations, held_out.actions))
+    states, given = observations.expand(count, -1, -1), actions.expand(count, -1, -1)
+    actor, random = build_policy(policy, "cpu"), Randomness(policy.seeds, f"evaluate {seed} offline")
+    noises = actor.noises(random, "act", len(rows) * how.candidates)
+    uniform = random.uniform("selection", len(rows), how.candidates)
+    ranker = build_judge(guidances, how.ensemble, count, "cpu", how.candidates) if guidances else None
     chosen = act(actor, ranker, states, noises, uniform, how).clamp(-1, 1)
     values = {}
     for name, (bundles, rule) in judges.items():
-        guidance = build_judge(bundles, rule, count, "cpu")
-        own, given = guidance.q(states, chosen), guidance.q(states, data)
-        values[name] = {"policy": own.mean(1).tolist(), "data": given.mean(1).tolist()}
-        values[name]["higher"] = (own > given).float().mean(1).tolist()
-    return {
-        "states": len(some),
-        "distance": (chosen - data).square().mean((1, 2)).sqrt().tolist(),
-        "chance": float((actions - actions.roll(len(some) // 2, 0)).square().mean().sqrt()),
-        "values": values,
-    }
+        judge = build_judge(bundles, rule, count, "cpu")
+        own, other = judge.q(states, chosen), judge.q(states, given)
+        values[name] = Values(own.mean(1).tolist(), other.mean(1).tolist(), (own > other).float().mean(1).tolist())
+    distance = (chosen - given).square().mean((1, 2)).sqrt().tolist()
+    chance = float((actions - actions.roll(len(rows) // 2, 0)).square().mean().sqrt())
+    return Offline(len(rows), distance, chance, values)
 
 
 def load_agent(
-    path: Path | str,
-    guidance: Path | str | Sequence[Path | str] | None = None,
-    *,
-    member: int = 0,
-    **evaluation: Any,
+    path: Path | str, guidance: Path | str | Sequence[Path | str] | None = None, *, member: int = 0, **evaluation: Any
 ) -> Callable[[Array], Array]:
     """A policy for other programs: observations (O,) or (E, O) -> actions (A,) or (E, A), in the environment's unit.
 
-    guidance: another bundle to act under than what is inside, several, or "none". member: by position. evaluation: fields
-    of [evaluation], such as candidates, ensemble or seed, over those of the policy's experiment.
+    guidance: the guidance bundle, or several, to act under, or "none"; by default those inside the policy bundle.
+    member: by position. evaluation: fields of [evaluation], such as candidates or seed, in place of the bundle's.
 
-    Raises: MdptError, as for `mdpt evaluate`.
+    Raises: MdptError, as `mdpt evaluate` does.
     """
     bundle = read_policy(Path(path))
     names = [guidance] if isinstance(guidance, str | Path) else guidance or ()
-    teachers = read_named(list(map(str, names))) if names else bundle["guidances"]
-    if member not in range(count := len(bundle["seeds"])):
+    guidances = read_named(list(map(str, names))) if names else bundle.guidances
+    if member not in range(count := len(bundle.seeds)):
         raise MdptError(f"{path}: has no member {member}; there are 0 to {count - 1}")
-    table = bundle["experiment"] | {"evaluation": bundle["experiment"]["evaluation"] | evaluation}
-    run = check_experiment(str(path), table)
-    how, _ = pick_inference(run, bool(teachers), bundle["step"])
-    check_teachers(bundle, teachers, how.ensemble)
+    tables = bundle.experiment.model_dump()
+    run = data.check_experiment(str(path), tables | {"evaluation": tables["evaluation"] | evaluation})
+    how, _ = pick_inference(run, bool(guidances), bundle.step)
+    for each in guidances:
+        for warning in check_fit(bundle, each):
+            warnings.warn(warning, MdptWarning, stacklevel=2)
+    check_ensemble(guidances, how.ensemble)
     if how.ensemble == "none":
-        teachers = [select_members(each, [pair_members(count, len(each["seeds"]))[member]]) for each in teachers]
-    one, spec, agents = select_members(bundle, [member]), EnvironmentSpec(**bundle["environment"]), {}
-    choose_products()  # as where it is scored
+        guidances = [select_members(each, [pair_members(count, len(each.seeds))[member]]) for each in guidances]
+    one, spec, agents = select_members(bundle, [member]), bundle.environment, {}
+    choose_products()  # as `mdpt evaluate` does
 
     def choose(observations: Array) -> Array:
         rows = np.atleast_2d(np.asarray(observations, dtype=np.float32))
@@ -1948,8 +2136,8 @@ def load_agent(
         if not len(rows):
             return np.empty((0, spec.action_dim), np.float32)
         if len(rows) not in agents:
-            agents[len(rows)] = Agent(one, teachers, how, seed=run.evaluation.seed, episodes=range(len(rows)))
-        actions = unscale_actions(agents[len(rows)](rows, np.arange(len(rows))), spec)
+            agents[len(rows)] = Agent(one, guidances, how, seed=run.evaluation.seed, episodes=range(len(rows)))
+        actions = data.unscale_actions(agents[len(rows)](rows, np.arange(len(rows))), spec)
         return actions if np.ndim(observations) == 2 else actions[0]
 
     return choose
@@ -1960,7 +2148,7 @@ def load_agent(
 
 @dataclass
 class Parameters:
-    """A network that learns: its optimizer, initial learning rate, and what its section says of both."""
+    """A network that learns, with its optimizer and initial learning rate; section: how both change over the run."""
 
     network: Stack
     learning_rate: float
@@ -1973,9 +2161,9 @@ class Parameters:
 
 
 class Learner:
-    """Modules that learn together under one loss, with Adam, cosine decay and a gradient-norm limit per member.
+    """Modules that learn together under one loss, by Adam, with a decaying learning rate and a gradient-norm limit.
 
-    frozen: guidance that the loss uses and nothing here changes; it only counts as held.
+    frozen: guidances that the loss uses and nothing here changes; they only count as parameters held.
     """
 
     def __init__(
@@ -1991,7 +2179,7 @@ class Learner:
         self.parameters = [parameter for each in self.networks for parameter in each.network.parameters()]
 
     def update(self, loss: Tensor, step: int, steps: int) -> None:
-        """One gradient step of every network, then targets and averages follow. loss: (S,)."""
+        """Take one gradient step with every network, then move targets and averages. loss: (S,)."""
         gradients = iter(torch.autograd.grad(loss.sum(), self.parameters))
         for each in self.networks:
             pieces = [next(gradients).flatten(1) for _ in each.network.parameters()]
@@ -2013,34 +2201,37 @@ class Learner:
         return None if finite.all() else int(finite.int().argmin())
 
     def state(self) -> list[dict[str, Tensor]]:
-        """Optimizer states, one per network; rates and limits follow from the experiment."""
+        """Optimizer states, one per network; learning rates and limits follow from the experiment."""
         return [dict(each.adam.state[each.network.vector]) for each in self.networks]
 
     def restore(self, states: Sequence[dict[str, Tensor]]) -> None:
+        """Take optimizer states, as from `state`."""
         for each, state in zip(self.networks, states, strict=True):
             each.adam.load_state_dict(each.adam.state_dict() | {"state": {0: state}})
 
 
 @dataclass
 class Run:
-    """How a training run meets the world: what it goes on from, and what hears of it.
+    """What a training run needs beside experiment and data.
 
-    begun: an unfinished bundle of the same run. extend: it may have more steps now. save: keeps the bundle. show: hears
-    each new entry of the history. interrupted: the number of the signal to end after this step for, or 0. tell: hears
-    what is noteworthy.
+    device: "cpu" or "cuda". begun: the unfinished bundle of the same run, to go on from. extend: the experiment may
+    have more steps than that one's. save: store the bundle. show: report a new entry of the history. interrupted: the
+    number of the signal to end after this step for, or 0. tell: report in one line what a user should know.
     """
 
     device: str = "cpu"
     begun: Bundle | None = None
     extend: bool = False
     save: Callable[[Bundle], None] = lambda bundle: None
-    show: Callable[[dict[str, Any]], None] = lambda entry: None
+    show: Callable[[Entry], None] = lambda entry: None
     interrupted: Callable[[], int] = lambda: 0
     tell: Callable[[str], None] = lambda text: None
 
-    def choose_products(self) -> str:
-        """What multiplies matrices: as in the run that was begun, where this machine can."""
-        return choose_products(None if self.begun is None else self.begun["accounting"]["products"])
+    def account(self) -> Account:
+        """The account so far; its matrix products are those of the run that was begun, where this machine has them."""
+        before = self.begun.accounting if self.begun else Account(device=self.device, products="default")
+        products = choose_products(self.begun.accounting.products if self.begun else None)
+        return before.model_copy(update={"device": self.device, "products": products})
 
 
 def train(
@@ -2054,22 +2245,21 @@ def train(
 ) -> None:
     """The training loop of guidance and policy alike: sample, step, log, save.
 
-    parts: the modules that learn, each with the bundle its weights go to: `bundle` itself, or one inside it.
+    parts: the modules that learn, each with the bundle that takes its weights: `bundle` itself, or one inside it.
     """
-    steps, seeds, start = section.steps, bundle["seeds"], bundle["step"]
-    random = Randomness(seeds, f"{bundle['kind']} train", transitions.device)
+    steps, start = section.steps, bundle.step
+    random = Randomness(bundle.seeds, f"{bundle.kind} train", transitions.device)
     milestones = {round(steps * (i + 1) / section.snapshots) for i in range(section.snapshots)}
-    history = History(bundle["history"], start, seeds)
-    history.pending = (bundle.get("training") or {"pending": []})["pending"]
+    history = History(bundle)
     due = time.monotonic() + section.save_every
     for step in range(start, steps):
         random.step = step
         batch = transitions.sample(random, section.batch_size)
         loss, metrics = learner.loss(batch, random, step / steps)
         learner.update(loss, step, steps)
-        history.record(loss.detach(), metrics)
+        history.pending.append((loss.detach(), metrics))
         done, stopped = step + 1, run.interrupted()
-        if done % max(1, steps // 200) == 0 or done in milestones or done == steps:
+        if done % max(1, steps // HISTORY_ENTRIES) == 0 or done in milestones or done == steps:
             run.show(history.average())
         began = time.monotonic()
         if done in milestones or stopped or began >= due:
@@ -2077,42 +2267,43 @@ def train(
                 history.give_up("weights", member, "not finite", done)
             for target, module in parts:
                 keep_weights(target, module, done, done == steps, done in milestones)
-                target["accounting"] = cost.read(learner, done)
-            bundle["training"] = None if done == steps else {"optimizers": learner.state(), "pending": history.pending}
+                target.accounting = cost.read(learner, done)
+            states, pending = learner.state(), list(history.pending)
+            unfinished = Training.model_construct(optimizers=states, pending=pending)  # checked where it is read
+            bundle.training = None if done == steps else unfinished
             run.save(bundle)
             history.saved = done
-            due = time.monotonic() + max(section.save_every, 20 * (time.monotonic() - began))  # a twentieth at most
+            due = time.monotonic() + max(section.save_every, 20 * (time.monotonic() - began))  # a twentieth of the time
         if stopped and done < steps:
             raise Interrupted(f"interrupted after step {done} of {steps}; the same command goes on", stopped)
 
 
 def keep_weights(bundle: Bundle, module: nn.Module, step: int, complete: bool, snapshot: bool) -> None:
-    """Put a module's weights into its bundle, and beside them, if this is a snapshot, those that act."""
+    """Put a module's weights into its bundle, and where this is a snapshot, a copy of those that act."""
     weights = weights_of(module)
-    if complete:  # a companion actor has done its work
+    if complete:  # the companion actor is needed no more
         weights = {name: value for name, value in weights.items() if not name.startswith("actor.")}
-    bundle.update(step=step, complete=complete, weights=weights)
+    bundle.step, bundle.complete, bundle.weights = step, complete, weights
     if snapshot:
-        bundle["snapshots"] = bundle["snapshots"] | {step: acting_weights(bundle)}
+        bundle.snapshots = bundle.snapshots | {step: bundle.acting}
+
+
+HISTORY_ENTRIES = 200  # per run, about
 
 
 class History:
-    """What a run's losses and metrics were, averaged over the steps between two entries; it ends with the first NaN.
+    """Writes the history of a bundle: losses and metrics averaged over the steps from one entry to the next.
 
-    entries: of the bundle, which this continues. saved: the last step that was saved.
+    pending: loss and metrics, (S,) each, of the steps since the last entry. saved: the last step that was saved.
     """
 
-    def __init__(self, entries: list[dict[str, Any]], start: int, seeds: Sequence[int]) -> None:
-        self.entries, self.saved, self.seeds = entries, start, seeds
-        self.pending: list[tuple[Tensor, dict[str, Tensor]]] = []
-        self.start, self.began = start, time.perf_counter()
+    def __init__(self, bundle: Bundle) -> None:
+        self.entries, self.saved, self.seeds = bundle.history, bundle.step, bundle.seeds
+        self.pending = bundle.training.pending if bundle.training else []
 
-    def record(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:
-        self.pending.append((loss, metrics))
-
-    def average(self) -> dict[str, Any]:
-        """A new entry of what came since the last; one transfer from the device. Raises: MdptError for a NaN."""
-        done = (self.entries[-1]["step"] if self.entries else 0) + len(self.pending)
+    def average(self) -> Entry:
+        """Add an entry. Raises: MdptError for a loss or metric that is not finite, which no bundle may hold."""
+        done = (self.entries[-1].step if self.entries else 0) + len(self.pending)
         losses = torch.stack([loss for loss, _ in self.pending]).cpu()  # (steps, S)
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
@@ -2123,12 +2314,15 @@ class History:
             name: torch.stack([metrics[name] for _, metrics in self.pending if name in metrics]).mean(0).tolist()
             for name in names
         }
-        self.entries.append({"step": done, "loss": losses.mean(0).tolist(), **means})
+        for name, member in ((name, member) for name in names for member in range(len(self.seeds))):
+            if not math.isfinite(means[name][member]):
+                self.give_up(name, member, means[name][member], done)
+        self.entries.append(Entry(step=done, loss=losses.mean(0).tolist(), **means))
         self.pending.clear()
         return self.entries[-1]
 
     def give_up(self, what: str, member: int, value: object, step: int) -> NoReturn:
-        """End the run: raises MdptError."""
+        """Raises: MdptError that names the member and what is kept."""
         last = f"the last good weights, of step {self.saved}, are kept" if self.saved else "no snapshot was reached"
         raise MdptError(
             f"the {what} of member {member} (seed {self.seeds[member]}) became {value} at step {step}; {last}; "
@@ -2137,32 +2331,31 @@ class History:
 
 
 class Cost:
-    """What a training run costs: time, memory above the loaded dataset, parameters, optimizer state."""
+    """Measures what a training run costs, from now on, and adds what it has cost before."""
 
-    def __init__(self, device: torch.device, products: str, begun: Bundle | None) -> None:
-        self.device, self.products = device, products
-        self.before = {"seconds": 0.0, "peak_bytes": 0} if begun is None else begun["accounting"]
+    def __init__(self, before: Account, device: torch.device) -> None:
+        self.before, self.device = before, device
         self.began, self.base = time.perf_counter(), memory_now(device, restart=True)
 
-    def read(self, learner: Learner, step: int) -> dict[str, Any]:
-        """The account after `step` gradient steps; counts and bytes are of all members together."""
-        seconds = self.before["seconds"] + time.perf_counter() - self.began
+    def read(self, learner: Learner, step: int) -> Account:
+        """The account after `step` gradient steps."""
+        seconds = self.before.seconds + time.perf_counter() - self.began
         state = [value for each in learner.networks for state in each.adam.state.values() for value in state.values()]
         held = [p.numel() for module in (*learner.modules, *learner.frozen) for p in module.parameters()]
-        return {
-            "parameters_trained": sum(parameter.numel() for parameter in learner.parameters),
-            "parameters_held": sum(held),
-            "optimizer_bytes": sum(value.nbytes for value in state if torch.is_tensor(value)),
-            "peak_bytes": max(self.before["peak_bytes"], memory_now(self.device) - self.base),
-            "seconds": seconds,
-            "seconds_per_1000_steps": 1000 * seconds / step,
-            "device": str(self.device),
-            "products": self.products,
-        }
+        return Account(
+            parameters_trained=sum(parameter.numel() for parameter in learner.parameters),
+            parameters_held=sum(held),
+            optimizer_bytes=sum(value.nbytes for value in state if torch.is_tensor(value)),
+            peak_bytes=max(self.before.peak_bytes, memory_now(self.device) - self.base),
+            seconds=seconds,
+            seconds_per_1000_steps=1000 * seconds / step,
+            device=str(self.device),
+            products=self.before.products,
+        )
 
 
 def memory_now(device: torch.device, *, restart: bool = False) -> int:
-    """Peak bytes since the last restart, allocated on CUDA, resident on a CPU; restart: from the current ones on."""
+    """Peak memory in bytes since the last restart, allocated on CUDA, resident on a CPU; restart: begin a new peak."""
     if device.type == "cuda":
         if restart:
             torch.cuda.reset_peak_memory_stats(device)
@@ -2171,32 +2364,38 @@ def memory_now(device: torch.device, *, restart: bool = False) -> int:
         if restart:
             Path("/proc/self/clear_refs").write_text("5")
         return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-    except (OSError, IndexError):  # no Linux, or one that hides this: the whole process's peak is all there is
-        import resource  # not there on Windows
+    except (OSError, IndexError):  # not Linux, or it hides this: there is only the peak of the whole process
+        import resource  # Windows has no such module
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def pick_device(name: str) -> str:
-    """ "cpu" or "cuda". Raises: MdptError where cuda is asked for and missing."""
+    """ "cpu" or "cuda" for a device of the experiment. Raises: MdptError where cuda is asked for and missing."""
     if name == "cuda" and not torch.cuda.is_available():
         raise MdptError("device cuda: this machine or this torch has none; use --device cpu")
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def train_guidance(experiment: Experiment, dataset: Dataset, run: Run) -> Bundle:
-    """Train a guidance from the data alone and judge it on held-out episodes."""
-    experiment, run = check_algorithms(experiment), replace(run, device=pick_device(run.device))
-    bundle = new_bundle("guidance", experiment, dataset)
-    transitions = Transitions(dataset.rows, dataset.sizes, run.device, dataset.section.storage == "disk")
-    cost = Cost(transitions.device, run.choose_products(), run.begun)
+    """Train a guidance from the data alone, and measure its quality on held-out episodes.
+
+    experiment: as `load_experiment` gives it.
+    """
+    bundle, discount = new_bundle("guidance", experiment, dataset, run.account()), experiment.guidance.discount
+    transitions = Transitions(dataset, run.device)
+    cost = Cost(bundle.accounting, transitions.device)
     guidance = build_guidance(bundle, run.device, new=True)
     learner = Learner([(guidance, experiment.guidance)], lambda batch, random, _: guidance.loss(batch, random))
     go_on(bundle, run, [(bundle, guidance)], learner)
 
     def save(bundle: Bundle) -> None:
-        if bundle["complete"]:  # never without its judgement
-            bundle["quality"] = judge_guidance(bundle, dataset.held_out, run.device)
+        if bundle.complete:  # a complete bundle always has its quality
+            bundle.quality = [
+                guidance_quality(build_guidance(_at(bundle, step), run.device), dataset.held_out, discount, step)
+                for step in bundle.snapshots
+                if len(dataset.held_out.rewards)
+            ]
         run.save(bundle)
 
     train(learner, transitions, experiment.guidance, bundle, [(bundle, guidance)], cost, replace(run, save=save))
@@ -2206,29 +2405,31 @@ def train_guidance(experiment: Experiment, dataset: Dataset, run: Run) -> Bundle
 def train_policy(experiment: Experiment, dataset: Dataset, teachers: Sequence[Bundle], run: Run) -> Bundle:
     """Train a policy under frozen guidance, together with its own ("joint"), or unguided.
 
-    teachers: one, or several that teach as one by `[policy] ensemble`. Raises: MdptError where they cannot.
+    experiment: as `load_experiment` gives it. teachers: for "guidance-first", one guidance, or several that pass
+    `check_ensemble`. Raises: MdptError where they do not fit the scheme or the data.
     """
-    experiment, run = check_algorithms(experiment), replace(run, device=pick_device(run.device))
     section = experiment.policy
     if bool(teachers) != (section.scheme == "guidance-first"):
         raise MdptError(
-            f"scheme {section.scheme}: got {len(teachers)} teachers; guidance-first alone has any, one or more"
+            f"scheme {section.scheme}: got {len(teachers)} teachers; guidance-first needs one or more, the others none"
         )
-    bundle = new_bundle("policy", experiment, dataset)
-    transitions = Transitions(dataset.rows, dataset.sizes, run.device, dataset.section.storage == "disk")
-    cost = Cost(transitions.device, run.choose_products(), run.begun)
+    bundle = new_bundle("policy", experiment, dataset, run.account())
+    transitions = Transitions(dataset, run.device)
+    cost = Cost(bundle.accounting, transitions.device)
     policy = build_policy(bundle, run.device, new=True)
     parts: list[tuple[Bundle, Guidance | Policy]] = [(bundle, policy)]
     frozen: list[Judge] = []
     joint: Guidance | None = None
     if section.scheme == "joint":
-        bundle["guidances"] = [new_bundle("guidance", experiment, dataset)]
-        joint = build_guidance(bundle["guidances"][0], run.device, new=True, companion=False)
-        parts.insert(0, (bundle["guidances"][0], joint))
+        bundle.guidances = [new_bundle("guidance", experiment, dataset, bundle.accounting)]
+        joint = build_guidance(bundle.guidances[0], run.device, new=True, companion=False)
+        parts.insert(0, (bundle.guidances[0], joint))
     if teachers:
-        check_teachers(bundle, teachers, section.ensemble)
-        bare: Bundle = {"snapshots": {}, "training": None}  # what acts, not how it got there
-        bundle["guidances"] = [each | bare | {"weights": acting_weights(each)} for each in teachers]
+        for warning in dict.fromkeys(warning for each in teachers for warning in check_fit(bundle, each)):
+            warnings.warn(warning, MdptWarning, stacklevel=2)
+        bundle.guidances = [
+            each.model_copy(update={"snapshots": {}, "training": None, "weights": each.acting}) for each in teachers
+        ]
         frozen = [build_judge(teachers, section.ensemble, policy.members, run.device)]
     guidance = joint or next(iter(frozen), None)
 
@@ -2237,155 +2438,153 @@ def train_policy(experiment: Experiment, dataset: Dataset, teachers: Sequence[Bu
         own = policy.loss(batch, guidance if guided else None, random)
         if joint is None:
             return own
-        labelled = learns_labels(section) and done >= section.guidance_from  # until then it knows no labels
+        labelled = learns_labels(section) and done >= section.guidance_from  # before, it knows no labels
         act_alone = functools.partial(policy.act_alone, w=float(labelled))
         return add(own, joint.loss(batch, random, act_alone))
 
-    tables: dict[str, TrainingSection] = {"guidance": experiment.guidance, "policy": section}
-    learner = Learner([(module, tables[target["kind"]]) for target, module in parts], loss, frozen)
+    learner = Learner([(module, target.section) for target, module in parts], loss, frozen)
     go_on(bundle, run, parts, learner)
     train(learner, transitions, section, bundle, parts, cost, run)
     return bundle
 
 
 def go_on(bundle: Bundle, run: Run, parts: Sequence[tuple[Bundle, Guidance | Policy]], learner: Learner) -> None:
-    """Bring a new bundle, its modules and their optimizers to where the run that was begun stopped, if one was.
+    """Bring a new bundle, its modules and their optimizers to the state of `run.begun`, if there is one.
 
-    Raises: MdptError where that was another run, naming what differs.
+    Raises: MdptError where that is another run, naming what differs.
     """
-    if (begun := run.begun) is None:
+    begun = run.begun
+    if begun is None:
         return
     check_same_run(bundle, begun, run.extend)
-    bundle |= {key: begun[key] for key in ("step", "history", "accounting")}
+    if begun.training is None:
+        raise MdptError("is complete; choose another --out, or --overwrite to replace it")
+    bundle.step, bundle.history = begun.step, list(begun.history)
     for target, module in parts:
-        stored = begun if target is bundle else begun["guidances"][0]
-        target["snapshots"] = stored["snapshots"]
-        module.load_state_dict(stored["weights"])
-    learner.restore(begun["training"]["optimizers"])
-    bundle["training"] = {
-        "pending": [
-            (loss.to(run.device), {name: value.to(run.device) for name, value in metrics.items()})
-            for loss, metrics in begun["training"]["pending"]
-        ]
-    }
-    steps, planned = (each["experiment"][each["kind"]]["steps"] for each in (bundle, begun))
+        source = begun if target is bundle else begun.guidances[0]
+        target.snapshots = source.snapshots
+        load_weights(module, source.weights)
+    learner.restore(begun.training.optimizers)
+    pending = [
+        (loss.to(run.device), {name: value.to(run.device) for name, value in metrics.items()})
+        for loss, metrics in begun.training.pending
+    ]
+    bundle.training = begun.training.model_copy(update={"pending": pending})
+    steps, planned = bundle.section.steps, begun.section.steps
     schedule = f"; the learning rate now falls over {steps} steps, not {planned}" if steps != planned else ""
-    run.tell(f"going on from step {begun['step']}{schedule}")
-    device, products = begun["accounting"]["device"].partition(":")[0], begun["accounting"]["products"]
+    run.tell(f"going on from step {begun.step}{schedule}")
+    device, products = begun.accounting.device.partition(":")[0], begun.accounting.products
     if device != run.device:
-        run.tell(f"was begun on {device}, goes on on {run.device}: other random numbers than it would have had")
-    elif products != run.choose_products():
-        run.tell(f"was begun with {products} matrix products, which this machine has not: its rounding changes")
+        run.tell(f"was begun on {device}, goes on on {run.device}: the random numbers differ from there on")
+    elif products != bundle.accounting.products:
+        run.tell(f"was begun with {products} matrix products, which this machine does not have: rounding differs")
+
+
+FREE = ("snapshots", "save_every")  # what a run that goes on may change
+
+
+def run_facts(bundle: Bundle, joint: bool) -> dict[str, Any]:
+    """What decides the result of a training run, by the name that a message gives it: fields, seeds, data."""
+    tables = {bundle.kind: bundle.section} | ({"guidance": bundle.experiment.guidance} if joint else {})
+    facts = {
+        f"[{name}] {key}": value
+        for name, section in tables.items()
+        for key, value in section
+        if key not in (FREE if name == bundle.kind else PACE)
+    }
+    section = bundle.experiment.data
+    shapers = ("seed", "fraction", "held_out", "reward_scale", "normalization")
+    return (
+        facts
+        | {f"[data] {key}": getattr(section, key) for key in shapers}
+        | {"seeds": bundle.seeds, "environment": bundle.environment, "data (by content)": bundle.dataset.hash[:8]}
+    )
 
 
 def check_same_run(ours: Bundle, theirs: Bundle, extend: bool) -> None:
-    """Raises: MdptError naming what differs, of all that shapes a module: its tables, seeds, training set, guidance.
+    """Check that an unfinished bundle, `theirs`, is of the run that is to begin, `ours`.
 
-    extend: there may be more steps.
+    extend: ours may have more steps. Raises: MdptError naming what differs.
     """
-    if ours["kind"] != theirs["kind"]:
+    if ours.kind != theirs.kind:
         raise MdptError(
-            f"is an unfinished {theirs['kind']} bundle, expected a {ours['kind']} bundle; choose another --out, or "
+            f"is an unfinished {theirs.kind} bundle, expected a {ours.kind} bundle; choose another --out, or "
             "--overwrite to replace it"
         )
-    joint = ours["kind"] == "policy" and ours["experiment"]["policy"]["scheme"] == "joint"
-    unused = {"guidance": {"steps", "batch_size"} if joint else set()}  # the pace is the policy's
-    fields = {
-        f"[{table}] {key}": [bundle["experiment"][table].get(key) for bundle in (ours, theirs)]
-        for table in ("guidance", "policy")
-        if joint or table == ours["kind"]
-        for key in ours["experiment"][table].keys() - unused.get(table, set()) - {"snapshots", "save_every"}
-    }
-    fields |= {
-        f"[data] {key}": [bundle["experiment"]["data"].get(key) for bundle in (ours, theirs)]
-        for key in ("seed", "fraction", "held_out", "reward_scale", "normalization")
-    }
-    fields["seeds"] = [bundle["seeds"] for bundle in (ours, theirs)]
-    fields["environment"] = [EnvironmentSpec(**bundle["environment"]) for bundle in (ours, theirs)]
-    fields["data (by content)"] = [bundle["dataset"]["hash"][:8] for bundle in (ours, theirs)]
-    steps = f"[{ours['kind']}] steps"
-    longer = fields[steps][0] > fields[steps][1]
-    section = ours["experiment"]["policy"]
-    movable = ours["kind"] != "policy" or (section["guidance_from"], section["guidance_until"]) == (0, 1)  # no window
-    if extend and longer and movable:
-        del fields[steps]
-    changed = {name: f"{name} was {was}, is {now}" for name, (now, was) in sorted(fields.items()) if now != was}
-    if not joint and not (
-        len(ours["guidances"]) == len(theirs["guidances"])
-        and all(map(same_weights, ours["guidances"], theirs["guidances"]))
+    now, was = (run_facts(bundle, ours.joint) for bundle in (ours, theirs))
+    changed = [name for name in sorted(now) if now[name] != was[name]]
+    steps, policy = f"[{ours.kind}] steps", ours.experiment.policy
+    windowed = ours.kind == "policy" and (policy.guidance_from, policy.guidance_until) != (0, 1)  # fractions of steps
+    extensible = steps in changed and now[steps] > was[steps] and not windowed
+    if extend and extensible:
+        changed.remove(steps)
+    problems = [f"{name} was {was[name]}, is {now[name]}" for name in changed]
+    if not ours.joint and not (
+        len(ours.guidances) == len(theirs.guidances) and all(map(same_weights, ours.guidances, theirs.guidances))
     ):
-        changed["guidance"] = "the guidance has other weights"
-    if changed:
-        hint = "; --extend lets it have more steps" if [*changed] == [steps] and longer and movable else ""
-        raise MdptError(f"was begun as another run: {'; '.join(changed.values())}{hint}; --overwrite begins anew")
+        problems.append("the guidance has other weights")
+    if problems:
+        hint = "; --extend lets it have more steps" if extensible and changed == [steps] and len(problems) == 1 else ""
+        raise MdptError(f"was begun as another run: {'; '.join(problems)}{hint}; --overwrite begins anew")
 
 
-def same_weights(first: Bundle, second: Bundle) -> bool:
-    """Whether two bundles act alike."""
-    ours, theirs = acting_weights(first), acting_weights(second)
-    return ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
-
-
-def judge_guidance(bundle: Bundle, held_out: HeldOut, device: str) -> list[dict[str, Any]]:
-    """What `guidance_quality` finds of a guidance bundle at each of its snapshots, the last of which is what it is."""
-    discount = bundle["experiment"]["guidance"]["discount"]
-    return [
-        {"step": step} | guidance_quality(build_guidance(bundle | {"weights": weights}, device), held_out, discount)
-        for step, weights in bundle["snapshots"].items()
-        if len(held_out.rewards)
-    ]
-
-
-OTHERS = 4  # actions that an action is measured against
+OTHER_ACTIONS = 4  # that an action is compared with
+QUALITY_ROWS = 8192  # judged at a time
 
 
 @torch.no_grad()
-def guidance_quality(guidance: Guidance, held_out: HeldOut, discount: float) -> dict[str, Any]:
-    """How far to trust a guidance, on held-out episodes; lists hold a figure per member.
+def guidance_quality(guidance: Guidance, held_out: HeldOut, discount: float, step: int) -> Quality:
+    """Compare a guidance with the returns of held-out episodes.
 
-    correlation: Pearson's, of V and discounted Monte-Carlo returns; advantage_correlation: of return - V and what Q gives
-    to the row's action above the mean of OTHERS actions of other rows, which is about actions alone (not of Q - V: there
-    an error of V is on both sides, and correlates where actions matter to nothing). Over rows whose return is known: the
-    episode ended, or what a time limit cut off weighs at most 5 %. Where none is, all rows count, and V at the limit
-    stands for what came after it (bootstrapped). V is an upper expectile: it lies above the returns, unless values have
-    not spread yet. q_spread: the deviation of Q over members, averaged, and over rows.
+    Rows count whose return is known: the episode ended, or what a time limit cut off weighs at most 5 %. Where there is
+    none, all rows count, and V at the time limit stands for what came after it (bootstrapped). correlation: Pearson's,
+    of V and discounted returns. advantage_correlation: of return - V and the amount by which Q of the row's action
+    exceeds the mean Q of OTHER_ACTIONS actions of other rows. (Not of Q - V: an error of V is in return - V, too, and
+    would correlate where actions do not matter.) V is an upper expectile, so it lies above the returns once it has left
+    its initial values. q_spread: standard deviation of Q, over members, and over rows, averaged over the other.
     """
-    found = []
-    device = guidance.value.vector.device
-    apart = [max(1, len(held_out.actions) * k // (OTHERS + 1)) for k in range(1, OTHERS + 1)]  # mostly other episodes
-    others = [np.roll(held_out.actions, rows, axis=0) for rows in apart]
-    tensors = [torch.from_numpy(array) for array in (held_out.observations, held_out.actions, *others)]
-    for block in zip(*(torch.split(tensor, 8192) for tensor in tensors), strict=True):
-        observations, *actions = (part.to(device).expand(guidance.members, -1, -1) for part in block)
-        found.append(
-            torch.stack([guidance.v(observations), *(guidance.q(observations, each) for each in actions)]).cpu()
-        )
-    v, q, *theirs = torch.cat(found, dim=-1).double().numpy()  # (S, rows)
-    gains = q - np.mean(theirs, axis=0)
+    v, q, theirs = _held_out_values(guidance, held_out)
+    gains = q - theirs
     rewards, terminals, timeouts = held_out.rewards, held_out.terminals, held_out.timeouts
-    shared, known = discounted_returns(rewards, terminals, timeouts, discount)
+    shared, counts = data.discounted_returns(rewards, terminals, timeouts, discount)
     returns = np.broadcast_to(shared, v.shape)
-    if bootstrapped := not known.any():
-        _, stops = episode_bounds(terminals, timeouts)
+    if bootstrapped := not counts.any():
+        _, stops = data.episode_bounds(terminals, timeouts)
         cut = np.zeros(len(rewards), dtype=np.bool_)
         cut[stops - 1] = ~terminals[stops - 1]
-        known, columns = ~cut, np.where(cut, v, rewards)  # (S, rows): a last V is a last reward
-        returns = np.stack([discounted_returns(column, terminals, timeouts, discount)[0] for column in columns])
-    v, gains, returns = v[:, known], gains[:, known], returns[:, known]
+        counts, columns = ~cut, np.where(cut, v, rewards)  # (S, rows): a last V is a last reward
+        returns = np.stack([data.discounted_returns(column, terminals, timeouts, discount)[0] for column in columns])
+    v, gains, returns = v[:, counts], gains[:, counts], returns[:, counts]
 
     def correlate(first: Array, second: Array) -> list[float | None]:
         return [
-            float(np.corrcoef(one, other)[0, 1]) if known.sum() > 1 and one.std() > 0 and other.std() > 0 else None
+            float(np.corrcoef(one, other)[0, 1]) if counts.sum() > 1 and one.std() > 0 and other.std() > 0 else None
             for one, other in zip(first, second, strict=True)
         ]
 
-    return {
-        "rows": int(known.sum()),
-        "bootstrapped": bootstrapped,
-        "correlation": correlate(v, returns),
-        "advantage_correlation": correlate(gains, returns - v),
-        "mean_v": v.mean(1).tolist() if known.any() else [None] * len(v),
-        "mean_return": returns.mean(1).tolist() if known.any() else [None] * len(v),
-        "q_spread_members": float(q.std(0).mean()) if len(q) > 1 else None,
-        "q_spread_rows": float(q.std(1).mean()),
-    }
+    return Quality(
+        step=step,
+        rows=int(counts.sum()),
+        bootstrapped=bootstrapped,
+        correlation=correlate(v, returns),
+        advantage_correlation=correlate(gains, returns - v),
+        mean_v=v.mean(1).tolist() if counts.any() else [None] * len(v),
+        mean_return=returns.mean(1).tolist() if counts.any() else [None] * len(v),
+        q_spread_members=float(q.std(0).mean()) if len(q) > 1 else None,
+        q_spread_rows=float(q.std(1).mean()),
+    )
+
+
+def _held_out_values(guidance: Guidance, held_out: HeldOut) -> tuple[Array, Array, Array]:
+    """V, Q of the rows' actions, and mean Q of OTHER_ACTIONS actions of other rows: (S, rows) float64 each."""
+    found, device = [], guidance.value.vector.device
+    count = len(held_out.actions)
+    apart = [max(1, count * k // (OTHER_ACTIONS + 1)) for k in range(1, OTHER_ACTIONS + 1)]  # mostly other episodes
+    others = [np.roll(held_out.actions, rows, axis=0) for rows in apart]
+    tensors = [torch.from_numpy(array) for array in (held_out.observations, held_out.actions, *others)]
+    for block in zip(*(torch.split(tensor, QUALITY_ROWS) for tensor in tensors), strict=True):
+        observations, *actions = (part.to(device).expand(guidance.members, -1, -1) for part in block)
+        values = [guidance.v(observations), *(guidance.q(observations, each) for each in actions)]
+        found.append(torch.stack(values).cpu())
+    v, q, *theirs = torch.cat(found, dim=-1).double().numpy()
+    return v, q, np.mean(theirs, axis=0)

@@ -170,7 +170,7 @@ def loading(path: Path, storage: str) -> str:
     began = time.perf_counter()
     dataset = data.load_dataset(DataSection(source="hdf5", path=str(path), storage=storage))
     took = time.perf_counter() - began
-    transitions = models.Transitions(dataset.rows, dataset.sizes, "cpu", storage == "disk")
+    transitions = models.Transitions(dataset, "cpu")
     random = Randomness([0], "benchmark")
     began = time.perf_counter()
     for random.step in range(2_000):
@@ -241,9 +241,8 @@ def main() -> None:
             print(f"Loading {given.rows:,} transitions, {loading(Path(name, 'many.hdf5'), storage)}.")
     if given.only_load:
         return
-    columns = [np.atleast_2d(column.T).T for column in random_transitions(100_000).values()]
-    rows = np.concatenate(columns, axis=1).astype(np.float32)
-    transitions = models.Transitions(rows, [column.shape[1] for column in columns], "cpu")
+    section = DataSection(source="arrays", held_out=0.0, reward_scale="none")
+    transitions = models.Transitions(data.load_dataset(section, arrays=random_transitions(100_000)), "cpu")
     kinds = [("guidance", name) for name in models.GUIDANCES] + [("policy", name) for name in models.POLICIES]
     kinds += [("joint", name) for name in models.POLICIES if name in models.GUIDANCES]
     works = {

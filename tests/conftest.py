@@ -1,17 +1,29 @@
-"""What the tests of the command line share: a toy environment that no action breaks."""
+"""What tests share: a toy environment that no action breaks, and threads that do not wait for each other."""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
+import pytest
+import torch
 from toy_environment import Toy
 
 
 def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which `nohup` ignores, and commands would then, too
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Networks this small only wait for each other's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Gentle(Toy):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import itertools
 import os
 import random
 import re
@@ -14,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,24 +21,24 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import conftest
-import gymnasium
 import h5py  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 from gymnasium.spaces import flatten
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import Field
 from toy_environment import Parted, Toy
 
 from mdpt import data
 from mdpt.data import (
     Array,
-    Columns,
     DataSection,
     Dataset,
     EnvironmentSpec,
     Experiment,
     MdptError,
+    RewardScale,
     Shard,
     Watch,
     Workers,
@@ -101,7 +101,7 @@ def prepare(path: Path) -> Dataset:
     """A file for SPEC, which nothing is asked for."""
     section = DataSection(source="hdf5", path=str(path), **PLAIN)
     with data.open_hdf5(path) as columns:
-        return data.prepare(columns, section, SPEC, "", (), lambda *_: None)
+        return data.prepare(columns, section, SPEC, data.UNNAMED, lambda *_: None)
 
 
 def toy_file(path: Path, lengths: list[int], **changed: Any) -> Path:
@@ -138,18 +138,14 @@ def test_environment_spec() -> None:
         ("toy_environment:ToyFlawed-v0", "the environment cannot be made. OSError: no licence"),
         ("toy_environment:ToyDiscrete-v0", "its action space is Discrete(2); only a Box with one axis can be learned."),
         ("toy_environment:ToyImage-v0", "its action space is Box(0.0, 1.0, (2, 2), float32); only a Box with one axis"),
-        *[
-            (
-                f"toy_environment:Toy{kind}-v0",
-                f"its actions lack finite bounds that differ, Box({bounds}, float32); wrap",
-            )
-            for kind, bounds in (
-                ("Unbounded", "-inf, inf, (1,)"),
-                ("Pinned", "0.0, [1. 0.], (2,)"),
-                ("Vast", "-3e+38, 3e+38, (1,)"),
-            )
-        ],
-        ("toy_environment:ToyEmpty-v0", "its action space is Box("),
+        (
+            "toy_environment:ToyPinned-v0",
+            "its actions lack finite bounds with low < high, Box(0.0, [1. 0.], (2,), float32)",
+        ),
+        (
+            "toy_environment:ToyVast-v0",
+            "its actions lack finite bounds with low < high, Box(-3e+38, 3e+38, (1,), float32)",
+        ),
         ("toy_environment:ToyWhole-v0", "its actions are int64, Box(0, 9, (1,), int64); only floats can be learned."),
     ],
 )
@@ -158,13 +154,6 @@ def test_environment_errors(environment_id: str, message: str) -> None:
     with pytest.raises(MdptError) as caught:
         data.environment_spec(environment_id)
     assert str(caught.value).startswith(f"{environment_id}: {message}")
-
-
-def test_a_module_that_fails_to_import_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "halfway.py").write_text("raise ValueError('no licence')")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(MdptError, match="halfway cannot be imported. ValueError: no licence"):
-        data.environment_spec("halfway:Any-v0")
 
 
 def test_actions_scale_to_the_bounds_and_back() -> None:
@@ -190,17 +179,16 @@ def test_no_action_leaves_the_bounds() -> None:
             assert np.allclose(found, high if action > 0 else low, atol=1e-5)
 
 
-@pytest.mark.parametrize("what", ["__init__", "reset", "step"])
+@pytest.mark.parametrize("what", ["__init__", "step"])
 def test_an_environment_that_hangs_is_told_before_anything_is_trained(
     what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Toy, what, lambda *args, **options: time.sleep(3))
-    with pytest.raises(MdptError, match=r"toy_environment:Toy-v0: .*: took longer than 0\.4 s; --timeout"):
-        data.environment_spec(TOY, timeout=0.4)
+    monkeypatch.setattr(Toy, what, lambda *args, **options: time.sleep(1))
+    with pytest.raises(MdptError, match=r"toy_environment:Toy-v0: .*: took longer than 0\.2 s; --timeout"):
+        data.environment_spec(TOY, timeout=0.2)
 
 
-@pytest.mark.parametrize("environment_id", [HOPPER, "AntBulletEnv-v0"])
-def test_an_episode_does_not_depend_on_what_came_before(environment_id: str) -> None:
+def test_an_episode_does_not_depend_on_what_came_before() -> None:
     def play(environment: Any, seed: int, steps: int) -> list[Any]:
         random = np.random.default_rng(seed)
         seen = [environment.reset(seed=seed)[0].tolist()]
@@ -213,7 +201,7 @@ def test_an_episode_does_not_depend_on_what_came_before(environment_id: str) -> 
                 break
         return seen
 
-    spec = data.environment_spec(environment_id)
+    spec = data.environment_spec(HOPPER)
     used, fresh = data.make_environment(spec), data.make_environment(spec)
     for seed in (1, 2, 3):
         play(used, seed, 40)
@@ -239,15 +227,8 @@ def alter(
         ({"reset": lambda toy, *, seed=None, options=None: np.zeros(2)}, ("reset", "ndarray", "(observation, info)")),
         ({"reset": lambda toy: (np.zeros(2), {})}, ("reset", "TypeError", "unexpected keyword argument 'seed'")),
         ({"step": lambda toy, found: found[:4]}, ("step", "4 values", "terminated, truncated, info")),
-        (
-            {"step": lambda toy, found: (found[0], np.array([1.5]), *found[2:])},
-            ("reward", "array([1.5])", "one finite"),
-        ),
-        ({"step": lambda toy, found: (found[0][:1], *found[1:])}, ("observation", "shape (1,)", "(2,)")),
-        ({"step": lambda toy, found: (found[0] / 0, *found[1:])}, ("observation", "not finite", "inf")),
     ],
 )
-@pytest.mark.filterwarnings("ignore:divide by zero")
 def test_broken_contracts_are_told(
     monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], told: Sequence[str]
 ) -> None:
@@ -256,24 +237,6 @@ def test_broken_contracts_are_told(
         data.environment_spec(TOY)
     (line,) = str(caught.value).splitlines()
     assert line.startswith(f"{TOY}: ") and all(each in line for each in told), line
-
-
-class Mended(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """What an old gym gave, as gymnasium wants it."""
-
-    def reset(self, **_: Any) -> Any:
-        return self.env.reset(), {}
-
-    def step(self, action: Any) -> Any:
-        *found, info = self.env.step(action)
-        return *found, False, info
-
-
-def test_an_old_environment_can_be_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec, reset = data.environment_spec(TOY), Toy.reset
-    alter(monkeypatch, lambda toy, found: (*found[:3], {}), lambda toy: reset(toy, seed=3)[0])
-    gymnasium.register("ToyMended-v0", entry_point=lambda: Mended(Toy()), max_episode_steps=6)
-    assert data.environment_spec("ToyMended-v0") == replace(spec, id="ToyMended-v0")
 
 
 DRAWS: dict[str, Callable[[], float]] = {
@@ -346,7 +309,7 @@ def test_dict_observations_are_flattened_alike_in_data_and_in_play(tmp_path: Pat
     assert np.array_equal(seen, [[step, seen[0][1]] for step in range(length)])
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_importing_is_quick_and_does_nothing_and_pybullet_stays_silent(workers: int, tmp_path: Path) -> None:
     code = f"""
 import sys
@@ -373,31 +336,20 @@ list(data.parallel(play, [0, 1], data.Workers({workers}), 2))
     ("reference", "expected"),
     [
         ("bullet-hopper", (20.058972, 1441.8059623430963)),
-        ("bullet-halfcheetah", (-1275.766996, 2381.6725)),
-        ("bullet-walker2d", (16.523877, 1623.6476303317536)),
-        ("bullet-ant", (373.705955, 2650.495)),
         ("bullet-ant-medium-replay-v0", (373.705955, 2650.495)),
         ("hopper", (-20.272305, 3234.3)),
-        ("hopper-medium-v2", (-20.272305, 3234.3)),
         ((-5, 10), (-5.0, 10.0)),
-    ],
-)
-def test_reference_returns(reference: Any, expected: tuple[float, float]) -> None:
-    assert data.reference_returns(reference) == expected
-
-
-@pytest.mark.parametrize(
-    ("reference", "message"),
-    [
         ("bullet-hoper", "reference 'bullet-hoper': unknown to D4RL. Nearest: bullet-hopper, "),
-        ("maze2d", "reference 'maze2d': its tasks differ in reference; name one, such as 'maze2d-open-v0'."),
+        ("maze2d", "reference 'maze2d': its tasks have different references; name one, such as 'maze2d-open-v0'."),
         ((3.0, 3.0), "reference: [3.0, 3.0] must be [min, max] with min < max."),
     ],
 )
-def test_reference_errors(reference: Any, message: str) -> None:
-    with pytest.raises(MdptError) as caught:
-        data.reference_returns(reference)
-    assert str(caught.value).startswith(message)
+def test_reference_returns(reference: Any, expected: tuple[float, float] | str) -> None:
+    if isinstance(expected, tuple):
+        assert data.reference_returns(reference) == expected
+    else:
+        with pytest.raises(MdptError, match=re.escape(expected)):
+            data.reference_returns(reference)
 
 
 # --- the experiment file ----------------------------------------------------------------------------------------
@@ -407,27 +359,14 @@ def test_reference_errors(reference: Any, message: str) -> None:
     ("changed", "told"),
     [
         ({"reward_scale": "x"}, ("reward_scale = 'x'", "'none', 'return-range' or 'minus-one'", "number")),
-        ({"reward_scale": -1.0}, ("reward_scale = -1.0", "greater than 0")),
-        ({"reward_scale": float("inf")}, ("reward_scale = inf", "finite")),
-        ({"source": "s"}, ("source = 's'", "'collect', 'hdf5', 'd4rl', 'minari' or 'arrays'")),
         ({"source": "hdf5"}, ("'hdf5' needs a path",)),
         ({"source": "d4rl"}, ("'d4rl' needs a dataset",)),
         ({"path": "a.hdf5"}, ("path is only for source 'hdf5'",)),
         ({"dataset": "a"}, ("dataset is only for source 'd4rl' and 'minari'",)),
-        ({"held_out": 0.6}, ("held_out = 0.6", "0.5")),
-        ({"fraction": 0.0}, ("fraction = 0.0", "greater than 0")),
-        ({"fraction": 1.1}, ("fraction = 1.1", "less than or equal to 1")),
-        ({"storage": "tape"}, ("storage = 'tape'", "'memory' or 'disk'")),
-        ({"environment_kwargs": {"bonus": 1.0}}, ("environment_kwargs are for a named environment",)),
-        (
-            {"environment": TOY, "environment_kwargs": {"render_mode": "human"}},
-            ("'render_mode'", "not the environment's"),
-        ),
+        ({"environment_kwargs": {"bonus": 1.0}}, ("environment_kwargs need an environment",)),
+        ({"environment": TOY, "environment_kwargs": {"render_mode": "human"}}, ("'render_mode'", "make's own")),
         ({"action_range": [1.0, -1.0]}, ("action_range [1.0, -1.0]", "low < high")),
-        ({"observation_columns": 0}, ("observation_columns = 0", "greater than or equal to 1")),
-        ({"max_episode_steps": 10**9}, ("max_episode_steps = 1000000000", "less than or equal to 1000000")),
         ({"transitions": 1201, "levels": [0.1, 0.8]}, ("1201", "2 levels")),
-        ({"levels": []}, ("levels = []", "at least 1")),
         ({"levels": [0.1, -0.8]}, ("levels[1] = -0.8", "greater than or equal to 0")),
         ({"action_noise": [0.1]}, ("action_noise", "1 entries", "4 levels")),
     ],
@@ -464,8 +403,8 @@ def test_an_experiment_extends_another(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("extends", "told"),
     [
-        ("'mine.toml'", "mine.toml: extends = 'mine.toml': that file is extended by this one"),
-        ("'back.toml'", "back.toml: extends = 'mine.toml': that file is extended by this one"),
+        ("'mine.toml'", "mine.toml: extends = 'mine.toml': that file extends this one"),
+        ("'back.toml'", "back.toml: extends = 'mine.toml': that file extends this one"),
         ("'absent.toml'", "absent.toml: no such experiment file"),
         ("'absent.toml'", "mine.toml extends"),
         ("'.'", "is a folder, which "),
@@ -479,6 +418,38 @@ def test_what_cannot_be_extended_is_told(tmp_path: Path, extends: str, told: str
     assert told in str(caught.value)
 
 
+def test_an_experiment_of_another_version_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A field that was added later takes what held before it, else its default; what is unknown is named."""
+
+    class Later(data.PolicySection):
+        added: float = Field(1.0, json_schema_extra={"before": 0.0})
+        other: int = Field(3)
+
+    class LaterExperiment(Experiment):
+        policy: Later = Later()
+        label: str = Field("new", json_schema_extra={"before": "old"})
+
+    stored = Experiment.model_validate({"policy": {"eta": 0.5}, "data": {"reference": [0, 1]}}).model_dump()
+    del stored["policy"]["algorithm"], stored["guidance"], stored["seeds"]
+    stored["policy"]["nonsense"] = stored["more"] = 1
+    assert data.experiment_as_stored(stored) == (
+        Experiment.model_validate({"policy": {"eta": 0.5}, "data": {"reference": [0, 1]}}),
+        ["more", "policy.nonsense"],
+    )
+    monkeypatch.setattr(data, "Experiment", LaterExperiment)
+    later, unknown = data.experiment_as_stored(stored)
+    assert isinstance(later, LaterExperiment) and unknown == ["more", "policy.nonsense"]
+    assert (later.policy.added, later.policy.other, later.policy.eta, later.label) == (0.0, 3, 0.5, "old")
+    assert data.experiment_as_stored({})[0].policy == Later(added=0.0)
+    assert data.check_experiment("", {}).policy == Later(added=1.0)
+    for tables, told in (
+        ({"policy": {"eta": "x"}}, r"\[policy\] eta = 'x'"),
+        ({"policy": 3}, r"\[policy\] = 3: should"),
+    ):
+        with pytest.raises(MdptError, match=told):
+            data.experiment_as_stored(tables)
+
+
 # --- files ------------------------------------------------------------------------------------------------------
 
 
@@ -490,7 +461,7 @@ def test_a_file_of_other_types_gives_the_same_rows(tmp_path: Path) -> None:
     scaled = data.scale_actions(sound["actions"], SPEC)
     by_hand = [sound["observations"], scaled, sound["rewards"][:, None], np.ones((10, 3)), np.zeros((10, 1))]
     assert np.array_equal(one.rows, np.hstack(by_hand)) and one.rows.dtype == np.float32
-    assert np.array_equal(two.rows, one.rows) and two.identity["hash"] == one.identity["hash"]
+    assert np.array_equal(two.rows, one.rows) and two.identity.hash == one.identity.hash
     assert one.warnings == two.warnings == ()
 
 
@@ -508,7 +479,6 @@ SOUND = rows()
                 "'actions' holds object, expected numbers.",
             ],
         ),
-        ({"observations": SOUND["rewards"]}, ["'observations' has shape (10,), expected (10, 3) for Spec-v0."]),
         (
             {"observations": np.ones((10, 4)), "actions": np.ones((9, 2)), "rewards": np.ones(11)},
             [
@@ -517,7 +487,6 @@ SOUND = rows()
                 "'rewards' has shape (11,), expected (10,) for Spec-v0.",
             ],
         ),
-        ({"actions": np.ones((10, 3))}, ["'actions' has shape (10, 3), expected (10, 2) for Spec-v0."]),
         ({"timeouts": np.ones((10, 2))}, ["'timeouts' has shape (10, 2), expected (10,) for Spec-v0."]),
         ({"rewards": h5py.Empty("f")}, ["'rewards' has shape (), expected (10,) for Spec-v0."]),
         (
@@ -528,26 +497,19 @@ SOUND = rows()
             {"observations": put(np.zeros((10, 3)), (4, 1), np.nan)},
             ["'observations' row 4 is [0.0, nan, 0.0], expected finite numbers."],
         ),
-        ({"rewards": put(SOUND["rewards"], [8, 3], np.inf)}, ["'rewards' row 3 is inf, expected finite numbers."]),
         ({"rewards": put(SOUND["rewards"], 3, 1e300)}, ["'rewards' row 3 is inf, expected finite numbers."]),
         ({"terminals": np.arange(10)}, ["'terminals' row 2 is 2, expected only 0 and 1."]),
-        ({"timeouts": np.full(10, 0.5)}, ["'timeouts' row 0 is 0.5, expected only 0 and 1."]),
-        ({"terminals": np.full(10, np.nan)}, ["'terminals' row 0 is nan, expected only 0 and 1."]),
-        (
-            {"actions": np.tile([[0.5, 4.25]], (10, 1))},
-            ["'actions' row 0 is [0.5, 4.25], expected within [-1.0, 0.0] and [1.0, 4.0] of Spec-v0."],
-        ),
+        ({"timeouts": np.full(10, np.nan)}, ["'timeouts' row 0 is nan, expected only 0 and 1."]),
         (
             {"actions": put(np.tile([[0.5, 2.0]], (10, 1)), (6, 0), -1.0625)},
             ["'actions' row 6 is [-1.0625, 2.0], expected within [-1.0, 0.0] and [1.0, 4.0] of Spec-v0."],
         ),
     ],
 )
-@pytest.mark.parametrize("chunk", [data.CHUNK, 4])
 def test_bad_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], messages: list[str], chunk: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], messages: list[str]
 ) -> None:
-    monkeypatch.setattr(data, "CHUNK", chunk)
+    monkeypatch.setattr(data, "CHUNK", 4)
     path = write(tmp_path / "bad.hdf5", rows(**changed))
     with pytest.raises(MdptError) as caught:
         prepare(path)
@@ -574,7 +536,7 @@ def test_short_missing_foreign_and_truncated_files(tmp_path: Path) -> None:
 
 def test_a_file_with_damaged_tables_is_told_or_read(tmp_path: Path) -> None:
     sound, told = write(tmp_path / "a.hdf5", rows(40)).read_bytes(), set()
-    for place in range(8, 2400, 16):
+    for place in range(8, 2400, 64):
         (tmp_path / "a.hdf5").write_bytes(sound[:place] + bytes(8) + sound[place + 8 :])
         try:
             prepare(tmp_path / "a.hdf5")
@@ -583,7 +545,7 @@ def test_a_file_with_damaged_tables_is_told_or_read(tmp_path: Path) -> None:
     assert True in told
 
 
-@pytest.mark.parametrize("how", ["dangling", "soft", "other file", "external", "virtual"])
+@pytest.mark.parametrize("how", ["dangling", "soft", "other file", "external", "virtual", "group"])
 def test_nothing_outside_the_file_is_read(tmp_path: Path, how: str) -> None:
     other = write(tmp_path / "other.hdf5", {"rewards": SOUND["rewards"]})
     (tmp_path / "raw").write_bytes(SOUND["rewards"].tobytes())
@@ -595,11 +557,17 @@ def test_nothing_outside_the_file_is_read(tmp_path: Path, how: str) -> None:
             layout = h5py.VirtualLayout((10,), "f4")
             layout[:] = h5py.VirtualSource(other, "rewards", (10,))
             file.create_virtual_dataset("rewards", layout)
+        elif how == "group":
+            file["rewards/0"] = np.zeros(10)
         else:
             links = {"dangling": h5py.SoftLink("/nowhere"), "soft": h5py.SoftLink("/mine")}
             file["rewards"] = links.get(how) or h5py.ExternalLink(other, "rewards")
-    message = "'rewards' lies in other files" if how in ("external", "virtual") else "'rewards' is a link"
-    with pytest.raises(MdptError, match=rf"a\.hdf5: {message}; copy the data into"):
+    told = {
+        "external": "lies in other files; copy",
+        "virtual": "lies in other files; copy",
+        "group": "is a group; expected",
+    }
+    with pytest.raises(MdptError, match=rf"a\.hdf5: 'rewards' {told.get(how, 'is a link; copy')}"):
         prepare(path)
 
 
@@ -610,31 +578,12 @@ def test_what_was_never_written_is_zero_where_it_says_how_rows_end(tmp_path: Pat
     assert np.array_equal(prepare(path).rows, prepare(write(tmp_path / "b.hdf5", rows())).rows)
 
 
-@pytest.mark.parametrize("key", ["observations", "timeouts", "next_observations"])
-def test_a_group_is_no_array(tmp_path: Path, key: str) -> None:
-    path = write(tmp_path / "a.hdf5", rows(**{key: None}))
-    with h5py.File(path, "a") as file:
-        file[f"{key}/0"] = np.zeros(10)
-    with pytest.raises(MdptError, match=rf"a\.hdf5: '{key}' is a group; expected an array"):
-        prepare(path)
-
-
 def test_columns_that_float32_or_the_normalizer_hides_are_told(tmp_path: Path) -> None:
     sound = rows()["observations"]
     hidden = sound.astype(np.float64) * [1, 1e-5, 1] + [1.7e9, 0, 0]
     assert prepare(write(tmp_path / "a.hdf5", rows())).warnings == ()
     far, faint = prepare(write(tmp_path / "b.hdf5", rows(observations=hidden))).warnings
-    assert "columns [0] do not vary, as float32" in far and "columns [1] vary by less than 0.0001" in faint
-
-
-def test_rewards_that_no_float32_holds_are_told(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.hdf5", rows())
-    section = DataSection(source="hdf5", path=str(path), held_out=0.0, reward_scale=1e39)
-    with (
-        data.open_hdf5(path) as columns,
-        pytest.raises(MdptError, match=r"rewards x 1e\+39 .*; choose another reward_scale"),
-    ):
-        data.prepare(columns, section, SPEC, "", (), lambda *_: None)
+    assert "columns [0] do not vary in float32" in far and "columns [1] vary by less than 0.0001" in faint
 
 
 @pytest.mark.parametrize("chunks", [None, (1000,)])
@@ -651,8 +600,39 @@ def test_a_small_file_with_large_claims_is_refused(tmp_path: Path, chunks: tuple
 def test_more_than_memory_holds_is_told_how_to_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.hdf5", rows())
     prepare(path)
-    monkeypatch.setattr(data, "free_memory", lambda: 100.0)
-    with pytest.raises(MdptError, match="do not fit into .* free memory; set .*storage = 'disk'"):
+    for free, remedy in (([1_000], "choose a smaller dataset"), ([2_000, 300], "set .data. storage = 'disk'")):
+        monkeypatch.setattr(data, "free_memory", iter(free).__next__)  # to read the file; for its rows
+        with pytest.raises(MdptError, match=f"do not fit into .* free memory; {remedy}"):
+            prepare(path)
+
+
+def test_memory_is_bounded_by_the_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros that are compressed twice: kilobytes of a file become gigabytes, also in a chunk that claims 10 numbers."""
+
+    def compressed(passes: int, count: int, chunk: int, size: int) -> Path:
+        path = write(tmp_path / f"{passes}.hdf5", rows(rewards=None))
+        content = bytes(4 * size)
+        for _ in range(passes):
+            content = zlib.compress(content, 9)
+        with h5py.File(path, "a") as file:
+            settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            settings.set_chunk((chunk,))
+            for _ in range(passes):
+                settings.set_deflate(9)
+            space = h5py.h5s.create_simple((count,), (h5py.h5s.UNLIMITED,))
+            rewards = h5py.h5d.create(file.id, b"rewards", h5py.h5t.NATIVE_FLOAT, space, settings)
+            for start in range(0, count, chunk):
+                rewards.write_direct_chunk((start,), content)
+        return path
+
+    path = compressed(2, 10, 10, 10_000_000)
+    assert path.stat().st_size < 10_000
+    with pytest.raises(MdptError, match="'rewards' is compressed more than once"):
+        prepare(path)
+    path = compressed(1, 10, 10_000, 10_000)
+    assert len(prepare(path)) == 8
+    monkeypatch.setattr(data, "free_memory", lambda: 40_000)
+    with pytest.raises(MdptError, match="do not fit into .* free memory; choose a smaller dataset"):  # for one chunk
         prepare(path)
 
 
@@ -687,7 +667,7 @@ def test_actions_slightly_out_of_bounds_are_clipped_with_a_warning(tmp_path: Pat
 def test_transitions_agree_with_d4rl(d4rl: ModuleType, monkeypatch: pytest.MonkeyPatch, with_timeouts: bool) -> None:
     random = np.random.default_rng(int(with_timeouts))
     compared = ends_in_middle = 0
-    for case in range(600):
+    for case in range(300):
         monkeypatch.setattr(data, "CHUNK", int(random.integers(1, 20)))
         n, limit = int(random.integers(2, 60)), int(random.integers(1, 9))
         terminals = random.random(n) < random.choice([0, 0.05, 0.2, 0.5])
@@ -706,7 +686,7 @@ def test_transitions_agree_with_d4rl(d4rl: ModuleType, monkeypatch: pytest.Monke
         for key, array in expected.items():
             assert np.array_equal(loaded.column(key), array), (case, key)
         compared += 1
-    assert compared > 400 and ends_in_middle == 200
+    assert compared > 200 and ends_in_middle == 100
 
 
 def test_next_observations_are_used_and_keep_every_row(tmp_path: Path) -> None:
@@ -740,13 +720,6 @@ def test_discounted_returns_against_a_loop() -> None:
         assert 0 < trusted.sum() < n
 
 
-def test_discounted_returns_by_hand() -> None:
-    terminals, timeouts = np.array([0, 0, 1, 0, 0, 0], bool), np.array([0, 0, 0, 0, 1, 0], bool)
-    returns, trusted = data.discounted_returns(np.array([1, 2, 4, 8, 16, 32]), terminals, timeouts, 0.5, tail=0.25)
-    assert returns.tolist() == [3, 4, 4, 16, 16, 32]
-    assert trusted.tolist() == [True, True, True, True, False, False]
-
-
 # --- the dataset ------------------------------------------------------------------------------------------------
 
 
@@ -761,15 +734,46 @@ def test_dataset_without_held_out_episodes(tmp_path: Path) -> None:
     assert loaded.episode_returns.tolist() == [3, 18]  # the last episode is incomplete
     assert loaded.episode_lengths.tolist() == [3, 4]
     assert (loaded.environment.id, len(loaded), len(loaded.held_out.rewards), loaded.warnings) == (TOY, 8, 0, ())
-    assert {key: loaded.identity[key] for key in ("source", "name", "transitions", "no_environment")} == {
-        "source": "hdf5",
-        "name": "a.hdf5",
-        "transitions": 9,
-        "no_environment": "",
-    }
+    assert replace(loaded.identity, hash="") == data.Identity("hdf5", "a.hdf5", 9, "", "")
     only = load(toy_file(tmp_path / "b.hdf5", [5]), held_out=0.5)
     assert only.episode_returns.tolist() == [10]
     assert only.warnings == (f"{tmp_path / 'b.hdf5'}: a single episode, so none is held out.",)
+
+
+@pytest.mark.parametrize("storage", ["memory", "disk"])
+@pytest.mark.parametrize("chunk", [data.CHUNK, 3])
+def test_rows_follow_up_to_the_ends(storage: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row r acts with r / 100. Episodes: 0 to 2 ends by a terminal, 3 and 4 by a time limit, 5 by both, 6 to 9 by
+    both, and 10 to 12 end with the file."""
+    monkeypatch.setenv("MDPT_CACHE", str(tmp_path))
+    monkeypatch.setattr(data, "CHUNK", chunk)
+    numbers = np.arange(13)
+    flags = {"terminals": np.isin(numbers, [2, 5, 9]), "timeouts": np.isin(numbers, [4, 5, 9])}
+    arrays = rows(13, actions=np.stack([numbers / 100] * 2, axis=1), **flags)
+
+    def ends(**changed: Any) -> tuple[list[int], list[float], list[int]]:
+        loaded = load_arrays(arrays | changed, storage=storage, fraction=fraction, held_out=held_out, seed=4)
+        assert loaded.ends.dtype == np.int64 and loaded.cut_actions.dtype == np.float32
+        assert loaded.cut_actions.shape == (len(loaded.ends), 2) and loaded.ends[-1] == len(loaded)
+        cut, used = loaded.cut_actions[:, 1] * 100, loaded.column("actions")[:, 0] * 100
+        return loaded.ends.tolist(), np.nan_to_num(cut, nan=-1).round().tolist(), used.round().tolist()
+
+    fraction, held_out = 1.0, 0.0
+    # Rows 4, 5, 9 and 12 are no transitions, because what followed them is unknown; nothing is left of the third episode.
+    assert ends() == ([3, 4, 7, 9], [-1, 4, 9, 12], [0, 1, 2, 3, 6, 7, 8, 10, 11])
+    assert ends(next_observations=np.ones((13, 3))) == ([3, 5, 6, 10, 13], [-1] * 5, [*range(13)])
+    fraction, held_out = (
+        0.8,
+        0.4,
+    )  # of the four complete episodes the last three are used, the first of which is held out
+    assert ends() == ([3], [9], [6, 7, 8])
+    assert ends(next_observations=np.ones((13, 3))) == ([1, 5], [-1] * 2, [5, 6, 7, 8, 9])
+
+
+def test_the_last_row_of_a_file_is_the_next_action_of_the_row_before() -> None:
+    arrays = rows(4, actions=np.full((4, 2), 0.5), terminals=[0, 0, 0, 1], timeouts=np.zeros(4))
+    loaded = load_arrays(arrays)
+    assert loaded.ends.tolist() == [3] and loaded.cut_actions.tolist() == [[0.5, 0.5]]
 
 
 def test_held_out_episodes_are_whole_and_apart(tmp_path: Path) -> None:
@@ -810,7 +814,7 @@ def test_a_fraction_is_of_whole_episodes(tmp_path: Path) -> None:
             assert len(places) == count and 10 not in places
             assert used == [row for place in places for row in range(starts[place], starts[place + 1])]
             assert loaded.episode_lengths.tolist() == [lengths[place] for place in places]
-            assert loaded.identity["transitions"] == 35 and loaded.identity["hash"] == load(path).identity["hash"]
+            assert loaded.identity.transitions == 35 and loaded.identity.hash == load(path).identity.hash
             assert last < {*used}  # a larger fraction adds episodes, and drops none
             last = {*used}
         drawn.add(frozenset(last))
@@ -825,43 +829,26 @@ def test_a_fraction_is_of_whole_episodes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rule", "expected"),
     [
-        ("none", {"rule": "none", "multiplier": 1.0, "offset": 0.0}),
-        ("minus-one", {"rule": "minus-one", "multiplier": 1.0, "offset": -1.0}),
-        ("return-range", {"rule": "return-range", "multiplier": 6 / 15, "offset": 0.0}),
-        (None, {"rule": "return-range", "multiplier": 6 / 15, "offset": 0.0}),
-        (0.25, {"rule": "number", "multiplier": 0.25, "offset": 0.0}),
-        ((4.0, -2.0), {"rule": "number", "multiplier": 4.0, "offset": -2.0}),
+        ("none", RewardScale("none", 1.0, 0.0)),
+        ("minus-one", RewardScale("minus-one", 1.0, -1.0)),
+        ("return-range", RewardScale("return-range", 6 / 15, 0.0)),
+        (None, RewardScale("return-range", 6 / 15, 0.0)),
+        (0.25, RewardScale("number", 0.25, 0.0)),
+        ((4.0, -2.0), RewardScale("number", 4.0, -2.0)),
     ],
 )
-def test_reward_scale(tmp_path: Path, rule: str | float | None, expected: dict[str, Any]) -> None:
+def test_reward_scale(tmp_path: Path, rule: str | float | None, expected: RewardScale) -> None:
     loaded = load(toy_file(tmp_path / "a.hdf5", [3, 4, 2]), reward_scale=rule)  # returns 3 and 18
     assert loaded.reward_scale == expected
-    assert np.allclose(loaded.column("rewards"), expected["multiplier"] * np.arange(8) + expected["offset"])
+    assert np.allclose(loaded.column("rewards"), expected.multiplier * np.arange(8) + expected.offset)
 
 
-def test_observations_may_stay_as_they_are(tmp_path: Path) -> None:
-    loaded = load(toy_file(tmp_path / "a.hdf5", [3, 4, 2]), normalization="none")
-    assert not loaded.mean.any() and (loaded.deviation == 1).all()
-
-
-def test_returns_that_hardly_differ_give_no_range(tmp_path: Path) -> None:
-    rewards = np.zeros(9, dtype=np.float32)
-    path = tmp_path / "a.hdf5"
-    rewards[[0, 3]] = 1000
-    rewards[4] = 2**-11  # 4.9e-7 of 1000
+def test_returns_that_hardly_differ_give_no_range() -> None:
+    arrays = rows(4, actions=np.zeros((4, 2)), terminals=[0, 1, 0, 1], rewards=[1000, 0, 1000, 2**-11], timeouts=None)
     with pytest.raises(MdptError, match=r"'return-range': all returns are equal, 1000 to 1000; choose 'none' or a num"):
-        load(toy_file(path, [3, 4, 2], rewards=rewards), reward_scale="return-range")
-    rewards[4] = 2**-9
-    loaded = load(toy_file(path, [3, 4, 2], rewards=rewards), reward_scale="return-range")
-    assert loaded.reward_scale["multiplier"] == 6 * 2**9
-    with pytest.raises(MdptError, match="all returns are equal, 0 to 0"):
-        load(toy_file(path, [3, 4, 2], rewards=0 * rewards), reward_scale="return-range")
-
-
-def test_a_path_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    toy_file(tmp_path / "a.hdf5", [3, 4])
-    assert load(Path("~/a.hdf5")).section.path == str(tmp_path / "a.hdf5")
+        load_arrays(arrays, reward_scale="return-range")
+    loaded = load_arrays(arrays | {"rewards": [1000, 0, 1000, 2**-9]}, reward_scale="return-range")
+    assert loaded.reward_scale.multiplier == 2 * 2**9
 
 
 def test_other_arrays_are_left_alone() -> None:
@@ -891,13 +878,13 @@ def test_dataset_errors(tmp_path: Path) -> None:
 def test_identity_follows_the_content(tmp_path: Path) -> None:
     one, same = toy_file(tmp_path / "a.hdf5", [3, 4]), toy_file(tmp_path / "b.hdf5", [3, 4])
     other = toy_file(tmp_path / "c.hdf5", [4, 3])
-    hashes = [load(path).identity["hash"] for path in (one, same, other)]
+    hashes = [load(path).identity.hash for path in (one, same, other)]
     assert hashes[0] == hashes[1] != hashes[2]
     for key in ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations"):
         arrays = rows(next_observations=np.ones((10, 3)), actions=np.zeros((10, 2)))
-        before = load_arrays(arrays).identity["hash"]
+        before = load_arrays(arrays).identity.hash
         arrays[key] = put(arrays[key], 5, 1 - arrays[key].flat[5] / 2)  # any other value, of a flag too
-        assert load_arrays(arrays).identity["hash"] != before, key
+        assert load_arrays(arrays).identity.hash != before, key
 
 
 def test_a_file_without_timeouts_says_so(tmp_path: Path) -> None:
@@ -906,11 +893,11 @@ def test_a_file_without_timeouts_says_so(tmp_path: Path) -> None:
         del file["timeouts"]
     loaded = load(whole)
     assert loaded.warnings == (f"{whole}: no 'timeouts'; episodes end at terminals and every 6 rows.",)
-    assert loaded.facts == {"terminals": 1, "timeouts": 1, "timeouts_counted": True}
+    assert (loaded.terminal_count, loaded.timeout_count, loaded.timeouts_counted) == (1, 1, True)
     bare = load(whole, environment=None, reference=None, held_out=0.5)
     told = "no 'timeouts'; episodes end at terminals alone. [data] max_episode_steps cuts them."
     assert bare.warnings == (f"{whole}: {told}", f"{whole}: a single episode, so none is held out.")
-    assert bare.facts["timeouts"] == 0
+    assert bare.timeout_count == 0
 
 
 def test_data_without_an_environment(tmp_path: Path) -> None:
@@ -918,14 +905,14 @@ def test_data_without_an_environment(tmp_path: Path) -> None:
     loaded = load(path, environment=None, reference=None, action_range=(0.0, 4.0), max_episode_steps=None)
     assert loaded.environment == EnvironmentSpec(None, 2, 2, (0.0, 0.0), (4.0, 4.0), 40)  # the longest episode
     assert loaded.column("actions")[0].tolist() == [-0.75, -0.5]
-    assert loaded.identity["no_environment"] == "[data] names no environment"
+    assert loaded.identity.no_environment == "[data] names no environment"
     assert loaded.section.reference is None
     limited = load(path, environment=None, reference=None, max_episode_steps=50)
     assert limited.environment == EnvironmentSpec(None, 2, 2, (-1.0, -1.0), (1.0, 1.0), 50)
     with pytest.raises(MdptError) as caught:
         load(path, environment=None, reference=None, action_range=(0.0, 0.75))
     where = "'actions' row 0 is [0.5, 1.0], expected within [0.0, 0.0] and [0.75, 0.75] of the data"
-    assert str(caught.value) == f"{path}: {where}; [data] action_range says what they may be."
+    assert str(caught.value) == f"{path}: {where}; [data] action_range sets the bounds."
 
 
 @pytest.mark.parametrize("environment", [None, TOY])
@@ -935,7 +922,7 @@ def test_a_dataset_is_loaded_again_as_it_was(
     reference = None if environment is None else (0.0, 1.0)
     path = write(tmp_path / "a.hdf5", noisy())
     loaded = load(path, environment=environment, reference=reference, action_range=(-1.0, 5.0))
-    assert loaded.facts["timeouts_counted"]
+    assert loaded.timeouts_counted
     monkeypatch.setattr(data, "environment_spec", None)  # it need not be made
     again = data.load_dataset(loaded.section, spec=loaded.environment)
     assert same(again, loaded) and (again.environment, again.section) == (loaded.environment, loaded.section)
@@ -952,8 +939,7 @@ def test_what_a_source_knows_holds_where_the_user_says_nothing(monkeypatch: pyte
     }
 
     def settle(known: dict[str, Any], missing: str, width: int, **settings: Any) -> tuple[Dataset, dict[str, Any]]:
-        source = replace(data.SOURCES["arrays"], know=lambda section: (known, missing, ("told",)))
-        monkeypatch.setitem(data.SOURCES, "arrays", source)
+        monkeypatch.setattr(data.Arrays, "know", lambda *_: data.Known(known, missing, ("told",)))
         arrays = rows(observations=np.ones((10, width)), timeouts=np.arange(10) % 4 == 3, actions=np.ones((10, 2)))
         loaded = data.load_dataset(DataSection(source="arrays", **settings), arrays=arrays)
         assert loaded.warnings[0] == "told"
@@ -967,10 +953,10 @@ def test_what_a_source_knows_holds_where_the_user_says_nothing(monkeypatch: pyte
     assert found == {key: None for key in facts} | {"environment": PARTED, "environment_kwargs": {}} | {
         key: facts[key] for key in ("reward_scale", "reference")
     }
-    assert loaded.environment == data.environment_spec(PARTED) and loaded.identity["no_environment"] == ""
+    assert loaded.environment == data.environment_spec(PARTED) and loaded.identity.no_environment == ""
     loaded, _ = settle({key: facts[key] for key in ("max_episode_steps", "reward_scale")}, "none fits", 2)
     assert loaded.environment == EnvironmentSpec(None, 2, 2, (-1.0, -1.0), (1.0, 1.0), 4)
-    assert loaded.identity["no_environment"] == "none fits"
+    assert loaded.identity.no_environment == "none fits"
 
 
 def test_only_the_first_observation_columns_are_used(tmp_path: Path) -> None:
@@ -980,7 +966,7 @@ def test_only_the_first_observation_columns_are_used(tmp_path: Path) -> None:
         load(write(tmp_path / "a.hdf5", arrays), observation_columns=2),
         load(write(tmp_path / "b.hdf5", narrow)),
     )
-    assert loaded.environment == other.environment and loaded.identity["hash"] == other.identity["hash"]
+    assert loaded.environment == other.environment and loaded.identity.hash == other.identity.hash
     assert np.array_equal(loaded.rows, other.rows) and (loaded.column("next_observations") == [0, 1]).all()
     with pytest.raises(MdptError, match=r"'observations' has shape \(10, 4\), expected \(10, 2\) for toy_env"):
         load(tmp_path / "a.hdf5")
@@ -1010,7 +996,7 @@ def same(one: Dataset, other: Dataset) -> bool:
     """To the last bit."""
     held = [[*vars(each.held_out).values()] for each in (one, other)]
     return (
-        one.identity | {"name": ""} == other.identity | {"name": ""}
+        replace(one.identity, name="") == replace(other.identity, name="")
         and np.array_equal(one.rows, other.rows)
         and all(map(np.array_equal, *held))
         and [text.partition(": ")[2] for text in one.warnings] == [text.partition(": ")[2] for text in other.warnings]
@@ -1022,6 +1008,12 @@ def test_the_size_of_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp
     following = np.random.default_rng(8).normal(size=(100, 2)) if own else None
     path = write(tmp_path / "a.hdf5", noisy(next_observations=following))
     settings: dict[str, Any] = {"held_out": 0.2, "fraction": 0.8, "reward_scale": "return-range"}
+    heard: list[tuple[str, int, int]] = []
+    section = DataSection(source="hdf5", path=str(path), environment=TOY, reference=(0.0, 1.0), **(PLAIN | settings))
+    monkeypatch.setattr(data, "CHUNK", 8)
+    data.load_dataset(section, show=lambda *progress: heard.append(progress))
+    assert heard == [("read", min(stop, 100), 100) for stop in range(8, 108, 8)]
+    monkeypatch.undo()
     whole = load(path, **settings)
     assert "clipped" in whole.warnings[-1] and len(whole.held_out.rewards) and 40 < len(whole) < 80
     for chunk in (1, 3, 10, 99, 100):
@@ -1051,35 +1043,6 @@ def test_disk_and_memory_give_the_same_bits(monkeypatch: pytest.MonkeyPatch, tmp
         MdptError, match=rf"cache: no room for 0\.0 GB of .*{os.strerror(errno.ENOSPC)}.*set MDPT_CACHE"
     ):
         load(path, storage="disk")
-
-
-class Unread:
-    """A column that notes which rows are asked for."""
-
-    def __init__(self, array: Array) -> None:
-        self.array, self.dtype, self.shape = array, array.dtype, array.shape
-        self.asked: list[range] = []
-
-    def __getitem__(self, rows: slice) -> Array:
-        self.asked.append(range(len(self.array))[rows])
-        return self.array[rows]
-
-
-@pytest.mark.parametrize("chunk", [8, 10])
-def test_wide_columns_are_read_once_and_in_parts(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(data, "CHUNK", chunk)
-    unread = {key: Unread(array) for key, array in noisy().items()}
-    heard: list[tuple[str, int, int]] = []
-    section = DataSection(source="arrays", max_episode_steps=9, action_range=(-1.0, 5.0), **PLAIN)
-    loaded = data.prepare(
-        Columns("", "", unread), section, None, "", (), lambda what, done, total: heard.append((what, done, total))
-    )
-    assert len(loaded) > 70
-    parts = [range(start, min(start + chunk, 100)) for start in range(0, 100, chunk)]
-    assert unread["actions"].asked == parts
-    following = [range(part.start, min(part.stop + 1, 100)) for part in parts]  # its last row's next one, too
-    assert unread["observations"].asked == following
-    assert heard == [("read", part.stop, 100) for part in parts if len(parts) > 10]  # what is short stays silent
 
 
 def test_the_normalizer_against_numpy_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1114,19 +1077,19 @@ def test_what_is_told_of_a_dataset(tmp_path: Path) -> None:
     actions[:4, 0] = [1, -1, 0.25, 1]
     rewards = np.array([1, 1, 1, 2, 2, 2, 2, 5, 5])
     path = toy_file(tmp_path / "a.hdf5", [3, 4, 2], observations=observations, actions=actions, rewards=rewards)
-    assert data.describe_data(load(path)) == {
-        "transitions": 8,
-        "held_out": 0,
-        "lengths": [3, 3.5, 4],
-        "returns": [3, 4.25, 5.5, 6.75, 8],
-        "histogram": [1] + 18 * [0] + [1],
-        "constant": [1],
-        "at_bounds": [3 / 8, 1],
-        "duplicates": 1 / 8,  # rows 0 and 3
-        "terminals": 2,
-        "timeouts": 0,
-        "timeouts_counted": False,
-    }
+    assert data.describe_data(load(path)) == data.Description(
+        transitions=8,
+        held_out=0,
+        lengths=[3, 3.5, 4],
+        returns=[3, 4.25, 5.5, 6.75, 8],
+        histogram=[1] + 18 * [0] + [1],
+        constant=[1],
+        at_bounds=[3 / 8, 1],
+        duplicates=1 / 8,  # rows 0 and 3
+        terminals=2,
+        timeouts=0,
+        timeouts_counted=False,
+    )
 
 
 # --- work in other processes ------------------------------------------------------------------------------------
@@ -1227,9 +1190,9 @@ def test_an_environment_that_fails_is_named(first_action: float, told: str, work
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_environment_that_hangs_is_named_in_time(workers: int) -> None:
     start = time.monotonic()
-    line = fails(play_broken, [0.85, 0.0], workers, timeout=1.5)
+    line = fails(play_broken, [0.85, 0.0], workers, timeout=0.5)
     assert time.monotonic() - start < 60  # it would sleep for an hour
-    assert all(each in line for each in (TOY, "episode 4, step 3", "longer than 1.5 s", "--timeout")), line
+    assert all(each in line for each in (TOY, "episode 4, step 3", "longer than 0.5 s", "--timeout")), line
 
 
 @pytest.mark.slow
@@ -1240,7 +1203,7 @@ def test_an_environment_that_ends_its_process_is_told() -> None:
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_only_the_environments_own_time_is_watched(workers: int) -> None:
-    assert list(data.parallel(rest, [0.6, 0.0], Workers(workers, 0.2), 2)) == [0.6, 0.0]
+    assert list(data.parallel(rest, [0.3, 0.0], Workers(workers, 0.1), 2)) == [0.3, 0.0]
 
 
 @pytest.mark.slow
@@ -1250,26 +1213,6 @@ def test_whoever_stops_listening_leaves_no_worker() -> None:
         assert next(found) == 0
         raise KeyboardInterrupt
     assert soon(lambda: not workers_left())
-
-
-@pytest.mark.slow
-def test_a_worker_that_was_given_nothing_ends_with_its_parent(tmp_path: Path) -> None:
-    code = """
-import pathlib, time
-from mdpt import data
-
-def rest(task, watch):
-    pathlib.Path("begun").touch()
-    time.sleep(600)
-
-list(data.parallel(rest, [0], data.Workers(2), 2))
-"""
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
-    assert soon((tmp_path / "begun").exists, 60)
-    children = processes(parent.pid)
-    parent.kill()
-    parent.wait(10)
-    assert soon(lambda: all(map(has_ended, children)))
 
 
 def test_only_the_work_is_silenced(capfd: pytest.CaptureFixture[str]) -> None:
@@ -1295,34 +1238,10 @@ def test_an_environment_may_fail_in_its_pictures_and_at_its_end(monkeypatch: pyt
         data.rollout(pay_by_place, spec, [7], seed=0, look=lambda *_: None)
 
 
-@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
-def test_an_environment_may_end_python_as_it_is_made(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
-    def exit(self: Any, **options: Any) -> Any:
-        raise error
-
-    monkeypatch.setattr(conftest.Gentle, "__init__", exit)
-    with pytest.raises(MdptError, match=rf"conftest:Gentle-v0: .* cannot be made\. {type(error).__name__}"):
-        data.environment_spec("conftest:Gentle-v0")
-
-
-def test_a_shard_closes_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    closed: list[Any] = []
-    spec, make = data.environment_spec(TOY), data.make_environment
-
-    def watched(spec: EnvironmentSpec) -> Any:
-        environment = make(spec)
-        monkeypatch.setattr(environment.unwrapped, "close", lambda: closed.append(spec))
-        return environment
-
-    monkeypatch.setattr(data, "make_environment", watched)
-    agent = [np.zeros(shape, dtype=np.float32) for shape in ((2, 3), (3,), (3, 3), (3,), (3, 2), (2,))]
-    data.collect_shard(Shard(spec, agent, 0.0, 0.0, 10, (0, 0, 0)), Watch(60))
-    assert closed == [spec]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0, 600])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("how", "seconds"), [(signal.SIGKILL, 0), (signal.SIGKILL, 600), (signal.SIGTERM, 600), (signal.SIGINT, 600)]
+)
 def test_no_process_outlives_its_parent(how: signal.Signals, seconds: int, tmp_path: Path) -> None:
     code = f"""
 import pathlib, time
@@ -1368,7 +1287,7 @@ def changed_settings(**changed: Any) -> DataSection:
 def collected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "SHARD", 250)
-        return data.collect_dataset(SETTINGS, cache=tmp_path_factory.mktemp("one"))
+        return data.collect_dataset(SETTINGS, folder=tmp_path_factory.mktemp("one"))
 
 
 @pytest.mark.slow
@@ -1401,7 +1320,7 @@ def test_collecting_goes_on_where_it_was_cut_short(
     monkeypatch.setattr(
         data, "collect_shard", lambda shard, watch: (begun.append(shard.seed), collect(shard, watch))[1]
     )
-    path = data.collect_dataset(SETTINGS, cache=tmp_path)
+    path = data.collect_dataset(SETTINGS, folder=tmp_path)
     assert begun == [(4, 0, 1), (4, 0, 2), (4, 1, 0), (4, 1, 1), (4, 1, 2)]
     assert path.read_bytes() == collected.read_bytes()
     assert [file.name for file in tmp_path.iterdir()] == [collected.name]
@@ -1457,29 +1376,6 @@ def test_without_locks_the_number_in_a_file_tells_whether_it_is_held(
     assert lock.exists() is not free
 
 
-def test_where_collecting_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    calls = itertools.count(-10)  # the environment is tried first, twice for five steps
-
-    def step(*given: Any) -> Any:
-        if next(calls) == 300:
-            raise ValueError("lost")
-        return take_step(*given)
-
-    take_step = data.take_step
-    monkeypatch.setattr(data, "take_step", step)
-    monkeypatch.setattr(data, "SHARD", 250)
-    where = f"collecting in {HOPPER}: level 0.1, row 301: the environment failed. ValueError: lost"
-    with pytest.raises(MdptError, match=re.escape(where)):
-        data.collect_dataset(SETTINGS, cache=tmp_path)
-
-
-def test_no_more_is_collected_than_memory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "free_memory", lambda: 150_000.0)  # 1,200 rows of 20 numbers, twice, are more
-    with pytest.raises(MdptError, match=r"0\.0 GB of transitions do not fit .* collect fewer \[data\] transitions"):
-        data.collect_dataset(SETTINGS, cache=tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_collected_rows(collected: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with h5py.File(collected) as file:
         level, observations = file["infos/level"][()], file["observations"][()]
@@ -1499,7 +1395,7 @@ def test_collected_rows(collected: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     ours = data.load_dataset(changed_settings(environment=None, held_out=0.1, reward_scale="none"))
     assert ours.environment == loaded.environment and ours.section.reference == "bullet-hopper"  # by default
     assert len(ours.episode_returns) == falls < ends.sum()  # an end of a shard is no episode's end
-    assert ours.identity["name"] == collected.name and ours.identity["source"] == "collect"
+    assert ours.identity.name == collected.name and ours.identity.source == "collect"
     assert np.array_equal(ours.rows, loaded.rows)
     assert ends[:600].sum() < ends[600:].sum()  # the better agent's episodes last longer
 
@@ -1540,41 +1436,28 @@ def test_actions_are_drawn_as_ever() -> None:
     assert stop > 5 and np.array_equal(rows["actions"][:stop], np.clip(expected, -1, 1))
 
 
-def test_each_level_may_have_its_own_noise(tmp_path: Path) -> None:
-    section = DataSection(environment=HOPPER, transitions=200, levels=[0.0, 0.0], action_noise=[0.0, 0.5])
-    with h5py.File(data.collect_dataset(section, cache=tmp_path)) as file:
-        differences = away_from_the_agent(file)
-    assert differences[:100].max() < 1e-5 and differences[100:].max() > 0.5
-
-
 def test_cache_is_reused_by_settings(collected: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def roll_out(*_: Any) -> Any:
         raise AssertionError("rolled out")
 
     monkeypatch.setattr(data, "parallel", roll_out)
     folder = collected.parent
-    assert data.collect_dataset(SETTINGS, cache=folder) == collected
+    assert data.collect_dataset(SETTINGS, folder=folder) == collected
     assert collected.name == "HopperBulletEnv-v0-9d45c44134aa7601.hdf5"  # what was cached long ago is still found
-    assert data.collect_dataset(changed_settings(held_out=0.5, reward_scale=2.0), cache=folder) == collected
+    assert data.collect_dataset(changed_settings(held_out=0.5, reward_scale=2.0), folder=folder) == collected
     others = ({"transitions": 1202}, {"levels": [0.1, 0.7]}, {"action_noise": 0.2}, {"seed": 5})
     for changed in (*others, {"max_episode_steps": 50}):
         with pytest.raises(AssertionError, match="rolled out"):
-            data.collect_dataset(changed_settings(**changed), cache=folder)
+            data.collect_dataset(changed_settings(**changed), folder=folder)
 
 
 def test_a_damaged_cached_file_is_named(collected: Path, tmp_path: Path) -> None:
     damaged = tmp_path / collected.name
     damaged.write_bytes(collected.read_bytes()[:-3000])
     with pytest.raises(MdptError) as caught:
-        data.collect_dataset(SETTINGS, cache=tmp_path)
+        data.collect_dataset(SETTINGS, folder=tmp_path)
     message = "this cached dataset is damaged; delete the file, and it will be collected again."
     assert str(caught.value) == f"{damaged}: {message}"
-
-
-def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(TypeError):
-        data._write_hdf5(tmp_path / "a.hdf5", {"x": np.zeros(3)}, {"bad": object()})
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -1589,13 +1472,13 @@ def test_collecting_needs_an_agent(tmp_path: Path) -> None:
     with pytest.raises(
         MdptError, match=r"^ReacherBulletEnv-v0: no agent is bundled .* It has: Ant.*HopperBulletEnv-v0"
     ):
-        data.collect_dataset(changed_settings(environment="ReacherBulletEnv-v0"), cache=tmp_path)
+        data.collect_dataset(changed_settings(environment="ReacherBulletEnv-v0"), folder=tmp_path)
 
 
 def test_a_cache_that_cannot_be_written_says_so_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(MdptError, match=r"file/cache: cannot be written .*MDPT_CACHE"):
-        data.collect_dataset(SETTINGS, cache=tmp_path / "file" / "cache")
+        data.collect_dataset(SETTINGS, folder=tmp_path / "file" / "cache")
 
 
 # --- rollouts
@@ -1716,14 +1599,6 @@ def test_data_alone_cannot_be_played() -> None:
         data.rollout(pay_by_place, replace(SPEC, id=None), [0], seed=0)
 
 
-def test_what_the_policy_raises_is_left_alone() -> None:
-    def act(observations: Array, places: Array) -> Array:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        toy_rollout(act)
-
-
 @pytest.mark.parametrize("every", [1, 2, 4])
 def test_the_first_episode_can_be_looked_at(every: int) -> None:
     seen: list[tuple[int, float, Array]] = []
@@ -1776,39 +1651,12 @@ FIELDS = ["extends", "nobody.knows", *(name for name, part in Experiment() if no
     f"{name}.{key}" for name, part in Experiment() if isinstance(part, data.Section) for key in type(part).model_fields
 ]
 WORDS = [
-    "1",
-    "-1",
-    "0",
-    "0.5",
-    "1e400",
-    "nan",
-    "inf",
-    "9" * 30,
-    "''",
-    "'x'",
-    "'\\u0007'",
-    "[]",
-    "{}",
-    "[1, 'a']",
-    "{a = 1}",
-    "true",
-]
-WORDS += [
-    "1979-05-27",
-    "[[[]]]",
-    "[0, 1]",
-    "none",
-    "'idql'",
-    "'minari'",
-    "'d4rl'",
-    "'collect'",
-    "",
-    "= 1",
-    "1\n[policy]\nsteps = 2",
-]
+    "1", "-1", "0", "0.5", "1e400", "nan", "inf", "9" * 30, "''", "'x'", "'\\u0007'", "[]", "{}", "[1, 'a']", "{a = 1}", "true",
+    "1979-05-27", "[[[]]]", "[0, 1]", "none", "'idql'", "'minari'", "'collect'", "", "= 1", "1\n[policy]\nsteps = 2",
+]  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(
     pairs=st.lists(st.tuples(st.sampled_from(FIELDS), st.sampled_from(WORDS) | st.text(max_size=12)), max_size=4),
     written=st.booleans(),

@@ -183,7 +183,7 @@ def test_a_file_arrives_whole(server: Server, path: Path, answers: list[Answer],
     assert shown[-1] == (len(expected), known)
 
 
-@pytest.mark.parametrize(("reset", "timeout"), [(True, 30.0), (False, 1.0)], ids=["reset", "silent"])
+@pytest.mark.parametrize(("reset", "timeout"), [(True, 30.0), (False, 0.3)], ids=["reset", "silent"])
 def test_a_broken_connection_is_made_again(server: Server, path: Path, reset: bool, timeout: float) -> None:
     event = threading.Event()
 
@@ -211,8 +211,6 @@ FAILURES: dict[str, tuple[list[Answer], str]] = {
     ),
     "half a file": ([Answer(BODY[:HALF])], "sent a damaged HDF5 file"),
     "keys": ([Answer(hdf5("actions", "rewards"))], "sent an HDF5 file without observations, terminals"),
-    "always cut": ([Answer(send=HALF, ranges=False)], f"the connection was cut, after {HALF:,} of {len(BODY):,} bytes"),
-    "cut sooner": ([Answer(send=HALF), *[Answer(send=99, ranges=False)] * 2, Answer()], f"was cut, after {HALF:,} of"),
     "gone": ([Answer(send=HALF), Answer(b"", status=503, ranges=False)], f"503: Service Unavailable, after {HALF:,}"),
     "another range": ([Answer(send=HALF), Answer(shift=1)], f"sent 'bytes {HALF + 1}-"),
     "another file": ([Answer(send=HALF, etag=""), Answer(LONGER, etag="")], f"of {len(BODY):,} on"),
@@ -280,23 +278,6 @@ def test_ctrl_c_leaves_nothing(server: Server, path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         data.download([server.address("a", Answer())], path, KEYS, interrupt)
     assert os.listdir(path.parent) == []
-
-
-def test_two_at_once_do_not_meet(server: Server, path: Path) -> None:
-    whole, broken = server.address("a", Answer()), server.address("b", Answer(b"no"))
-
-    first: list[int] = []
-
-    def show(so_far: int, total: int) -> None:
-        if not first:
-            data.download([whole], path, KEYS, nothing)
-            first.append(path.stat().st_ino)
-            with pytest.raises(MdptError):
-                data.download([broken], path, KEYS, nothing)
-
-    data.download([whole], path, KEYS, show)
-    assert [path.stat().st_ino] != first  # another file took its place: who reads the first one reads on
-    assert path.read_bytes() == BODY and os.listdir(path.parent) == [path.name]
 
 
 @pytest.mark.parametrize(
@@ -425,9 +406,8 @@ def test_the_environments_are_as_the_table_says(tmp_path: Path, monkeypatch: pyt
             if family.environment and re.fullmatch(family.pattern, name):
                 played += 1
                 spec = spec_of(family.environment)
-                expected = (spec.observation_dim, spec.action_dim, spec.max_episode_steps)
-                assert (family.observation_dim, family.action_dim, family.max_episode_steps) == expected, name
-                assert family.observation_columns in (None, family.observation_dim), name
+                assert family.max_episode_steps == spec.max_episode_steps, name
+                assert family.observation_columns in (None, spec.observation_dim), name
                 low, high = data.d4rl_facts(name)[0].get("reference", (0.0, 0.0))
                 assert low < high or name == "ant-random-expert-v0", name
     assert played > 80

@@ -1,10 +1,11 @@
-"""The README's tables follow from the code, and its Python runs. `python tests/test_readme.py` writes the tables anew."""
+"""The README's tables follow from the code, and its Python runs. `python tests/test_readme.py --write` writes them."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ import pytest
 import typer
 from test_cli import ROOT, TOY, run, write_toy_data
 
-from mdpt.data import Experiment, Section, d4rl_facts, load_experiment
+from mdpt.data import Experiment, Section, d4rl_facts
 from mdpt.mdpt import app
-from mdpt.models import GUIDANCES, POLICIES, check_algorithms, read_policy
+from mdpt.models import CHOICES, GUIDANCES, POLICIES, load_experiment, read_policy
 
 FILE = ROOT / "README.md"
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -53,14 +54,27 @@ def allowed(schema: dict[str, Any]) -> str:
     return words[0] + (f" {', '.join(words[1:])}" if words[1:] else "")
 
 
-def field_rows(table: type[Section]) -> Iterator[str]:
-    """A field of a table: name, default, what is allowed, meaning."""
-    yield from ("| field | default | allowed | meaning |", "|---|---|---|---|")
-    properties = table.model_json_schema()["properties"]
-    for name, field in table.model_fields.items():
+def readers(table: str, name: str) -> str:
+    """Which choices of a table read a field of it, such as "dql" or "sampler ddpm"; "" if all do."""
+    found = []
+    for field, registry in CHOICES.get(table, {}).items():  # type: ignore[call-overload]
+        lines = [f"`{choice}`" for choice, line in registry.items() if name in line.reads]
+        prefix = "" if field == "algorithm" else f"{field} "
+        found += [prefix + ", ".join(lines)] if lines else []
+    return "; ".join(found)
+
+
+def field_rows(section: type[Section], table: str = "") -> Iterator[str]:
+    """A field of a table: name, default, what is allowed, what reads it, meaning."""
+    chosen = table in CHOICES
+    yield f"| field | default | allowed |{' read by |' * chosen} meaning |"
+    yield f"|---|---|---|{'---|' * chosen}---|"
+    properties = section.model_json_schema()["properties"]
+    for name, field in section.model_fields.items():
         if "$ref" not in properties[name]:
             default = "" if field.default is None else f"`{json.dumps(field.default)}`"
-            yield f"| `{name}` | {default} | {allowed(properties[name])} | {field.description} |"
+            by = f" {readers(table, name)} |" if chosen else ""
+            yield f"| `{name}` | {default} | {allowed(properties[name])} |{by} {field.description} |"
 
 
 def algorithm_rows(registry: dict[str, Any]) -> Iterator[str]:
@@ -75,7 +89,7 @@ def algorithm_rows(registry: dict[str, Any]) -> Iterator[str]:
 
 TABLES: dict[str, Any] = {f"### `mdpt {name}`": (option_rows, name) for name in COMMANDS}
 TABLES |= {"### top level": (field_rows, Experiment)} | {
-    f"### `[{name}]`": (field_rows, type(field.default))
+    f"### `[{name}]`": (field_rows, type(field.default), name)
     for name, field in Experiment.model_fields.items()
     if isinstance(field.default, Section)
 }
@@ -88,14 +102,14 @@ def with_table(text: str, heading: str) -> str:
     assert lines.count(heading) == 1, heading
     first = next(i for i in range(lines.index(heading), len(lines)) if lines[i].startswith("|"))
     last = next(i for i in range(first, len(lines)) if not lines[i].startswith("|"))
-    rows, what = TABLES[heading]
-    return "\n".join([*lines[:first], *rows(what), *lines[last:], ""])
+    rows, *what = TABLES[heading]
+    return "\n".join([*lines[:first], *rows(*what), *lines[last:], ""])
 
 
 @pytest.mark.parametrize("heading", TABLES)
 def test_the_tables_follow_from_the_code(heading: str) -> None:
     text = FILE.read_text(encoding="utf-8")
-    assert with_table(text, heading) == text, "run `python tests/test_readme.py`"
+    assert with_table(text, heading) == text, "run `python tests/test_readme.py --write`"
 
 
 def test_the_front_door_is_short_and_has_both_command_lines() -> None:
@@ -108,6 +122,7 @@ def test_the_front_door_is_short_and_has_both_command_lines() -> None:
     assert tests.endswith(" && pip install -e '.[test]' && pytest")
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_the_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("toy.toml").write_text(TOY)
@@ -124,7 +139,7 @@ def test_the_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     with h5py.File("toy.hdf5") as file:
         exec(arrays_code, {"arrays": {key: column[()] for key, column in file.items()}})  # noqa: S102
     by_arrays, by_file = read_policy(Path("my.policy.pt")), read_policy(Path("hopper-dql.policy.pt"))
-    assert by_arrays["complete"] and by_arrays["dataset"]["hash"] == by_file["dataset"]["hash"]
+    assert by_arrays.complete and by_arrays.dataset.hash == by_file.dataset.hash
     assert "Gentle-v0, 2 members x 1 episodes" in run("evaluate my.policy.pt --episodes 1").output
     assert max(len(block.replace("\n\n", "\n").splitlines()) for block in (code, arrays_code)) <= 6
 
@@ -133,12 +148,12 @@ def test_the_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     "path", [ROOT / "hopper.toml", *ROOT.glob("experiments/**/*.toml")], ids=lambda path: path.stem
 )
 def test_the_experiments_are_sound(path: Path) -> None:
-    experiment = check_algorithms(load_experiment(path, []))
+    experiment = load_experiment(path)
     if experiment.data.source == "d4rl":
         assert "reference" in d4rl_facts(experiment.data.dataset or "")[0]
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:] == ["--write"]:
     readme = FILE.read_text(encoding="utf-8")
     for each in TABLES:
         readme = with_table(readme, each)

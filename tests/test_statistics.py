@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pytest
@@ -50,36 +49,37 @@ def test_comparisons_agree_with_an_independent_computation() -> None:
     own, table = random.normal(50, 20, 6), random.normal(60, 5, (6, 5))
     before, after = per_episode(own), per_episode(table)
     found = cli.compare(before, after)
-    assert {key: found[key] for key in CHANGES} == pytest.approx(changes(own, table))
+    assert {key: getattr(found, key) for key in CHANGES} == pytest.approx(changes(own, table))
     others = random.normal(60, 5, (6, 6))
     others[range(6), range(6)] = np.nan  # other seeds alone
     change = cli.compare(before, per_episode(others))
-    assert {key: change[key] for key in CHANGES} == pytest.approx(changes(own, others))
-    assert change["range"] == pytest.approx([np.nanmin(others.T - own), np.nanmax(others.T - own)])
-    assert found["iqr_percent"] == pytest.approx(100 * (spread(table)["iqr"] / stats.iqr(own) - 1))
+    assert {key: getattr(change, key) for key in CHANGES} == pytest.approx(changes(own, others))
+    assert change.range == pytest.approx([np.nanmin(others.T - own), np.nanmax(others.T - own)])
+    assert found.iqr_percent == pytest.approx(100 * (spread(table)["iqr"] / stats.iqr(own) - 1))
     summary = cli.summarize(after)
-    assert [summary[key] for key in ("iqr", "std")] == pytest.approx([*spread(table).values()])
-    assert summary["range"] == pytest.approx([table.min(), table.max()])
+    assert [summary.iqr, summary.std] == pytest.approx([*spread(table).values()])
+    assert summary.range == pytest.approx([table.min(), table.max()])
     alone, copied = (cli.summarize(np.tile(before[:, None], (width, 1))) for width in (1, 6))  # the same is no news
-    assert copied["members"] == 6 and np.ptp(copied["iqm_interval"]) > 0.8 * np.ptp(alone["iqm_interval"])
+    assert copied.members == 6 and np.ptp(copied.iqm_interval) > 0.8 * np.ptp(alone.iqm_interval)
     level = cli.compare(np.full((3, 4), 2.0), after[:3])
-    assert level["iqr_percent"] is level["iqr_percent_by_chance"] is level["spread_p"] is None
+    assert level.iqr_percent is level.iqr_percent_by_chance is level.spread_p is None
     for width in (1, 6):  # a guidance that changes nothing, crossed or not
         same = cli.compare(before, np.tile(before[:, None], (width, 1)))
         expected = {"median": 0, "improvement": 0.5, "iqr": 0, "std": 0}
-        assert {key: same[key] for key in CHANGES} == pytest.approx(expected, abs=1e-9)
-        assert np.ptp([*same["intervals"].values()], axis=1) == pytest.approx(0) and same["spread_p"] is None
+        assert {key: getattr(same, key) for key in CHANGES} == pytest.approx(expected, abs=1e-9)
+        assert same.intervals and same.spread_p is None
+        assert np.ptp([*same.intervals.values()], axis=1) == pytest.approx(0)
     one = cli.summarize(after[:1])  # a single policy: over those who guide it
-    assert [one["iqr"], one["std"]] == pytest.approx([stats.iqr(table[0]), table[0].std(ddof=1)])
+    assert [one.iqr, one.std] == pytest.approx([stats.iqr(table[0]), table[0].std(ddof=1)])
     gaps = table[0] - own[0]
     alone = cli.compare(before[:1], after[:1])
-    assert alone["median"] == pytest.approx(np.median(gaps)) and alone["range"] == pytest.approx([min(gaps), max(gaps)])
+    assert alone.median == pytest.approx(np.median(gaps)) and alone.range == pytest.approx([min(gaps), max(gaps)])
 
 
 @pytest.mark.parametrize(("members", "guidances"), [(4, 1), (4, 6), (6, 4)])
 def test_few_members_have_a_range_and_no_interval(members: int, guidances: int) -> None:
     table = per_episode(np.random.default_rng(1).normal(60, 5, (members, guidances)))
-    assert cli.summarize(table)["iqm_interval"] is cli.compare(table[:, 0], table)["intervals"] is None
+    assert cli.summarize(table).iqm_interval is cli.compare(table[:, 0], table).intervals is None
 
 
 @pytest.mark.slow
@@ -91,14 +91,14 @@ def test_intervals_agree_with_a_bootstrap_in_a_loop() -> None:
         rows, columns, episodes = (random.integers(0, size, size) for size in table.shape)
         draws.append((own[np.ix_(rows, episodes)].mean(1), table[np.ix_(rows, columns, episodes)].mean(2)))
     drawn = [changes(mine, swapped) for mine, swapped in draws]  # own and swapped together
-    found = cli.compare(own, table)["intervals"]
+    found = cli.compare(own, table).intervals
     assert set(found) == set(CHANGES)
     level = stats.norm.cdf(np.sqrt(12 / 11) * stats.t.ppf(0.025, 11))
     for name in CHANGES:
         low, high = np.quantile([change[name] for change in drawn], [level, 1 - level])
         assert found[name] == pytest.approx([low, high], abs=0.15 * (high - low)), name
     low, high = np.quantile([stats.trim_mean(swapped.ravel(), 0.25) for _, swapped in draws], [level, 1 - level])
-    assert cli.summarize(table)["iqm_interval"] == pytest.approx([low, high], abs=0.15 * (high - low))
+    assert cli.summarize(table).iqm_interval == pytest.approx([low, high], abs=0.15 * (high - low))
 
 
 @pytest.mark.slow
@@ -107,14 +107,14 @@ def test_intervals_cover_what_they_should() -> None:
     random = np.random.default_rng(4)
 
     def covered(tables: Array) -> float:
-        return float(np.mean([low <= 0 <= high for low, high in (cli.summarize(t)["iqm_interval"] for t in tables)]))
+        return float(np.mean([low <= 0 <= high for low, high in (cli.summarize(t).iqm_interval for t in tables)]))
 
     members, starts = random.normal(size=(1_000, 5, 1, 1)), random.normal(0, np.sqrt(10), (300, 1, 1, 10))
     plain = stats.trim_mean(members[:, random.integers(5, size=(2_000, 5)), 0, 0], 0.25, axis=-1)
     low, high = np.quantile(plain, [0.025, 0.975], axis=1)
     assert np.mean((low <= 0) & (high >= 0)) < 0.92 <= covered(members)
     assert covered(members[:300] + starts) >= 0.9  # the mean over ten starts varies as much as members do
-    found = [cli.summarize(table.mean(-1, keepdims=True))["iqm_interval"] for table in members[:300] + starts]
+    found = [cli.summarize(table.mean(-1, keepdims=True)).iqm_interval for table in members[:300] + starts]
     assert np.mean([low <= 0 <= high for low, high in found]) < 0.85  # members drawn alone
 
 
@@ -192,8 +192,8 @@ def test_probability_of_improvement_against_a_loop() -> None:
 
 
 def test_scores_in_a_table() -> None:
-    def pair(member: int, seed: int, *returns: float) -> dict[str, Any]:
-        return {"policy_member": member, "policy_seed": 10 + member, "guidance_seed": seed, "returns": returns}
+    def pair(member: int, seed: int, *returns: float) -> cli.Pair:
+        return cli.Pair(member, 10 + member, seed, 0.0, 0.0, 0.0, list(returns), [])
 
     crossed = cli.tabulate([pair(0, 7, 1.0, 3.0), pair(0, 3, 2.0, 2.0), pair(1, 3, 4.0, 0.0)], 3, (0, 100))
     none = [np.nan, np.nan]
@@ -208,29 +208,29 @@ def test_scores_in_a_table() -> None:
 def test_what_a_single_pair_shows_is_no_spread() -> None:
     table = np.array([[[np.nan], [10.0]], [[30.0], [20.0]]])  # a policy of two members under the guidance of the first
     found = cli.summarize(table)  # one shift has 10 and 30, the other 20 alone
-    assert (found["iqr"], found["std"]) == (10, pytest.approx(200**0.5))
+    assert (found.iqr, found.std) == (10, pytest.approx(200**0.5))
     alone = np.array([[[np.nan]], [[30.0]]])
-    assert (cli.summarize(alone)["iqr"], cli.summarize(alone)["std"]) == (None, None)
+    assert (cli.summarize(alone).iqr, cli.summarize(alone).std) == (None, None)
     change = cli.compare(np.array([[10.0], [20.0]]), alone)
-    assert (change["iqr"], change["std"], change["iqr_percent"]) == (None, None, None)
+    assert (change.iqr, change.std, change.iqr_percent) == (None, None, None)
 
 
 def test_what_is_rounded_otherwise_is_no_change() -> None:
     random = np.random.default_rng(0)
     own = random.normal(50, 20, (10, 3))
     found = cli.compare(own, own[:, None] + random.normal(0, 1e-9, (10, 1, 3)))
-    assert (found["spread_p"], found["improvement"]) == (None, 0.5)
+    assert (found.spread_p, found.improvement) == (None, 0.5)
 
 
 def test_components_of_a_crossed_table_by_hand() -> None:
     """Additive shares without a rest are found again; the analysis of variance of a table with one, by hand."""
     policy, guidance = np.array([-1.0, 0.0, 1.0]), np.array([-3.0, 3.0])
     found = cli.variance_components(50 + policy[:, None] + guidance)
-    assert found["policy"]["std"] == pytest.approx(1) and found["guidance"]["std"] == pytest.approx(18**0.5)
-    assert found["rest"]["std"] == pytest.approx(0) and found["policy"]["interval"] is None  # fewer than five
+    assert found["policy"].std == pytest.approx(1) and found["guidance"].std == pytest.approx(18**0.5)
+    assert found["rest"].std == pytest.approx(0) and found["policy"].interval is None  # fewer than five
     noisy = cli.variance_components(np.array([[1.0, 0.0], [0.0, 1.0]]))  # no main effect: these variances are negative
-    assert noisy["rest"]["std"] == pytest.approx(1.0)  # sum of squares 1, one degree of freedom
-    assert noisy["policy"]["std"] == noisy["guidance"]["std"] == 0
+    assert noisy["rest"].std == pytest.approx(1.0)  # sum of squares 1, one degree of freedom
+    assert noisy["policy"].std == noisy["guidance"].std == 0
 
 
 @pytest.mark.slow
@@ -242,6 +242,6 @@ def test_intervals_of_components_cover(count: int, width: int, shares: tuple[flo
         columns, rows, rest = (random.normal(size=size) for size in (width, (count, 1), (count, width)))
         found = cli.variance_components(shares[0] * columns + shares[1] * rows + shares[2] * rest)
         for place, (name, share) in enumerate(zip(("guidance", "policy", "rest"), shares, strict=True)):
-            low, high = found[name]["interval"]
+            low, high = found[name].interval
             covered[place] += low <= share <= high
     assert (covered / draws > 0.93).all() and (covered / draws < 0.985).all()

@@ -24,8 +24,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_models import KnownQ, Lines, make_guidance, make_policy, one_state, together, train
+from test_models import KnownQ, Lines, blank_bundle, make_experiment, make_guidance, make_policy, train
 from torch import Tensor, nn
+from toy_data import one_state, transitions
 
 from mdpt import models
 from mdpt.models import Guidance, Policy, Randomness, Run, Transitions
@@ -84,7 +85,7 @@ def mean_action(policy: Policy, n: int = 10_000) -> Tensor:
 
 def learn(policy: Policy, schedule: Schedule) -> dict[int, Tensor]:
     """The project's loop under a Q whose slope follows a schedule: the policy's mean (S,) at each snapshot's step."""
-    bundle = {"kind": "policy", "seeds": list(SEEDS), "step": 0, "history": [], "snapshots": {}}
+    bundle = blank_bundle("policy", make_experiment(SEEDS))
 
     def loss(batch: models.Batch, random: Randomness, done: float) -> models.Loss:
         slope = SLOPE * schedule(random.step)
@@ -92,10 +93,10 @@ def learn(policy: Policy, schedule: Schedule) -> dict[int, Tensor]:
         return policy.loss(batch, known, random)
 
     learner = models.Learner([(policy, policy.section)], loss)
-    cost = models.Cost(torch.device("cpu"), "default", None)
+    cost = models.Cost(bundle.accounting, torch.device("cpu"))
     models.train(learner, gaussian(), policy.section, bundle, [(bundle, policy)], cost, Run())
     means = {}
-    for step, weights in bundle["snapshots"].items():  # type: ignore[attr-defined]
+    for step, weights in bundle.snapshots.items():
         policy.load_state_dict(weights, strict=False)
         means[step] = mean_action(policy)
     return means
@@ -133,12 +134,13 @@ def test_a_frozen_guidance_is_followed_at_once() -> None:
         within(means[step], best_mean(), 0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["dql", "edp"])
 def test_a_network_finds_the_best_mean_too(algorithm: str) -> None:
-    """One that begins with random weights, in 600 steps."""
+    """One that begins with random weights, in 400 steps."""
     settings = {"algorithm": algorithm, "eta": ETA, "diffusion_steps": 1, "ema_decay": 0.98}
-    policy = make_policy(SEEDS, steps=600, snapshots=1, learning_rate=5e-3, batch_size=1024, **settings)
-    within(learn(policy, SCHEDULES["frozen"])[600], best_mean(), 0.03)
+    policy = make_policy(SEEDS, steps=400, snapshots=1, learning_rate=5e-3, batch_size=1024, **settings)
+    within(learn(policy, SCHEDULES["frozen"])[400], best_mean(), 0.03)
 
 
 @pytest.mark.parametrize("steps", [1, 5])
@@ -152,8 +154,8 @@ def test_dac_finds_its_best_noise_at_every_diffusion_step(steps: int) -> None:
     if steps == 1:
         (signal,), (noise,) = best.diffusion.signal, best.diffusion.noise
         assert abs(expected - eta * SLOPE * noise**2 / signal) < 1e-4
-    policy = cloned(600, algorithm="dac", eta=eta, diffusion_steps=steps, learning_rate=5e-3, batch_size=1024)
-    within(learn(policy, SCHEDULES["frozen"])[600], expected, 0.03)
+    policy = cloned(400, algorithm="dac", eta=eta, diffusion_steps=steps, learning_rate=5e-3, batch_size=1024)
+    within(learn(policy, SCHEDULES["frozen"])[400], expected, 0.03)
 
 
 def test_a_guidance_that_still_learns_is_followed_late() -> None:
@@ -182,7 +184,7 @@ def behaviour(seed: int, mean: float, n: int = 300) -> Transitions:
     actions = mean + 0.25 * torch.randn(n, 1, generator=g)
     rewards = reward(observations, actions) + 0.1 * torch.randn(n, generator=g)
     columns = {"observations": observations, "actions": actions, "rewards": rewards}
-    return together(columns | {"next_observations": observations, "terminals": torch.ones(n)})
+    return transitions(columns | {"next_observations": observations, "terminals": torch.ones(n)})
 
 
 def reward(observations: Tensor, actions: Tensor) -> Tensor:
@@ -224,6 +226,7 @@ def first_critics() -> Guidance:
     return fitted(range(3), behaviour(0, 0.0))
 
 
+@pytest.mark.slow
 def test_critics_of_one_behaviour_rank_alike_and_of_another_do_not() -> None:
     """Other seeds on the same data, other seeds on fresh data of that behaviour, and another behaviour's data."""
     (same, gain), (fresh, gain_of_fresh), (other, gain_of_other) = judged(0, 0.0), judged(1, 0.0), judged(1, 0.8)
