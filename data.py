@@ -1426,7 +1426,7 @@ def _datasets(path: Path, file: h5py.File) -> dict[str, h5py.Dataset]:
         key.startswith("demo") for key in file["data"]
     ):
         raise MdptError(f"{path}: is robomimic's layout, with an episode in each 'data/demo_...'; {RECIPES}.")
-    if "timeouts" not in file and ("episode_terminals" in file or "observations_0" in file):
+    if "episode_terminals" in file and "timeouts" not in file:
         raise MdptError(f"{path}: is a dump of d3rlpy, where 'timeouts' are missing; {RECIPES}.")
     datasets = {}
     for key in KEYS:
