@@ -813,8 +813,9 @@ def _check_versions(client: Any, where: str) -> None:
     for package in ("mdpt", "torch"):
         here = importlib.metadata.version(package)
         for worker, there in client.run(importlib.metadata.version, package, on_error="return").items():
-            if isinstance(there, Exception) or there.partition("+")[0] != here.partition("+")[0]:  # +: how it was built
-                found = "none" if isinstance(there, Exception) else there
+            found = "none" if isinstance(there, ImportError) else str(there)
+            lost = isinstance(there, OSError)  # a worker that ended meanwhile
+            if not lost and found.partition("+")[0] != here.partition("+")[0]:  # behind the +: how it was built
                 raise MdptError(f"{where}: the worker {worker} has {package} {found}, expected {here} as here")
 
 
@@ -1347,9 +1348,10 @@ class Columns:
             raise MdptError(f"{self.where}: {key!r} row {start + row} is {array[row].tolist()}, {expected}.")
 
 
-def damaged(where: Path | str, error: Exception) -> MdptError:
-    """What to say where a library cannot read an HDF5 file."""
-    problem = "a truncated or damaged HDF5 file; get it again"
+def damaged(
+    where: Path | str, error: Exception, problem: str = "a truncated or damaged HDF5 file; get it again"
+) -> MdptError:
+    """What to say where a library cannot read an HDF5 file; problem: if nothing else keeps it from being read."""
     if "unable to lock file" in str(error):
         problem = "its file system has no locks; set the environment variable HDF5_USE_FILE_LOCKING=FALSE"
     elif number := getattr(error, "errno", None):
@@ -1429,12 +1431,12 @@ def storage_problem(dataset: h5py.Dataset, may_lack_rows: bool = False) -> str:
     if sum(number not in harmless for number, *_ in filters) > 1:
         return "is compressed more than once, so that kilobytes could become gigabytes; write it anew."
     for number, *_, name in filters:
-        if not h5py.h5z.filter_avail(number):
-            with contextlib.suppress(ImportError):
-                importlib.import_module("hdf5plugin")  # registers its filters
+        with contextlib.suppress(ImportError):
             if not h5py.h5z.filter_avail(number):
-                named = f"{name.decode(errors='replace')!r} ({number})" if name else f"number {number}"
-                return f"is compressed by the HDF5 filter {named}, which is not installed: pip install hdf5plugin"
+                importlib.import_module("hdf5plugin")  # registers its filters
+        if not h5py.h5z.filter_avail(number):
+            kind = f"the HDF5 filter {number} {name.decode(errors='replace')}".rstrip()
+            return f"is compressed by {kind}, which is not installed: pip install hdf5plugin"
     if may_lack_rows or not dataset.size:
         return ""
     if dataset.chunks is None:
@@ -1788,10 +1790,13 @@ def _read_part(path: Path, shard: Shard) -> dict[str, Array]:
 
 
 def _check_cached(path: Path, transitions: int) -> None:
-    with contextlib.suppress(OSError, RuntimeError, KeyError), h5py.File(path, "r") as file:
-        if len(file["rewards"]) == transitions == len(file["infos/level"]):
-            return
-    raise MdptError(f"{path}: this cached dataset is damaged; delete the file, and it will be collected again.")
+    problem = "this cached dataset is damaged; delete the file, and it will be collected again"
+    try:
+        with h5py.File(path, "r") as file:
+            if not len(file["rewards"]) == transitions == len(file["infos/level"]):
+                raise LookupError("it lacks rows")
+    except (OSError, RuntimeError, LookupError) as error:
+        raise damaged(path, error, problem) from error
 
 
 @cache  # it takes 0.15 s
@@ -2185,7 +2190,7 @@ def read_minari(dataset: str, observation_keys: Sequence[str] = ()) -> dict[str,
             for key, array in zip(KEYS, arrays, strict=False):
                 columns.setdefault(key, []).append(array)
     except (AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise MdptError(f"{folder}: incomplete or damaged; get it again. {_one_line(error)}") from error
+        raise damaged(folder, error, "incomplete or damaged; get it again") from error
     if not columns:
         raise MdptError(f"{folder}: it holds no episode.")
     check_memory(max(sum(array.nbytes for array in arrays) for arrays in columns.values()), MORE_MEMORY)
@@ -2312,7 +2317,7 @@ class Dataset:
 
     The next row of `rows` is the next step of the same episode, up to the episode's end in `ends`. In data without
     next_observations, the last row of an episode that a time limit cut, or that the file ends with, is no transition, as
-    what followed it is unknown; its action is kept in `cut_actions`, as the next action of the row before.
+    what followed it is unknown ([data] keep_timeouts keeps it, followed by itself); its action is kept in `cut_actions`, as the next action of the row before.
     """
 
     environment: EnvironmentSpec
@@ -2377,7 +2382,8 @@ def load_dataset(
         if not spec.repeatable:
             told = f"{spec.id}: two episodes with the same seed and actions differ; no score is repeatable."
             known = known._replace(warnings=(*known.warnings, told))
-    is_dict = section.source == "minari" or isinstance((arrays or {}).get("observations"), Mapping)
+    observations = arrays["observations"] if arrays is not None and "observations" in arrays else None
+    is_dict = section.source == "minari" or isinstance(observations, Mapping)
     if section.observation_keys and not is_dict and not (spec and spec.observation_keys):
         raise MdptError("[data] observation_keys: neither the data nor the environment have Dict observations.")
     with source.open(section, workers, show) as columns:
@@ -2398,18 +2404,20 @@ def _completed(section: DataSection, known: Known) -> tuple[DataSection, Known]:
     return section, known
 
 
+Resets: TypeAlias = Callable[[], tuple[Array, Array]] | None  # gives `first_observations`, once
+
+
 def prepare(
     columns: Columns,
     section: DataSection,
     spec: EnvironmentSpec | None,
     known: Known,
     show: Show,
-    resets: Callable[[], tuple[Array, Array]] | None = None,
+    resets: Resets = None,
 ) -> Dataset:
     """Build the dataset of these columns, which are read once, some rows at a time.
 
-    spec: None where there is no environment. resets: gives `first_observations`, where the data are to be compared with
-    them. Raises: MdptError that names what is at fault in the columns.
+    spec: None where there is no environment. resets: None where data and environment are not to be compared. Raises: MdptError that names what is at fault in the columns.
     """
     where, dims = columns.where, check_shapes(columns, spec, section.observation_columns)
     limit = section.max_episode_steps if spec is None or spec.id is None else spec.max_episode_steps
@@ -2442,22 +2450,9 @@ def prepare(
         told += _check_next(wide.rows, spec, episodes, use, where, section.source)
     mismatched: list[int] = []
     if resets is not None:
-        seen, bounds = resets()
         starts = wide.rows[np.append(0, use.ends[:-1]), : dims[0]]
-        if len(episodes.starts) >= 10 and (mismatched := _other_starts(starts, seen)):
-            first = mismatched[0]
-            own, there = (f"{each[:, first].min():.3g} to {each[:, first].max():.3g}" for each in (starts, seen))
-            other = (
-                f"episodes begin otherwise than in {spec.id} in the observation columns {mismatched} (column {first}:"
-            )
-            remedy = "compare order ([data] observation_keys) and units"
-            told += (f"{where}: {other} {own} in the data, {there} there); {remedy}.",)
-        recorded = known.recorded[0]
-        if recorded is not None and np.shape(recorded) == bounds.shape and not np.allclose(recorded, bounds):
-            wrapped = (
-                f"its observations were recorded within other bounds than those of {spec.id}, perhaps under a wrapper"
-            )
-            told += (f"{where}: {wrapped}; name an environment that has it.",)
+        mismatched, text = _compare(starts, len(episodes.starts), known.recorded[0], spec, *resets())
+        told += tuple(f"{where}: {each}." for each in text)
     if count := len(wide.excess):
         told += (f"{where}: clipped the actions of {count} rows, out of bounds by {wide.excess.max():.1e} at most.",)
     if section.normalization == "none":
@@ -2771,7 +2766,7 @@ def _check_next(
     """
     own, following = rows[:, : spec.observation_dim], rows[:, -1 - spec.observation_dim : -1]
     parts = (slice(start, start + CHUNK) for start in range(0, len(rows), CHUNK))
-    if not rows[:, -1].all() and all(np.array_equal(own[part], following[part]) for part in parts):
+    if all(np.array_equal(own[part], following[part]) for part in parts) and not rows[:, -1].all():
         return (
             f"{where}: 'next_observations' are 'observations' in every row; leave them out, and the next row tells.",
         )
@@ -2788,14 +2783,30 @@ def _check_next(
     return ()
 
 
-def _other_starts(starts: Array, seen: Array) -> list[int]:
-    """Columns where more than half of the observations after resets (n, O) lie outside of the range of `starts` (E, O).
+def _compare(
+    starts: Array, episodes: int, recorded: Bounds | None, spec: EnvironmentSpec, seen: Array, bounds: Array
+) -> tuple[list[int], list[str]]:
+    """Observation columns that do not match the environment, and what to warn of.
 
-    The range is widened on both sides by its width, or by 1 % of its size where it has none.
+    starts: first observations in the data (E, O). recorded: bounds in the data. seen, bounds: `first_observations`. A column
+    does not match where more than half of those seen lie outside of the range of `starts`, widened on both sides by its
+    width, or by 1 % of its size where it has none.
     """
+    mismatched, texts = [], []
     low, high = starts.min(axis=0).astype(np.float64), starts.max(axis=0).astype(np.float64)
     margin = np.where(high - low > 1e-6, high - low, 0.01 * np.abs(low) + 1e-6)
-    return np.flatnonzero(((seen < low - margin) | (seen > high + margin)).mean(axis=0) > 0.5).tolist()
+    outside = ((seen < low - margin) | (seen > high + margin)).mean(axis=0) > 0.5
+    if episodes >= 10 and outside.any():  # fewer say too little about the range
+        mismatched = np.flatnonzero(outside).tolist()
+        first = mismatched[0]
+        own, there = (f"{each[:, first].min():.3g} to {each[:, first].max():.3g}" for each in (starts, seen))
+        other = f"episodes begin otherwise than in {spec.id} in the observation columns {mismatched}"
+        remedy = "compare order ([data] observation_keys) and units"
+        texts += [f"{other} (column {first}: {own} in the data, {there} there); {remedy}"]
+    if recorded is not None and np.shape(recorded) == bounds.shape and not np.allclose(recorded, bounds):
+        other = f"its observations were recorded within other bounds than those of {spec.id}, perhaps under a wrapper"
+        texts += [f"{other}; name an environment in [data] that has this wrapper"]
+    return mismatched, texts
 
 
 def _check_recorded_actions(low: list[float], high: list[float], spec: EnvironmentSpec, where: str) -> None:
