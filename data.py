@@ -2404,20 +2404,18 @@ def _completed(section: DataSection, known: Known) -> tuple[DataSection, Known]:
     return section, known
 
 
-Resets: TypeAlias = Callable[[], tuple[Array, Array]] | None  # gives `first_observations`, once
-
-
 def prepare(
     columns: Columns,
     section: DataSection,
     spec: EnvironmentSpec | None,
     known: Known,
     show: Show,
-    resets: Resets = None,
+    resets: Callable[[], tuple[Array, Array]] | None = None,
 ) -> Dataset:
     """Build the dataset of these columns, which are read once, some rows at a time.
 
-    spec: None where there is no environment. resets: None where data and environment are not to be compared. Raises: MdptError that names what is at fault in the columns.
+    spec: None where there is no environment. resets: gives `first_observations` to compare the data with; None: nothing is
+    compared. Raises: MdptError that names what is at fault in the columns.
     """
     where, dims = columns.where, check_shapes(columns, spec, section.observation_columns)
     limit = section.max_episode_steps if spec is None or spec.id is None else spec.max_episode_steps
