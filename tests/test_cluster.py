@@ -24,12 +24,13 @@ from mdpt.data import MdptError
 pytestmark = pytest.mark.slow
 
 
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+
+
 def dask(command: str) -> Any:
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen(
-        [sys.executable, "-m", "distributed.cli." + command.split()[0], *command.split()[1:]], env=environment, **quiet
+        [sys.executable, "-m", "distributed.cli." + command.split()[0], *command.split()[1:]], env=ENVIRONMENT, **quiet
     )
 
 
@@ -67,9 +68,7 @@ def test_a_swap_on_a_cluster_is_the_swap_here_though_a_worker_is_lost() -> None:
     run(f"{swap} --json here.json --workers 1")
     with cluster(2) as (address, processes):
         command = [str(EXECUTABLE), *f"{swap} --json there.json --cluster {address} --import conftest".split()]
-        playing = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-        )
+        playing = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
         while not Path("there.json").exists() and playing.poll() is None:  # the first cell is there
             time.sleep(0.02)
         processes[1].kill()
