@@ -833,21 +833,8 @@ class Policy(nn.Module):
         exactly if the one is Gaussian and the other linear (arXiv 2105.05233, Algorithm 2). Without, by
         -guidance_weight sqrt(alpha_bar) dQ/da (Q-guided flow, arXiv 2606.11087).
         """
-        network = self.average
-        normalized = self.normalizer(observations)
-        conditions = [network.condition(normalized)]
-        if self.algorithm.labels:
-            better = torch.full(observations.shape[:2], 2, dtype=torch.int64, device=observations.device)
-            conditions.append(network.condition(normalized, better))
-        conditions = [condition.repeat_interleave(candidates, dim=1) for condition in conditions]
+        predict = self._prediction(observations, candidates, w)
         repeated = observations.repeat_interleave(candidates, dim=1)
-        times = network.times() if self.times is None else self.times
-
-        def predict(x: Tensor, t: int) -> Tensor:
-            noise: Tensor = network(x, times[:, t : t + 1], conditions[0])
-            for condition in conditions[1:]:
-                noise = noise + w * (network(x, times[:, t : t + 1], condition) - noise)
-            return noise
 
         def denoise(x: Tensor, t: int) -> Tensor:
             if guidance is None or guidance_weight == 0:
@@ -864,6 +851,25 @@ class Policy(nn.Module):
             return steered
 
         return self.denoise_all(denoise, noises)
+
+    def _prediction(self, observations: Tensor, candidates: int, w: float) -> Denoise:
+        """The averaged denoiser in these states, conditional and unconditional noise combined by w."""
+        network = self.average
+        normalized = self.normalizer(observations)
+        conditions = [network.condition(normalized)]
+        if self.algorithm.labels:
+            better = torch.full(observations.shape[:2], 2, dtype=torch.int64, device=observations.device)
+            conditions.append(network.condition(normalized, better))
+        conditions = [condition.repeat_interleave(candidates, dim=1) for condition in conditions]
+        times = network.times() if self.times is None else self.times
+
+        def predict(x: Tensor, t: int) -> Tensor:
+            noise: Tensor = network(x, times[:, t : t + 1], conditions[0])
+            for condition in conditions[1:]:
+                noise = noise + w * (network(x, times[:, t : t + 1], condition) - noise)
+            return noise
+
+        return predict
 
     def act_alone(self, observations: Tensor, random: Randomness, w: float = 1.0) -> Tensor:
         """One action for each of B states, without a judge: (S, B, O) -> (S, B, A)."""
@@ -1873,20 +1879,14 @@ def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference,
             f"evaluation.ensemble = 'rank' has no gradient for guide {section.guide!r}; choose another one, 'none' or "
             "guide 'rank'"
         )
-    scaled = (
-        section.temperature_on != "steps" or run.policy.sampler != "dpm-solver++"
-    )  # else the only noise is the first
-    how = Inference(
-        candidates=section.candidates if ranked else 1,
-        selection=section.selection,
-        weight_temperature=section.weight_temperature,
-        temperature=section.temperature,
-        w=section.w if labels else 0.0,
-        guidance_weight=section.guidance_weight if steered else 0.0,
-        jacobian=section.jacobian,
-        temperature_on=section.temperature_on,
-        ensemble=ensemble,
-    )
+    scaled = section.temperature_on != "steps" or SAMPLERS[run.policy.sampler].ancestral  # else the first noise is all
+    effective = {
+        "candidates": section.candidates if ranked else 1,
+        "w": section.w if labels else 0.0,
+        "guidance_weight": section.guidance_weight if steered else 0.0,
+        "ensemble": ensemble,
+    }
+    how = Inference(**{each.name: getattr(section, each.name) for each in fields(Inference)} | effective)
     return how, {
         "candidates": ranked or section.candidates == 1,
         "selection": ranked,

@@ -1539,8 +1539,9 @@ from pathlib import Path
 from mdpt.models import Inference, Randomness, act, build_guidance, build_policy, read_guidances, read_policy
 for path in map(Path, sys.argv[1:]):
     policy, guidance = build_policy(read_policy(path), "cpu"), build_guidance(*read_guidances(path), "cpu")
-    observations, random, found = torch.arange(60.0).view(2, 10, 3).cos(), Randomness((0, 1), "try"), []
+    observations, found = torch.arange(60.0).view(2, 10, 3).cos(), []
     for how in Inference(), Inference(candidates=5), Inference(candidates=5, selection="softmax", guidance_weight=0.1):
+        random = Randomness((0, 1), "try")
         noises = policy.noises(random, "act", 10 * how.candidates)
         uniform = random.uniform("selection", 10, how.candidates)
         found.append(act(policy, guidance, observations, noises, uniform, how))
