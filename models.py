@@ -2302,7 +2302,7 @@ class History:
         self.pending = bundle.training.pending if bundle.training else []
 
     def average(self) -> Entry:
-        """Add an entry, by one transfer from the device. Raises: MdptError for a loss that is not finite."""
+        """Add an entry. Raises: MdptError for a loss or metric that is not finite, which no bundle may hold."""
         done = (self.entries[-1].step if self.entries else 0) + len(self.pending)
         losses = torch.stack([loss for loss, _ in self.pending]).cpu()  # (steps, S)
         bad = (~losses.isfinite()).nonzero()
@@ -2314,6 +2314,9 @@ class History:
             name: torch.stack([metrics[name] for _, metrics in self.pending if name in metrics]).mean(0).tolist()
             for name in names
         }
+        for name, member in ((name, member) for name in names for member in range(len(self.seeds))):
+            if not math.isfinite(means[name][member]):
+                self.give_up(name, member, means[name][member], done)
         self.entries.append(Entry(step=done, loss=losses.mean(0).tolist(), **means))
         self.pending.clear()
         return self.entries[-1]

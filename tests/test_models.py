@@ -1466,6 +1466,16 @@ def test_a_run_cut_short_between_two_entries_of_its_history_ends_with_the_same(m
     assert resumed.history == learn("guidance idql", **settings).history
 
 
+def test_a_metric_that_is_not_finite_ends_the_run_as_a_loss_does() -> None:
+    for place, text in (("loss", "loss of member 1"), ("q", "q of member 1")):
+        history = models.History(blank_bundle("guidance", make_experiment()))
+        values = {"loss": torch.ones(2), "q": torch.ones(2)}
+        values[place] = torch.tensor([1.0, math.nan])
+        history.pending.append((values["loss"], {"q": values["q"]}))
+        with pytest.raises(MdptError, match=f"the {text} .seed 1. became nan at step"):
+            history.average()
+
+
 def test_a_damaged_bundle_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "g.pt"
     save_bundle(path, guidance_bundle(make_guidance(SEEDS, 3, 2), SEEDS))
