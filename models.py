@@ -717,6 +717,18 @@ def td_loss(q: Tensor, rewards: Tensor, terminals: Tensor, next_v: Tensor, disco
     return loss, {"q_loss": loss.detach(), "q": q.detach().mean((-2, -1))}
 
 
+def conservative_loss(q: Tensor, others: Tensor) -> Loss:
+    """How far the log-sum-exp of Q over the data's action and K others lies above Q of the data's action.
+
+    Its gradient lowers Q at actions that the data do not contain, by more the higher it is there, for both critics.
+    q: (S, 2, B), of the data's actions; others: (S, 2, B, K), of other actions in the same states.
+    Source: conservative Q-learning, arXiv 2006.04779, eq. 4.
+    """
+    above = torch.logsumexp(torch.cat([q[..., None], others], dim=-1), dim=-1) - q
+    loss = above.mean(-1).sum(-1)
+    return loss, {"conservative_loss": loss.detach()}
+
+
 def noise_loss(predicted: Tensor, noise: Tensor, weight: Tensor | None = None) -> Loss:
     """Mean squared error of the predicted noise.
 
@@ -1073,8 +1085,22 @@ class Guidance(nn.Module):
         return [(self.online_q, rate), (self.value, self.section.value_learning_rate or rate), *actor]
 
     def loss(self, batch: Batch, random: Randomness, actor: Actor | None = None) -> Loss:
-        """The algorithm's loss. actor: the policy that acts in a joint run, in place of the companion."""
-        return self.algorithm.loss(self, batch, random, actor)
+        """The algorithm's loss and, by `conservatism`, that of other actions in a share of the batch's states.
+
+        actor: the policy that acts in a joint run, in place of the companion.
+        """
+        section, observations, actions = self.section, batch.observations, batch.actions
+        if section.conservatism == 0:
+            q = self.twins(self.online_q, observations, actions)
+            return self.algorithm.loss(self, q, batch, random, actor)
+        rows, count = actions.shape[1], section.conservative_actions
+        judged = math.ceil(section.conservative_share * rows)
+        others = other_actions(actions[:, :judged], count, section.conservative_noise, random)  # (S, b, K, A)
+        states = observations[:, :judged].repeat_interleave(count, dim=1)  # (S, b K, O)
+        both = torch.cat([observations, states], 1), torch.cat([actions, others.flatten(1, 2)], 1)
+        q, theirs = torch.split(self.twins(self.online_q, *both), [rows, judged * count], dim=-1)
+        conservative = conservative_loss(q[..., :judged], theirs.view(*q.shape[:2], judged, count))
+        return add(self.algorithm.loss(self, q, batch, random, actor), conservative, section.conservatism)
 
     def follow(self, step: int) -> None:
         """Move targets and averages after gradient step `step`: target <- (1 - tau) target + tau online."""
@@ -1165,31 +1191,38 @@ ENSEMBLES: dict[str, Callable[[Tensor, int], Tensor]] = {
 Judge = Guidance | Ensemble
 
 
-def implicit_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Actor | None) -> Loss:
+def other_actions(actions: Tensor, count: int, noise: float, random: Randomness) -> Tensor:
+    """K = `count` actions to compare each action with: (S, B, A) -> (S, B, K, A), in [-1, 1].
+
+    Half of them, rounded down, are the action plus Gaussian noise of this deviation, the others uniform.
+    """
+    (_, rows, width), close = actions.shape, count // 2
+    beside = actions[:, :, None] + noise * random.normal("actions beside", rows, close, width)
+    anywhere = 2 * random.uniform("actions anywhere", rows, count - close, width) - 1
+    return torch.cat([beside.clamp(-1, 1), anywhere], dim=2)
+
+
+def implicit_q_loss(guidance: Guidance, q: Tensor, batch: Batch, random: Randomness, actor: Actor | None) -> Loss:
     """Implicit Q-learning (arXiv 2110.06169, Algorithm 1; arXiv 2304.10573): uses no action outside the data."""
     with torch.no_grad():
         target_q = guidance.q(batch.observations, batch.actions)
         next_v = guidance.v(batch.next_observations)
     v = guidance.v(batch.observations)
-    q = guidance.twins(guidance.online_q, batch.observations, batch.actions)
     return add(
         VALUE_LOSSES[guidance.section.value_loss](guidance.section, target_q, v),
         td_loss(q, batch.rewards, batch.terminals, next_v, guidance.section.discount),
     )
 
 
-def critic_loss(
-    guidance: Guidance, batch: Batch, rewards: Tensor, terminals: Tensor, next_v: Tensor, discount: float | Tensor
-) -> Loss:
-    """`td_loss` of the critics at the data's actions, plus regression of V to the mean of their target Q there."""
-    q = guidance.twins(guidance.online_q, batch.observations, batch.actions)
+def critic_loss(guidance: Guidance, batch: Batch, td: Loss) -> Loss:
+    """The critics' loss `td`, plus regression of V to the mean of their target Q at the data's actions."""
     with torch.no_grad():
         target_q = guidance.q(batch.observations, batch.actions)
     value = expectile_loss(target_q, guidance.v(batch.observations), 0.5)
-    return add(td_loss(q, rewards, terminals, next_v, discount), value)
+    return add(td, value)
 
 
-def diffusion_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Actor | None) -> Loss:
+def diffusion_q_loss(guidance: Guidance, q: Tensor, batch: Batch, random: Randomness, actor: Actor | None) -> Loss:
     """The critics of Diffusion-QL (arXiv 2208.06193, eq. 4), bootstrapped by the actor, else by the companion.
 
     Each critic takes the best of `bootstrap_candidates` next actions, and the lower of the two values counts. The
@@ -1204,11 +1237,12 @@ def diffusion_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor
     with torch.no_grad():
         both = guidance.twins(guidance.target_q, repeated, actor(repeated, random))  # (S, 2, B N)
         next_q = both.view(*both.shape[:2], batch.rewards.shape[1], -1).amax(-1).amin(1)
-    loss = critic_loss(guidance, batch, batch.rewards, batch.terminals, next_q, guidance.section.discount)
+    td = td_loss(q, batch.rewards, batch.terminals, next_q, guidance.section.discount)
+    loss = critic_loss(guidance, batch, td)
     return loss if companion is None else add(loss, companion.loss(batch, guidance, random))
 
 
-def sarsa_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Actor | None) -> Loss:
+def sarsa_loss(guidance: Guidance, q: Tensor, batch: Batch, random: Randomness, actor: Actor | None) -> Loss:
     """Evaluate the policy that made the data: bootstrap by Q of its next action, or by V(s') where there is none.
 
     Source: Sutton and Barto, Reinforcement Learning, 2nd edition, section 6.4; offline: arXiv 2106.08909.
@@ -1217,10 +1251,11 @@ def sarsa_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Acto
     with torch.no_grad():
         next_q = guidance.q(batch.next_observations, next_actions)
         next_v = torch.where(exists, next_q, guidance.v(batch.next_observations))
-    return critic_loss(guidance, batch, batch.rewards, batch.terminals, next_v, guidance.section.discount)
+    td = td_loss(q, batch.rewards, batch.terminals, next_v, guidance.section.discount)
+    return critic_loss(guidance, batch, td)
 
 
-def monte_carlo_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Actor | None) -> Loss:
+def monte_carlo_loss(guidance: Guidance, q: Tensor, batch: Batch, random: Randomness, actor: Actor | None) -> Loss:
     """Regress Q to the discounted return to the end of the episode; where it was cut off, V of its last state follows.
 
     Source: Sutton and Barto, Reinforcement Learning, 2nd edition, section 5.1.
@@ -1229,18 +1264,19 @@ def monte_carlo_loss(guidance: Guidance, batch: Batch, random: Randomness, actor
     returns, steps, last = batch.returns(discount)
     with torch.no_grad():
         next_v = guidance.v(last.next_observations)
-    return critic_loss(guidance, batch, returns, last.terminals, next_v, discount**steps)
+    return critic_loss(guidance, batch, td_loss(q, returns, last.terminals, next_v, discount**steps))
 
 
 @dataclass(frozen=True)
 class GuidanceAlgorithm:
     """A line of the registry: how a guidance learns.
 
-    reads: fields of [guidance] that it reads, beside those that all read. has_actor: whether it needs an actor: the
-    policy of a joint run, or else a companion, which reads the fields in COMPANION.
+    loss: gets Q of the online critics at the data's actions, (S, 2, B), with gradient to their weights. reads: fields
+    of [guidance] that it reads, beside those that all read. has_actor: whether it needs an actor: the policy of a joint
+    run, or else a companion, which reads the fields in COMPANION.
     """
 
-    loss: Callable[[Guidance, Batch, Randomness, Actor | None], Loss]
+    loss: Callable[[Guidance, Tensor, Batch, Randomness, Actor | None], Loss]
     reads: tuple[str, ...] = ()
     has_actor: bool = False
 
@@ -1258,6 +1294,7 @@ GUIDANCES = {
 
 
 WINDOW = ("guidance_from", "guidance_until")
+CONSERVATIVE = ("conservative_actions", "conservative_noise", "conservative_share")
 PACE = ("steps", "batch_size", "snapshots", "save_every")  # in a joint run those of [policy] count
 
 SCHEMES = {"guidance-first": SimpleNamespace(reads=("ensemble", *WINDOW)), "joint": SimpleNamespace(reads=WINDOW)}
@@ -1325,6 +1362,8 @@ def unread_fields(run: Experiment, kind: Kind) -> dict[str, list[str]]:
             for line in registry.values():
                 owners = dict.fromkeys(line.reads, owner) | owners
             read |= set(registry[choice].reads if effective else ())
+        if table == "guidance" and run.guidance.conservatism == 0:
+            owners |= dict.fromkeys(CONSERVATIVE, "conservatism 0")
         if joint and table == "guidance":
             owners |= dict.fromkeys(ignored := (*PACE, *COMPANION), "scheme joint")
             read -= set(ignored)

@@ -160,7 +160,8 @@ def learn(kind: str, teacher: Bundle | None = None, run: Run | None = None, **se
     if name == "policy" and teacher is None:
         tables["policy"] |= {"scheme": "unguided"}
     if name == "joint":
-        tables = {"guidance": {"algorithm": algorithm}, "policy": settings | {"scheme": "joint"}}
+        guidance = {"algorithm": algorithm, "conservatism": 1.0}
+        tables = {"guidance": guidance, "policy": settings | {"scheme": "joint"}}
     experiment = make_experiment(**tables)
     if name == "guidance":
         return models.train_guidance(experiment, toy_dataset(noisy_columns()), run or Run())
@@ -221,6 +222,52 @@ def test_td_loss_by_hand_with_terminal_and_time_limit() -> None:
     assert next_v.grad is None
     near(metrics["q"], [6.0])
     near(metrics["q_loss"], [1.0])
+
+
+def test_conservative_loss_by_hand() -> None:
+    """log(e^0 + e^log 3) - 0 = log 4; log(e^1 + e^1) - 1 = log 2, for two critics of one state and one other action."""
+    q = torch.tensor([[[0.0], [1.0]]], requires_grad=True)
+    others = torch.tensor([[[[math.log(3)]], [[1.0]]]], requires_grad=True)
+    loss, metrics = models.conservative_loss(q, others)
+    near(loss, [math.log(4) + math.log(2)])
+    near(metrics["conservative_loss"], [math.log(8)])
+    loss.sum().backward()
+    near(others.grad, [[[[0.75]], [[0.5]]]])
+    near(q.grad, [[[-0.75], [-0.5]]])
+
+
+@pytest.mark.parametrize("algorithm", GUIDANCES)
+def test_conservatism_adds_its_loss_in_a_share_of_the_states(algorithm: str) -> None:
+    """With shares of the batch rounded up: 3 of 9 states at 0.25, with 5 other actions each, 2 of them near."""
+    settings = {"algorithm": algorithm, "conservatism": 2.0, "conservative_actions": 5, "conservative_noise": 0.1}
+    plain, guidance = (make_guidance(SEEDS, 3, 2, **each) for each in ({"algorithm": algorithm}, settings))
+    batch = noisy_data().take(torch.arange(18).view(2, 9))
+    (before, _), (loss, metrics) = (each.loss(batch, Again(SEEDS, "train")) for each in (plain, guidance))
+    others = models.other_actions(batch.actions[:, :3], 5, 0.1, Again(SEEDS, "train"))
+    assert others.shape == (2, 3, 5, 2) and others.abs().max() <= 1
+    steps = (others - batch.actions[:, :3, None]).abs().amax((0, 1, 3))
+    assert (steps[:2] < 0.5).all() and (steps[2:] > 0.5).all()
+    expected = torch.zeros(2)
+    for state in range(3):
+        at = batch.observations[:, [state]]
+        q = [guidance.twins(guidance.online_q, at, others[:, state, [k]]).exp() for k in range(5)]
+        own = guidance.twins(guidance.online_q, at, batch.actions[:, [state]])
+        expected += ((sum(q) + own.exp()).log() - own).sum((1, 2)).detach() / 3
+    near(metrics["conservative_loss"], expected, 1e-5)
+    near(loss.detach(), (before + 2 * expected).detach(), 1e-5)
+
+
+def test_conservatism_lowers_q_where_there_are_no_data() -> None:
+    """Rewards are 0 at actions around -0.5, the only ones in the data."""
+    g, margins = torch.Generator().manual_seed(0), {}
+    data = one_state(-0.5 + 0.05 * torch.randn(500, generator=g), torch.zeros(500))
+    for alpha in (0.0, 1.0):
+        settings = {"conservatism": alpha, "conservative_share": 1.0, "batch_size": 64, "tau": 0.1}
+        guidance = make_guidance(SEEDS, steps=200, **settings)
+        train(guidance, data, SEEDS)
+        q = guidance.q(torch.zeros(2, 3, 1), torch.tensor([-0.5, 0.5, 1.0]).view(1, 3, 1).expand(2, -1, -1)).detach()
+        margins[alpha] = q[:, 0] - q[:, 1:].amax(1)
+    assert (margins[1.0] > margins[0.0] + 0.5).all() and (margins[1.0] > 0.5).all(), margins
 
 
 def test_noise_loss_by_hand() -> None:
@@ -1386,6 +1433,7 @@ def test_member_two_of_three_seeds_is_that_seed_alone(kind: str) -> None:
         name, algorithm = kind.split()
         steps = {"algorithm": algorithm, "steps": 50, "batch_size": 32, "learning_rate": 1e-3}
         if name == "guidance":
+            steps["conservatism"] = 1.0
             module: Any = make_guidance(seeds, 3, 2, **steps)
             train(module, noisy_data(), seeds)
         else:
@@ -1413,7 +1461,7 @@ def test_through_onednn_threads_and_members_change_no_bit(kind: str) -> None:
         torch.set_num_threads(count)
         # torch leaves products of fewer than 4,096 multiplications to MKL
         settings = {"algorithm": algorithm, "steps": 30, "batch_size": 256, "hidden": [48, 48], "time_features": 64}
-        settings |= {"actor_hidden": [256, 256, 256]} if name == "guidance" else {}
+        settings |= {"actor_hidden": [256, 256, 256], "conservatism": 1.0} if name == "guidance" else {}
         guidance, data = make_guidance(seeds, 3, 2).requires_grad_(False), noisy_data()
         module: Any = (make_guidance if name == "guidance" else make_policy)(seeds, 3, 2, **settings)
         train(module, data, seeds, guidance)
@@ -1428,13 +1476,14 @@ def test_through_onednn_threads_and_members_change_no_bit(kind: str) -> None:
 def test_resumed_training_is_uninterrupted_training(kind: str, tmp_path: Path) -> None:
     """Also in the unfinished bundles on the way, where the optimizers' states and a companion's weights are."""
     teacher = None if kind.startswith("joint") else guidance_bundle(frozen_guidance(SEEDS), SEEDS)
+    settings = {"conservatism": 1.0} if kind.startswith("guidance") else {}
 
     def saved(**run: Any) -> dict[int, Bundle]:
         kept: dict[int, Bundle] = {}
         keep = Run(save=lambda bundle: kept.update({bundle.step: copy.deepcopy(bundle)}), **run)
         stopped = pytest.raises(MdptError, match="^interrupted after step 9 of 20; the same command goes on$")
         with stopped if "interrupted" in run else contextlib.nullcontext():
-            learn(kind, teacher, keep, steps=20, batch_size=32, snapshots=4)
+            learn(kind, teacher, keep, steps=20, batch_size=32, snapshots=4, **settings)
         return kept
 
     countdown = iter(range(1, 10))
@@ -2226,6 +2275,8 @@ UNREAD: list[tuple[str, dict[str, Any], dict[str, list[str]]]] = [
         {"guidance": {"algorithm": "mc", "expectile": 0.6}, "policy": {"eta": 3.0}},
         {"mc": ["guidance.expectile"]},
     ),
+    ("guidance", {"guidance": {"conservative_share": 0.5}}, {"conservatism 0": ["guidance.conservative_share"]}),
+    ("guidance", {"guidance": {"conservatism": 0.1, "conservative_share": 0.5}}, {}),
 ]
 
 
@@ -2252,11 +2303,13 @@ def test_fields_without_effect_change_no_bit(kind: str) -> None:
             "diffusion_steps": 2,
             "actor_learning_rate": 0.1,
             "value_loss": "gumbel",
-        },
+        }
+        | {"conservative_actions": 2, "conservative_noise": 0.1, "conservative_share": 0.5},
         "policy": {"eta": 3.0, "label_dropout": 0.5, "advantage_expectile": 0.6, "advantage_inverse_temperature": 2.0}
         | {"dropout": 0.5, "sampling_steps": 3, "variance": "beta", "advantage_weight": "hard"},
     }
     owned = {field for registry in models.CHOICES[name].values() for line in registry.values() for field in line.reads}  # type: ignore[index]
+    owned |= set(models.CONSERVATIVE) if name == "guidance" else set()
     assert others[name].keys() == owned - {"ensemble", "guidance_from", "guidance_until"}
     teacher = guidance_bundle(frozen_guidance(SEEDS), SEEDS)
 
