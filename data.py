@@ -458,6 +458,12 @@ class EvaluationSection(Section):
     candidates: Few = Field(10, description="actions drawn per state, one of which the guidance chooses")
     selection: Literal["max", "softmax"] = Field("max", description="max: the best candidate; softmax: a draw by value")
     weight_temperature: Amount = Field(100.0, description="inverse temperature of the softmax")
+    support: Amount = Field(
+        0.0,
+        description="how much a candidate's distance to the median of the candidates counts against its Q, both in "
+        "standard deviations over them",
+        json_schema_extra={"before": 0.0},
+    )
     ensemble: Literal["none", "mean", "median", "min", "rank"] | None = Field(
         None,
         description="how members of the guidance judge, as in [policy], whose value is the default; rank: mean rank among "

@@ -1889,6 +1889,7 @@ class Inference:
     candidates: int = 1
     selection: str = "max"
     weight_temperature: float = 100.0
+    support: float = 0.0
     temperature: float = 1.0
     w: float = 1.0
     guidance_weight: float = 0.0
@@ -1919,8 +1920,10 @@ def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference,
             "guide 'rank'"
         )
     scaled = section.temperature_on != "steps" or SAMPLERS[run.policy.sampler].ancestral  # else the first noise is all
+    supported = ranked and section.candidates > 2  # two candidates are equally far from their median
     effective = {
         "candidates": section.candidates if ranked else 1,
+        "support": section.support if supported else 0.0,
         "w": section.w if labels else 0.0,
         "guidance_weight": section.guidance_weight if steered else 0.0,
         "ensemble": ensemble,
@@ -1930,6 +1933,7 @@ def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference,
         "candidates": ranked or section.candidates == 1,
         "selection": ranked,
         "weight_temperature": ranked and section.selection == "softmax",
+        "support": supported,
         "guide": guided,
         "guidance_weight": steered,
         "jacobian": steered,
@@ -1955,6 +1959,23 @@ class RowsApart:
         )
 
 
+def supported_scores(scores: Tensor, actions: Tensor, support: float) -> Tensor:
+    """Scores of each state's candidates, (S, B, N), less where a candidate is far from the median of all: (S, B, N).
+
+    What is subtracted is `support` times the standardized squared distance, in standard deviations of the scores, so
+    that a softmax keeps their unit. It is 0 where distances do not differ. actions: (S, B, N, A).
+    """
+
+    def deviation(values: Tensor) -> Tensor:  # over the candidates; 1 where values differ by rounding at most
+        found = values.std(-1, correction=0, keepdim=True)
+        return torch.where(found > 1e-9 * values.abs().amax(-1, keepdim=True), found, 1.0)
+
+    exact = actions.double()
+    far = (exact - median(exact.movedim(2, 0))[:, :, None]).square().sum(-1)
+    beyond = (far - far.mean(-1, keepdim=True)) / deviation(far)
+    return (scores - support * deviation(scores.double()) * beyond).float()
+
+
 @torch.no_grad()
 def act(
     policy: Policy,
@@ -1967,7 +1988,8 @@ def act(
     """Choose actions: raw observations (S, B, O) -> scaled actions (S, B, A).
 
     Of N candidates per state, the one with the highest Q ("max"), or one drawn with probability proportional to
-    exp(weight_temperature * Q) ("softmax"; V would cancel, since it does not depend on the action).
+    exp(weight_temperature * Q) ("softmax"; V would cancel, since it does not depend on the action). With support, Q is
+    lower the further a candidate is from the others, see `supported_scores`.
 
     noises: standard normal, as from `Policy.noises` for B N rows. uniform: (S, B, N) in [0, 1), for "softmax".
     """
@@ -1986,6 +2008,8 @@ def act(
         return actions[:, :, 0]
     repeated = observations.repeat_interleave(how.candidates, dim=1)
     scores = guidance.q(repeated, actions.flatten(1, 2)).view(actions.shape[:3])  # (S, B, N)
+    if how.support > 0:
+        scores = supported_scores(scores, actions, how.support)
     if how.selection == "softmax":  # the Gumbel-max trick draws from the softmax
         scores = how.weight_temperature * scores - (-uniform.clamp(1e-20, 1 - 1e-7).log()).log()
     best = scores.argmax(-1)[..., None, None].expand(-1, -1, 1, actions.shape[-1])

@@ -1281,6 +1281,28 @@ def test_candidates_are_ranked_in_their_own_state() -> None:
         for e in range(4):
             distances = [float((option - observations[s, e, :2]).norm()) for option in options[s, e]]
             assert torch.equal(chosen[s, e], options[s, e, distances.index(min(distances))])
+    scores = known.q(observations.repeat_interleave(6, 1), options.flatten(1, 2)).view(3, 4, 6)
+    best = models.supported_scores(scores, options, 2.0).argmax(-1)
+    assert not torch.equal(best, scores.argmax(-1))
+    supported = choose(policy, known, observations, candidates=6, support=2.0)
+    assert torch.equal(supported, options.gather(2, best[..., None, None].expand(-1, -1, 1, 2)).squeeze(2))
+
+
+def test_support_counts_the_distance_to_the_median_against_q() -> None:
+    """Candidates 0, 0, 0.2, 0.8 in one dimension, the other constant: median 0.1, squares .01 .01 .01 .49.
+
+    Mean .13 and deviation .12 sqrt 3 = .2078: standardized -.577 three times, and sqrt 3.
+    """
+    actions = torch.tensor([0.0, 0.0, 0.2, 0.8])[:, None].mul(torch.tensor([1.0, 0.0])).view(1, 1, 4, 2)
+    q = torch.tensor([[[1.0, 2.0, 3.0, 6.0]]])  # mean 3, deviation sqrt 3.5
+    far = torch.tensor([-1.0, -1.0, -1.0, 3.0]) / 3**0.5
+    near(models.supported_scores(q, actions, 0.5), q - 0.5 * 3.5**0.5 * far, 1e-5)
+    near(models.supported_scores(q, actions.roll(1, -1), 0.5), q - 0.5 * 3.5**0.5 * far, 1e-5)
+    assert torch.equal(models.supported_scores(q, torch.full_like(actions, 0.3), 5.0), q)  # distances do not differ
+    pairs, scores = torch.rand(2, 1, 500, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(models.supported_scores(scores, pairs[..., None], 5.0), scores)  # nor do they of two
+    level = models.supported_scores(torch.full_like(q, 7.1), actions, 1.0)
+    near(level, 7.1 - far.view(1, 1, 4), 1e-5)  # without a difference of scores the distance alone decides
 
 
 @pytest.mark.parametrize("inverse_temperature", [0.0, 2.0, 20.0])
@@ -1924,7 +1946,9 @@ def test_select_members_keeps_and_repeats_whole_members() -> None:
 
 @pytest.mark.usefixtures("fresh_products")
 @pytest.mark.parametrize("hidden", [[256, 256], [32, 32]])
-@pytest.mark.parametrize("how", [Inference(), Inference(10), Inference(guidance_weight=0.1)])
+@pytest.mark.parametrize(
+    "how", [Inference(), Inference(10), Inference(10, support=1.0), Inference(guidance_weight=0.1)]
+)
 def test_through_onednn_no_bit_of_an_episode_depends_on_how_many_there_are(hidden: list[int], how: Inference) -> None:
     if models.choose_products("oneDNN") != "oneDNN":
         pytest.skip("this processor's products are left to MKL")
@@ -1943,6 +1967,7 @@ HOW = {
     "best of four": Inference(candidates=4),
     "drawn": Inference(candidates=4, selection="softmax", weight_temperature=1.0),
     "steered": Inference(candidates=4, guidance_weight=0.1),
+    "supported": Inference(candidates=4, support=1.0),
 }
 
 
@@ -2321,6 +2346,16 @@ def test_fields_without_effect_change_no_bit(kind: str) -> None:
     ignored = {field.partition(".")[2] for fields in unread.values() for field in fields}
     read = {field: value for field, value in others[name].items() if field not in ignored}
     assert same(weights(**read), weights(**others[name]))
+
+
+@pytest.mark.parametrize(
+    ("guide", "candidates", "acts"), [("rank", 3, True), ("rank", 2, False), ("gradient", 3, False)]
+)
+def test_support_acts_where_candidates_can_differ_in_distance(guide: Any, candidates: int, acts: bool) -> None:
+    run = make_experiment()
+    evaluation = EvaluationSection(guide=guide, candidates=candidates, support=0.3)
+    how, effective = models.pick_inference(run.model_copy(update={"evaluation": evaluation}), True, 1)
+    assert (how.support, effective["support"]) == (0.3 * acts, acts)
 
 
 def test_labels_act_once_they_are_learned() -> None:
