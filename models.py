@@ -2117,13 +2117,18 @@ class Values:
 class Offline:
     """What is known of a policy without playing, on a number of held-out states.
 
-    distance: per member, root mean square difference between its actions and the data's, in [-1, 1]. chance: the same
-    between the data's actions of two states. values: by the name of the judge.
+    distance: per member, root mean square difference between its actions and the data's, in [-1, 1]. distance_one: the
+    same of one sample for each state, without ranking. chance: the same between the data's actions of two states. gain:
+    per member, by how much the guidance that it acts by values its actions above the data's, in standard deviations of
+    V over the states; None without such a guidance, or where it has no values ("rank"). values: by the name of the
+    judge.
     """
 
     states: int
     distance: list[float]
+    distance_one: list[float]
     chance: float
+    gain: list[float | None]
     values: dict[str, Values]
 
 
@@ -2152,14 +2157,20 @@ def judge_offline(
     uniform = random.uniform("selection", len(rows), how.candidates)
     ranker = build_judge(guidances, how.ensemble, count, "cpu", how.candidates) if guidances else None
     chosen = act(actor, ranker, states, noises, uniform, how).clamp(-1, 1)
+    first = noises.view(*noises.shape[:2], len(rows), how.candidates, -1)[..., 0, :]  # (S, T, B, A)
+    one = act(actor, ranker, states, first, uniform[..., :1], replace(how, candidates=1)).clamp(-1, 1)
+    gain: list[float | None] = [None] * count
+    if ranker is not None and how.ensemble != "rank":
+        spread, above = ranker.v(states).std(1), (ranker.q(states, chosen) - ranker.q(states, given)).mean(1)
+        gain = [float(a / s) if s > 0 else None for a, s in zip(above, spread, strict=True)]
     values = {}
     for name, (bundles, rule) in judges.items():
         judge = build_judge(bundles, rule, count, "cpu")
         own, other = judge.q(states, chosen), judge.q(states, given)
         values[name] = Values(own.mean(1).tolist(), other.mean(1).tolist(), (own > other).float().mean(1).tolist())
-    distance = (chosen - given).square().mean((1, 2)).sqrt().tolist()
+    distance, distance_one = ((each - given).square().mean((1, 2)).sqrt().tolist() for each in (chosen, one))
     chance = float((actions - actions.roll(len(rows) // 2, 0)).square().mean().sqrt())
-    return Offline(len(rows), distance, chance, values)
+    return Offline(len(rows), distance, distance_one, chance, gain, values)
 
 
 def load_agent(

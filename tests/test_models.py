@@ -2255,6 +2255,9 @@ def test_judging_offline_by_hand() -> None:
     assert found.states == 20
     near(torch.tensor(found.distance), [float((chosen[i] - data).norm() / math.sqrt(40)) for i in range(2)], 1e-5)
     near(torch.tensor(found.chance), (data[:10] - data[10:]).norm() / math.sqrt(20), 1e-5)
+    first = policy.sample(states, noises.view(2, -1, 20, 4, 2)[:, :, :, 0])
+    near(torch.tensor(found.distance_one), [float((first[i] - data).norm() / math.sqrt(40)) for i in range(2)], 1e-5)
+    assert not set(found.distance_one) & set(found.distance)
     for name, judge, members in (("own", teacher, (0, 1)), ("other", other, (0, 0))):
         for i, member in enumerate(members):
             guidance = build_guidance(select_members(judge, [member]), "cpu")
@@ -2265,6 +2268,11 @@ def test_judging_offline_by_hand() -> None:
                 ("higher", (ours > theirs).float().mean()),
             ):
                 near(torch.tensor(getattr(found.values[name], key)[i]), expected, 1e-5)
+            if name == "own":
+                near(torch.tensor(found.gain[i]), (ours - theirs).mean() / guidance.v(observations[None]).std(), 1e-4)
+    for guidances, rule in (([], "none"), ([teacher], "rank")):  # none has values
+        how = Inference(4, ensemble=rule)
+        assert models.judge_offline(bundle, guidances, how, held_out, 5, {}).gain == [None, None]
 
 
 UNREAD: list[tuple[str, dict[str, Any], dict[str, list[str]]]] = [
