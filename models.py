@@ -2128,7 +2128,7 @@ class Offline:
     distance: list[float]
     distance_one: list[float]
     chance: float
-    gain: list[float | None]
+    gain: list[float] | None
     values: dict[str, Values]
 
 
@@ -2159,11 +2159,10 @@ def judge_offline(
     chosen = act(actor, ranker, states, noises, uniform, how).clamp(-1, 1)
     first = noises.view(*noises.shape[:2], len(rows), how.candidates, -1)[..., 0, :]  # (S, T, B, A)
     one = act(actor, ranker, states, first, uniform[..., :1], replace(how, candidates=1)).clamp(-1, 1)
-    gain: list[float | None] = [None] * count
+    values, gain = {}, None
     if ranker is not None and how.ensemble != "rank":
-        spread, above = ranker.v(states).std(1), (ranker.q(states, chosen) - ranker.q(states, given)).mean(1)
-        gain = [float(a / s) if s > 0 else None for a, s in zip(above, spread, strict=True)]
-    values = {}
+        above = (ranker.q(states, chosen) - ranker.q(states, given)).mean(1)
+        gain = (above / ranker.v(states).std(1).clamp(min=1e-6)).tolist()
     for name, (bundles, rule) in judges.items():
         judge = build_judge(bundles, rule, count, "cpu")
         own, other = judge.q(states, chosen), judge.q(states, given)
