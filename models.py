@@ -1401,7 +1401,8 @@ NOT_WRITTEN = "is not a bundle as mdpt writes it; write it anew"
 
 def plain(tensor: Tensor) -> Tensor:
     """The tensor itself. Raises: ValueError unless it is a contiguous float32 tensor of finite numbers."""
-    if type(tensor) is not Tensor or tensor.layout != torch.strided or not tensor.is_contiguous():
+    laid_out = type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_meta
+    if not laid_out or not tensor.is_contiguous():
         raise ValueError("should be a plain tensor")
     if tensor.dtype != torch.float32:
         raise ValueError(f"should be float32, not {tensor.dtype}")
@@ -2200,12 +2201,14 @@ def load_agent(
     choose_products()  # as `mdpt evaluate` does
 
     def choose(observations: Array) -> Array:
-        rows = np.atleast_2d(np.asarray(observations, dtype=np.float32))
+        expected = f"expected ({spec.observation_dim},) or (E, {spec.observation_dim}), finite"
+        try:
+            rows = np.atleast_2d(np.asarray(observations, dtype=np.float32))
+        except (TypeError, ValueError) as error:
+            name = type(observations).__name__
+            raise MdptError(f"{path}: observations that are no array of numbers, but {name}; {expected}") from error
         if rows.ndim != 2 or rows.shape[1] != spec.observation_dim or not np.isfinite(rows).all():
-            raise MdptError(
-                f"{path}: observations of shape {np.shape(observations)}; expected ({spec.observation_dim},) or "
-                f"(E, {spec.observation_dim}), finite"
-            )
+            raise MdptError(f"{path}: observations of shape {np.shape(observations)}; {expected}")
         if not len(rows):
             return np.empty((0, spec.action_dim), np.float32)
         if len(rows) not in agents:
@@ -2383,6 +2386,8 @@ class History:
             step, member = done - len(self.pending) + int(bad[0, 0]), int(bad[0, 1])
             self.give_up("loss", member, losses[bad[0, 0], member].item(), step)
         names = sorted({name for _, metrics in self.pending for name in metrics})
+        if taken := {"step", "loss"}.intersection(names):
+            raise MdptError(f"a loss has a metric {min(taken)!r}, a name that the history of a bundle uses; rename it")
         means = {
             name: torch.stack([metrics[name] for _, metrics in self.pending if name in metrics]).mean(0).tolist()
             for name in names

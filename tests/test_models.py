@@ -1545,6 +1545,9 @@ def test_a_metric_that_is_not_finite_ends_the_run_as_a_loss_does() -> None:
         history.pending.append((values["loss"], {"q": values["q"]}))
         with pytest.raises(MdptError, match=f"the {text} .seed 1. became nan at step"):
             history.average()
+    history.pending = [(torch.ones(2), {"step": torch.ones(2)})]  # the step is the history's own
+    with pytest.raises(MdptError, match="a loss has a metric 'step', a name that the history of a bundle uses"):
+        history.average()
 
 
 def test_a_damaged_bundle_is_refused(tmp_path: Path) -> None:
@@ -1818,7 +1821,9 @@ def test_without_a_part_of_today_a_bundle_is_refused(tmp_path: Path) -> None:
                 read_bundle(tmp_path / "g.pt")
             assert "\n" not in str(caught.value)
     weight = ("weights", "value.layers.0.weight")
-    for wrong in (torch.zeros(2, 3, 32).double(), torch.full((2, 3, 32), math.nan), torch.zeros(1).expand(2, 3, 32), 1):
+    nested, meta = torch.nested.nested_tensor([torch.zeros(3, 32)] * 2), torch.zeros(2, 3, 32, device="meta")
+    unfit = torch.zeros(2, 3, 32).double(), torch.full((2, 3, 32), math.nan), torch.zeros(1).expand(2, 3, 32)
+    for wrong in (*unfit, nested, meta, 1):
         write_edited(tmp_path / "g.pt", bundle, weight, wrong)
         with pytest.raises(MdptError, match=r"write it anew: weights\.value\.layers\.0\.weight"):
             read_bundle(tmp_path / "g.pt")
@@ -2458,6 +2463,9 @@ def test_a_loaded_agent_acts_in_the_environments_unit(tmp_path: Path) -> None:
     for broken in (np.zeros(2), np.zeros((2, 2, 3)), np.full(3, np.nan)):
         with pytest.raises(MdptError, match=r"observations of shape .*; expected \(3,\) or \(E, 3\), finite"):
             single(broken)
+    for thing, name in (({"position": np.zeros(3)}, "dict"), ("x", "str"), ([[1, 2, 3], [4]], "list")):
+        with pytest.raises(MdptError, match=rf"no array of numbers, but {name}; expected \(3,\) or \(E, 3\), finite"):
+            single(thing)  # type: ignore[arg-type]
     save_bundle(tmp_path / "other.pt", but(teacher, environment=replace(TOY, id="Other-v0")))
     with pytest.raises(MdptError, match="do not fit together: id Toy-v0 against Other-v0"):
         load_agent(path, tmp_path / "other.pt")
