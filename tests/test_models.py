@@ -258,16 +258,16 @@ def test_conservatism_adds_its_loss_in_a_share_of_the_states(algorithm: str) -> 
 
 
 def test_conservatism_lowers_q_where_there_are_no_data() -> None:
-    """Rewards are 0 at actions around -0.5, the only ones in the data."""
-    g, margins = torch.Generator().manual_seed(0), {}
+    """All actions of the data are near -0.5, and all rewards are 0."""
+    g, margins = torch.Generator().manual_seed(0), []
     data = one_state(-0.5 + 0.05 * torch.randn(500, generator=g), torch.zeros(500))
+    actions = torch.tensor([-0.5, 0.5, 1.0]).view(1, 3, 1).expand(2, -1, -1)
     for alpha in (0.0, 1.0):
-        settings = {"conservatism": alpha, "conservative_share": 1.0, "batch_size": 64, "tau": 0.1}
-        guidance = make_guidance(SEEDS, steps=200, **settings)
+        guidance = make_guidance(SEEDS, steps=100, batch_size=64, tau=0.1, learning_rate=1e-2, conservatism=alpha)
         train(guidance, data, SEEDS)
-        q = guidance.q(torch.zeros(2, 3, 1), torch.tensor([-0.5, 0.5, 1.0]).view(1, 3, 1).expand(2, -1, -1)).detach()
-        margins[alpha] = q[:, 0] - q[:, 1:].amax(1)
-    assert (margins[1.0] > margins[0.0] + 0.5).all() and (margins[1.0] > 0.5).all(), margins
+        q = guidance.q(torch.zeros(2, 3, 1), actions).detach()
+        margins.append(q[:, 0] - q[:, 1:].amax(1))
+    assert (margins[1] > margins[0] + 0.5).all() and (margins[1] > 0.5).all(), margins
 
 
 def test_noise_loss_by_hand() -> None:
@@ -1158,7 +1158,7 @@ def test_bc_recovers_the_mode_weights(trained_bc: Policy) -> None:
 
 @pytest.mark.parametrize("algorithm", ["dql", "edp", "dac"])
 def test_value_policies_move_to_the_better_mode(algorithm: str, mixture: Transitions, trained_idql: Guidance) -> None:
-    policy = trained(mixture, trained_idql, algorithm=algorithm, steps=500, batch_size=128, eta=1.0)
+    policy = trained(mixture, trained_idql, algorithm=algorithm, steps=500, batch_size=64, eta=1.0)
     actions = actions_of(policy)
     assert ((actions > 0).float().mean(1) > 0.6).all()  # of the data: 0.3
     assert (reward(actions).mean(1) > 0.7).all()  # of the data: 0.3
@@ -1503,17 +1503,17 @@ def test_resumed_training_is_uninterrupted_training(kind: str, tmp_path: Path) -
     def saved(**run: Any) -> dict[int, Bundle]:
         kept: dict[int, Bundle] = {}
         keep = Run(save=lambda bundle: kept.update({bundle.step: copy.deepcopy(bundle)}), **run)
-        stopped = pytest.raises(MdptError, match="^interrupted after step 9 of 20; the same command goes on$")
+        stopped = pytest.raises(MdptError, match="^interrupted after step 5 of 12; the same command goes on$")
         with stopped if "interrupted" in run else contextlib.nullcontext():
-            learn(kind, teacher, keep, steps=20, batch_size=32, snapshots=4, **settings)
+            learn(kind, teacher, keep, steps=12, batch_size=16, snapshots=4, **settings)
         return kept
 
-    countdown = iter(range(1, 10))
-    straight, halves = saved(), saved(interrupted=lambda: next(countdown) == 9)
-    assert list(straight) == [5, 10, 15, 20] and list(halves) == [5, 9]
-    save_bundle(tmp_path / "half.pt", halves[9])
+    countdown = iter(range(1, 6))
+    straight, halves = saved(), saved(interrupted=lambda: next(countdown) == 5)
+    assert list(straight) == [3, 6, 9, 12] and list(halves) == [3, 5]
+    save_bundle(tmp_path / "half.pt", halves[5])
     resumed = saved(begun=read_bundle(tmp_path / "half.pt"))
-    assert list(resumed) == [10, 15, 20] and resumed[20].complete
+    assert list(resumed) == [6, 9, 12] and resumed[12].complete
     for step, got in resumed.items():
         expected = straight[step]
         ours, theirs = got.model_dump(), expected.model_dump()
@@ -1521,7 +1521,7 @@ def test_resumed_training_is_uninterrupted_training(kind: str, tmp_path: Path) -
             assert same(ours[key], theirs[key]), (step, key)
         for one, other in zip(got.guidances, expected.guidances, strict=True):
             assert same(one.weights, other.weights)
-        assert not any(same(weight, halves[9].weights[name]) for name, weight in got.weights.items())
+        assert not any(same(weight, halves[5].weights[name]) for name, weight in got.weights.items())
 
 
 def test_a_run_cut_short_between_two_entries_of_its_history_ends_with_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1810,6 +1810,7 @@ def test_bundles_of_other_versions_act_and_go_on(tmp_path: Path) -> None:
             assert read_bundle(path).complete
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_without_a_part_of_today_a_bundle_is_refused(tmp_path: Path) -> None:
     bundle = learn("guidance idql", steps=4, batch_size=8, snapshots=1)
     for name, info in Bundle.model_fields.items():
@@ -1951,9 +1952,7 @@ def test_select_members_keeps_and_repeats_whole_members() -> None:
 
 @pytest.mark.usefixtures("fresh_products")
 @pytest.mark.parametrize("hidden", [[256, 256], [32, 32]])
-@pytest.mark.parametrize(
-    "how", [Inference(), Inference(10), Inference(10, support=1.0), Inference(guidance_weight=0.1)]
-)
+@pytest.mark.parametrize("how", [Inference(), Inference(10, support=0.1), Inference(guidance_weight=0.1)])
 def test_through_onednn_no_bit_of_an_episode_depends_on_how_many_there_are(hidden: list[int], how: Inference) -> None:
     if models.choose_products("oneDNN") != "oneDNN":
         pytest.skip("this processor's products are left to MKL")
@@ -2135,8 +2134,18 @@ def test_a_gradient_is_the_gradient_of_the_figure() -> None:
     near(gradient(models.build_judge(bundles, "min", 1, "cpu")), lowest, 1e-6)
 
 
-@pytest.mark.parametrize("rule", ["mean", "median", "min"])
-@pytest.mark.parametrize("algorithm", ["idql", "dql", "edp", "dac", "cfg"])
+@pytest.mark.parametrize(
+    ("algorithm", "rule"),
+    [
+        ("idql", "min"),
+        ("dql", "mean"),
+        ("dql", "median"),
+        ("dql", "min"),
+        ("edp", "mean"),
+        ("dac", "median"),
+        ("cfg", "min"),
+    ],
+)
 def test_a_policy_learns_under_all_members_at_once(algorithm: str, rule: str) -> None:
     """As under one alone where all are that one; a member of many is its seed alone; and nothing frozen moves."""
     three = guidance_bundle(frozen_guidance((5, 6, 7)), (5, 6, 7))
