@@ -52,6 +52,7 @@ from mdpt.data import (
     Interrupted,
     MdptError,
     MdptWarning,
+    Played,
     PolicySection,
     RewardScale,
     TrainingSection,
@@ -1468,6 +1469,7 @@ class Data(Part, title="dataset"):
     episodes: Count
     mean_return: float
     best_return: float
+    mismatched: list[int] = []  # observation columns in which episodes start otherwise than the environment's resets
 
 
 class Account(Part, title="accounting"):
@@ -2086,8 +2088,8 @@ class Play:
     products: Products
 
 
-def play(task: Play, watch: Watch, **film: Any) -> tuple[Array, Array]:
-    """Raw returns and lengths of a task's episodes, as from `data.rollout`.
+def play(task: Play, watch: Watch, **film: Any) -> Played:
+    """What a task's episodes gave, as from `data.rollout`.
 
     On one thread, so that results are equal to the bit whatever the number of threads.
     """
@@ -2571,7 +2573,7 @@ def run_facts(bundle: Bundle, joint: bool) -> dict[str, Any]:
         if key not in (FREE if name == bundle.kind else PACE)
     }
     section = bundle.experiment.data
-    shapers = ("seed", "fraction", "held_out", "reward_scale", "normalization")
+    shapers = ("seed", "fraction", "held_out", "reward_scale", "normalization", "keep_timeouts")
     return (
         facts
         | {f"[data] {key}": getattr(section, key) for key in shapers}

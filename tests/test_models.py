@@ -1524,6 +1524,16 @@ def test_resumed_training_is_uninterrupted_training(kind: str, tmp_path: Path) -
         assert not any(same(weight, halves[5].weights[name]) for name, weight in got.weights.items())
 
 
+def test_a_run_that_keeps_other_rows_is_another_run() -> None:
+    ours = blank_bundle("guidance", make_experiment())
+    section = ours.experiment.data.model_copy(update={"keep_timeouts": True})
+    theirs = but(ours, experiment=ours.experiment.model_copy(update={"data": section}))
+    with pytest.raises(
+        MdptError, match=r"begun as another run: \[data\] keep_timeouts was True, is False; --overwrite"
+    ):
+        models.check_same_run(ours, theirs, extend=False)
+
+
 def test_a_run_cut_short_between_two_entries_of_its_history_ends_with_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "HISTORY_ENTRIES", 10)
     settings: dict[str, Any] = {"steps": 30, "batch_size": 8, "snapshots": 1}  # an entry every third step
