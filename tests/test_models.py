@@ -1075,7 +1075,7 @@ def mixture() -> Transitions:
 
 @pytest.fixture(scope="module")
 def trained_idql(mixture: Transitions) -> Guidance:
-    guidance = make_guidance(SEEDS, steps=500, batch_size=64, activation="mish", tau=0.04)
+    guidance = make_guidance(SEEDS, steps=250, batch_size=64, activation="mish", tau=0.08, learning_rate=1e-2)
     train(guidance, mixture, SEEDS)
     return guidance.requires_grad_(False)
 
@@ -1115,7 +1115,8 @@ def test_guidance_learns_the_true_q(algorithm: str, mixture: Transitions, traine
     guidance, close = trained_idql, (0.03, 0.15)
     if algorithm != "idql":
         close = (0.1, 0.3)
-        guidance = make_guidance(SEEDS, algorithm=algorithm, steps=200, batch_size=64, activation="mish", tau=0.05)
+        settings = {"steps": 100, "batch_size": 64, "learning_rate": 1e-2, "activation": "mish", "tau": 0.1}
+        guidance = make_guidance(SEEDS, algorithm=algorithm, **settings)
         train(guidance, mixture, SEEDS)
     batch = mixture.take(torch.arange(len(mixture)).expand(2, -1))
     with torch.no_grad():
@@ -1137,7 +1138,7 @@ def test_values_of_a_chain_are_discounted_from_its_end(algorithm: str) -> None:
     steps, count = np.tile(np.arange(6), 100), 600
     columns = {"observations": steps[:, None] / 5, "actions": np.zeros((count, 1)), "rewards": steps == 5}
     chain = transitions(columns | {"next_observations": (steps + 1)[:, None] / 5, "terminals": steps == 5})
-    settings = {"steps": 500, "batch_size": 64, "activation": "mish", "tau": 0.1, "discount": 0.8}
+    settings = {"steps": 150, "batch_size": 64, "learning_rate": 1e-2, "tau": 0.2, "discount": 0.8}
     guidance = make_guidance(SEEDS, algorithm=algorithm, **settings)
     train(guidance, chain, SEEDS)
     states = torch.arange(6).view(1, 6, 1).expand(2, 6, 1) / 5
@@ -1158,7 +1159,7 @@ def test_bc_recovers_the_mode_weights(trained_bc: Policy) -> None:
 
 @pytest.mark.parametrize("algorithm", ["dql", "edp", "dac"])
 def test_value_policies_move_to_the_better_mode(algorithm: str, mixture: Transitions, trained_idql: Guidance) -> None:
-    policy = trained(mixture, trained_idql, algorithm=algorithm, steps=500, batch_size=64, eta=1.0)
+    policy = trained(mixture, trained_idql, algorithm=algorithm, steps=250, batch_size=64, learning_rate=6e-3, eta=1.0)
     actions = actions_of(policy)
     assert ((actions > 0).float().mean(1) > 0.6).all()  # of the data: 0.3
     assert (reward(actions).mean(1) > 0.7).all()  # of the data: 0.3
