@@ -19,6 +19,7 @@ import importlib.util
 import inspect
 import itertools
 import json
+import logging
 import math
 import os
 import platform
@@ -778,11 +779,16 @@ def parallel(
         pool = joblib.Parallel(n_jobs=count, backend="loky", batch_size=1, return_as="generator", **begin)
         try:
             with _safe_path():
-                with _signals_held():
-                    resource_tracker.ensure_running()  # in a block of its own: as it starts, it unblocks signals
-                with _signals_held():
-                    work_all = (joblib.delayed(_watched)(work, task, workers.timeout, backstop=True) for task in tasks)
-                    results = pool(work_all)
+                try:
+                    with _signals_held():
+                        resource_tracker.ensure_running()  # in a block of its own: as it starts, it unblocks signals
+                    with _signals_held():
+                        call = joblib.delayed(_watched)
+                        results = pool(call(work, task, workers.timeout, backstop=True) for task in tasks)
+                except (OSError, RuntimeError) as error:  # too few file handles or threads, or a deleted folder
+                    working_folder()
+                    remedy = "--workers 1 plays in this process"
+                    raise MdptError(f"worker processes cannot be started: {_one_line(error)}; {remedy}") from error
                 yield from results
         except TerminatedWorkerError as error:
             reason = "its environment ended it or hung, or memory ran out; --workers 1 plays in this process"
@@ -812,11 +818,10 @@ def _on_cluster(work: Work[Task, Result], tasks: Iterable[Task], workers: Worker
     except ImportError as error:
         raise MdptError("--cluster needs the package distributed: pip install 'mdpt[cluster]'") from error
     where = f"--cluster {workers.cluster}"
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # it logs tracebacks of what it raises, too
     try:
-        if (
-            str(workers.cluster).startswith("tls://")
-            and not distributed.Security().get_connection_args("client")["ssl_context"]
-        ):
+        certificates = distributed.Security().get_connection_args("client")["ssl_context"]
+        if str(workers.cluster).startswith("tls://") and certificates is None:
             raise MdptError(f"{where}: tls needs certificates; name them in Dask's settings, at distributed.comm.tls")
         client = distributed.Client(workers.cluster, timeout=10, set_as_default=False)
     except (OSError, ValueError) as error:
@@ -837,8 +842,8 @@ def _on_cluster(work: Work[Task, Result], tasks: Iterable[Task], workers: Worker
             raise MdptError(f"{where}: a task ended several workers, one after the other; see their logs") from error
         except ImportError as error:
             raise MdptError(f"{where}: a worker lacks a module: {_one_line(error)}; install it there") from error
-        except (distributed.CancelledError, distributed.TimeoutError, distributed.comm.CommClosedError) as error:
-            raise MdptError(f"{where}: its scheduler ended, or the connection to it ({_one_line(error)})") from error
+        except (distributed.CancelledError, OSError) as error:
+            raise MdptError(f"{where}: its scheduler ended, or the connection to it. {_one_line(error)}") from error
 
 
 def _check_versions(client: Any, where: str) -> None:
@@ -852,11 +857,12 @@ def _check_versions(client: Any, where: str) -> None:
 
 
 def _on_worker(work: Work[Task, Result], task: Task, timeout: float) -> Result:
-    """`_watched` on a worker of a cluster, whose errors say so."""
+    """`_watched` on a worker of a cluster; errors say so."""
     try:
         return _watched(work, task, timeout)
-    except MdptError as error:
-        raise MdptError(f"on a worker, {platform.node()}: {error}") from error
+    except (MdptError, OSError) as error:
+        text = str(error) if isinstance(error, MdptError) else _one_line(error)
+        raise MdptError(f"on the worker {platform.node()}: {text}") from error
 
 
 @contextlib.contextmanager

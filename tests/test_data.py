@@ -134,6 +134,10 @@ def test_environment_spec() -> None:
         ("HoperBulletEnv-v0", "no such environment is registered with gymnasium. Did you mean 'HopperBulletEnv-v0'?"),
         ("qqq-v9", "no such environment is registered with gymnasium. Write 'module:Name-v0' for one that a module"),
         ("absent_module:Toy-v7", "the module absent_module cannot be imported. ModuleNotFoundError: No module named"),
+        (
+            "toy_environment:ToyOptional-v0",
+            "its action space is Discrete(2); only a Box with one axis can be learned. Set [data] environment_kwargs = {",
+        ),
         ("toy_environment:ToyEndless-v0", "it has no time limit; set [data] max_episode_steps."),
         ("toy_environment:ToyFlawed-v0", "the environment cannot be made. OSError: no licence"),
         ("toy_environment:ToyDiscrete-v0", "its action space is Discrete(2); only a Box with one axis can be learned."),
@@ -418,6 +422,20 @@ def test_what_cannot_be_extended_is_told(tmp_path: Path, extends: str, told: str
     assert told in str(caught.value)
 
 
+def test_the_source_follows_from_what_is_named(tmp_path: Path) -> None:
+    named: list[dict[str, Any]] = [
+        {},
+        {"path": "a"},
+        {"dataset": "hopper-medium-v2"},
+        {"dataset": "mujoco/hopper/a-v0"},
+    ]
+    assert [DataSection(**each).source for each in named] == ["collect", "hdf5", "d4rl", "minari"]
+    experiment = data.load_experiment(toml(tmp_path / "a.toml", "[data]\npath = 'a'"), [])
+    assert experiment.model_dump()["data"]["source"] == "hdf5"  # as in bundles
+    loaded = load(toy_file(tmp_path / "a.hdf5", [3, 4]), reference=None)
+    assert loaded.section.reference is None and loaded.environment.id == TOY
+
+
 def test_an_experiment_of_another_version_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """A field that was added later takes what held before it, else its default; what is unknown is named."""
 
@@ -543,6 +561,61 @@ def test_a_file_with_damaged_tables_is_told_or_read(tmp_path: Path) -> None:
         except MdptError as error:
             told.add("damaged" in str(error))
     assert True in told
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.csv", b"observation,action\n0,1\n", ("a csv file, not HDF5", "RECIPES.md")),
+        ("a.npz", b"PK\x03\x04", ("npz, not HDF5", "RECIPES.md")),
+        ("a", b"PAR1", ("a parquet file, not HDF5", "RECIPES.md")),
+        ("a.hdf5", {"data/demo_0/actions": np.zeros((2, 2))}, ("robomimic's layout", "RECIPES.md")),
+        ("a.hdf5", rows(timeouts=None, episode_terminals=np.zeros(10)), ("d3rlpy", "'timeouts'", "RECIPES.md")),
+        ("a.hdf5", {"observations/goal": np.zeros((2, 2))}, ("'observations' is a group", "RECIPES.md")),
+        (
+            "a.hdf5",
+            rows(observations=np.zeros((10, 1, 3))),
+            ("(10, 1, 3)", "flat rows (n, O)", "swap the first two axes"),
+        ),
+    ],
+)
+def test_files_of_other_layouts_are_named(tmp_path: Path, name: str, content: Any, told: Sequence[str]) -> None:
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        write(path, content)
+    with pytest.raises(MdptError) as caught:
+        load(path)
+    assert str(caught.value).startswith(f"{path}: ") and all(each in str(caught.value) for each in told), caught.value
+
+
+def test_a_file_that_is_sound_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.hdf5", rows())
+    for error, told in (
+        (
+            OSError(37, "Unable to synchronously open file (unable to lock file, errno = 37)"),
+            "HDF5_USE_FILE_LOCKING=FALSE",
+        ),
+        (OSError(errno.EMFILE, "Unable to open file"), "cannot be read (Too many open files)"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(h5py, "File", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+            with pytest.raises(MdptError) as caught:
+                load(path)
+        assert told in str(caught.value) and "damaged" not in str(caught.value)
+    with h5py.File(path, "w") as file:  # compressed by zstd, which nobody has without hdf5plugin
+        settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        settings.set_chunk((2, 3))
+        settings.set_filter(32015, h5py.h5z.FLAG_OPTIONAL)
+        space = h5py.h5s.create_simple((2, 3))
+        made = h5py.h5d.create(file.id, b"observations", h5py.h5t.NATIVE_FLOAT, space, settings)
+        h5py.Dataset(made).id.write_direct_chunk((0, 0), b"x" * 24)
+    monkeypatch.setitem(sys.modules, "hdf5plugin", None)
+    with pytest.raises(
+        MdptError, match=r"'observations' is compressed by the HDF5 filter .*32015.* pip install hdf5plugin"
+    ):
+        load(path)
 
 
 @pytest.mark.parametrize("how", ["dangling", "soft", "other file", "external", "virtual", "group"])
@@ -1002,6 +1075,41 @@ def same(one: Dataset, other: Dataset) -> bool:
     )
 
 
+def test_a_symbolic_link_stays_and_its_target_is_written(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    link, target = tmp_path / "a.pt", tmp_path / "there" / "b.pt"
+    link.symlink_to(target)
+    for text in ("new", "newer"):
+        with data.written_whole(link, "") as temporary:
+            temporary.write_text(text)
+        assert link.is_symlink() and target.read_text() == text and len([*target.parent.iterdir()]) == 1
+
+
+def test_folders_that_are_gone_or_closed_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for call in (lambda: data.load_experiment(Path("a.toml"), []), lambda: load(Path("a.hdf5")), data.working_folder):
+        with pytest.raises(MdptError, match="the working folder is gone"):
+            call()
+    monkeypatch.chdir(tmp_path)
+    closed = PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(Path, "stat", lambda *_, **__: (_ for _ in ()).throw(closed))
+    for call in (lambda: data.load_experiment(Path("a.toml"), []), lambda: load(Path("a.hdf5"))):
+        with pytest.raises(MdptError, match=r"cannot be read \(Permission denied\)"):
+            call()
+
+
+def test_a_user_without_a_home_needs_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MDPT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(
+        Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory."))
+    )
+    with pytest.raises(MdptError, match="no home folder for the cache; set MDPT_CACHE"):
+        data.collect_dataset(DataSection(environment=HOPPER))
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_the_size_of_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own: bool) -> None:
     following = np.random.default_rng(8).normal(size=(100, 2)) if own else None
@@ -1274,7 +1382,7 @@ def test_each_action_may_have_a_range_of_its_own() -> None:
 
 
 def test_data_that_do_not_match_the_environment_are_told(tmp_path: Path) -> None:
-    """Item 8: columns in another order, or in another unit; a few episodes tell nothing."""
+    """Item 8: columns in another order, or from another origin; a few episodes tell nothing."""
     begins = np.stack([np.arange(60) // 5 % 6 + 3.0, np.arange(60) % 5], axis=1)
     arrays = walks(12, 5, rewards=np.ones(60), actions=np.tile([0.5, 1], (60, 1))) | {"observations": begins}
     assert load(write(tmp_path / "a.hdf5", arrays)).identity.mismatched == []
@@ -1282,7 +1390,7 @@ def test_data_that_do_not_match_the_environment_are_told(tmp_path: Path) -> None
     assert swapped.identity.mismatched == [0]  # column 1 begins at 0, within 3 to 8 and as much on both sides
     (told,) = swapped.warnings
     assert f"otherwise than in {TOY} in the observation columns [0] (column 0: 0 to 0 in the data, 3 to 8" in told
-    other = load(write(tmp_path / "c.hdf5", arrays | {"observations": begins * [57.3, 1]}))
+    other = load(write(tmp_path / "c.hdf5", arrays | {"observations": begins + [100, 0]}))
     assert other.identity.mismatched == [0]
     few = {key: array[:45] for key, array in (arrays | {"observations": begins[:, ::-1]}).items()}
     assert load(write(tmp_path / "d.hdf5", few)).identity.mismatched == []
@@ -1298,7 +1406,10 @@ def test_what_never_changes_and_what_has_two_values_is_told() -> None:
     hot = np.eye(2)[np.arange(120) % 2]
     (told,) = load_arrays(walks(actions=np.stack([hot[:, 0], np.linspace(-1, 1, 120)], axis=1))).warnings
     assert "only two values in dimensions [0]" in told
-    assert not any("two values" in each for each in load_arrays(walks(24, 5, actions=hot), environment=TOY).warnings)
+    assert not any(
+        "two values" in each
+        for each in load_arrays(walks(24, 5, actions=hot, rewards=np.ones(120)), environment=TOY).warnings
+    )
 
 
 # --- work in other processes ------------------------------------------------------------------------------------
@@ -1405,6 +1516,38 @@ def test_an_environment_that_hangs_is_named_in_time(workers: int) -> None:
 
 
 @pytest.mark.slow
+def test_a_thread_may_load_and_the_current_folder_hides_no_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Handlers of signals belong to the main thread; a user's copy.py is in the way of workers that see it."""
+    for name in ("copy", "random"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    from joblib.externals import loky
+
+    loky.get_reusable_executor().shutdown(wait=True)  # the next workers are new
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.extend(data.parallel(rest, [0, 0], Workers(2), 2)))
+    thread.start()
+    thread.join()
+    assert len(results) == 2 and "PYTHONSAFEPATH" not in os.environ
+
+
+@pytest.mark.parametrize(("workers", "told"), [(1, "allows no more threads"), (2, "cannot be started: ")])
+def test_a_system_that_allows_no_threads_says_so(monkeypatch: pytest.MonkeyPatch, workers: int, told: str) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    import joblib
+
+    if workers > 1:
+        monkeypatch.setattr(joblib.Parallel, "__call__", lambda *_: start(threading.current_thread()))
+    with pytest.raises(MdptError, match=told):
+        list(data.parallel(rest, [0, 0], Workers(workers), 2))
+
+
 def test_an_environment_that_ends_its_process_is_told() -> None:
     line = fails(play_broken, [0.0, -1.0, 0.0], 2)
     assert all(each in line for each in ("worker process ended unexpectedly", "environment", "--workers 1")), line
@@ -1691,6 +1834,16 @@ def test_a_cache_that_cannot_be_written_says_so_before_any_work(tmp_path: Path) 
 
 
 # --- rollouts
+
+
+def test_successes_are_those_the_environment_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any step, under either name; an environment that never says is not taken for one that fails."""
+    assert np.isnan(data.rollout(pay_by_place, data.environment_spec(TOY), range(3), seed=1).successes).all()
+    infos: list[dict[str, Any]] = [{"is_success": np.array([True])}, {"success": False}, {"success": 0.0}, {}]
+    alter(monkeypatch, lambda toy, found: (*found[:4], infos[int(toy.state[1]) - 1] if toy.state[1] < 4 else {}))
+    assert data.rollout(pay_by_place, data.environment_spec(TOY), range(3), seed=1).successes.tolist() == [1, 1, 1]
+    infos[0] = {}
+    assert data.rollout(pay_by_place, data.environment_spec(TOY), range(3), seed=1).successes.tolist() == [0, 0, 0]
 
 
 def pay_by_place(observations: Array, places: Array) -> Array:
