@@ -1390,7 +1390,8 @@ def test_a_policy_beside_its_guidance_learns_from_the_online_critics_and_teaches
 # ------------------------------------------------------------------------------------------------ invariants
 
 
-def frozen_guidance(seeds: Sequence[int]) -> Guidance:
+@functools.cache
+def frozen_guidance(seeds: tuple[int, ...]) -> Guidance:
     guidance = make_guidance(seeds, 3, 2, steps=20, batch_size=32)
     train(guidance, noisy_data(), seeds)
     return guidance.requires_grad_(False)
