@@ -124,7 +124,8 @@ def version() -> str:
 def written_whole(path: Path, remedy: str) -> Iterator[Path]:
     """Give a temporary file beside `path` to write to, and rename it to `path` at the end of the block.
 
-    Of a symbolic link, the file that it points to is written. If the block fails, the temporary file is removed. So are those that killed processes of this machine left.
+    Of a symbolic link, the file that it points to is written. If the block fails, the temporary file is removed. So are
+    those that killed processes of this machine left.
     Raises: MdptError that ends with `remedy`, where writing raises OSError or RuntimeError (a library's full disk).
     """
     try:
@@ -321,8 +322,8 @@ class DataSection(Section):
 
     source: Literal["collect", "hdf5", "d4rl", "minari", "arrays"] = Field(
         "collect",
-        description="bundled agents' rollouts, a file in D4RL's format, a dataset by name, or Python's arrays; by default "
-        "hdf5 if there is a path, minari if there is a dataset with a slash in its name, d4rl if it has none",
+        description="bundled agents' rollouts, a file in D4RL's format, a dataset by name, or Python's arrays; by "
+        "default hdf5 if there is a path, minari if there is a dataset with a slash in its name, d4rl if it has none",
     )
     dataset: str | None = Field(None, description="name of the dataset, for sources d4rl and minari")
     path: str | None = Field(None, description="the file, for source hdf5; relative to the experiment file")
@@ -330,22 +331,17 @@ class DataSection(Section):
     environment_kwargs: dict[str, Any] = Field({}, description="keyword arguments of the environment")
     max_episode_steps: Many | None = Field(None, description="time limit; by default the environment's")
     observation_columns: Positive | None = Field(None, description="use only this many leading observation columns")
-    observation_keys: list[str] = Field(
-        [], description="parts of Dict observations to use, in this order; by default all in alphabetical order"
-    )
+    observation_keys: list[str] = Field([], description="parts of Dict observations, in order; by default all, by name")
     action_range: Pair | list[Pair] | None = Field(
-        None,
-        description="bounds of all actions where there is no environment, or a pair for each dimension; by default the "
-        "source's own, else [-1, 1]",
+        None, description="bounds of actions without an environment, or a pair for each; else the source's, or [-1, 1]"
     )
     keep_timeouts: bool = Field(
-        False,
-        description="without next_observations, keep rows at time limits, with their own observation as the next one",
+        False, description="without next_observations, keep time limits' rows, as if they stayed"
     )
     reference: str | Pair | None = Field(
         None,
-        description="returns that are scores 0 and 100: a D4RL family or [min, max]; by default the source's own; without "
-        "any, scores are returns",
+        description="returns that are scores 0 and 100: a D4RL family or [min, max]; by default the source's own; "
+        "without any, scores are returns",
     )
     transitions: Annotated[int, Field(ge=100, le=10**10)] = Field(200_000, description="environment steps to collect")
     levels: Annotated[list[Amount], Field(min_length=1)] = Field(
@@ -397,9 +393,8 @@ class DataSection(Section):
             low, high = np.array(self.action_range or (-1, 1), dtype=np.float32).reshape(-1, 2).T
             sound = (low < high) & np.isfinite(high - low)
         if not sound.all():
-            problems.append(
-                f"action_range {json.dumps(self.action_range)}: expected [low, high] with low < high, or such pairs"
-            )
+            wrong = json.dumps(self.action_range)
+            problems.append(f"action_range {wrong}: expected [low, high] with low < high, or a list of such pairs")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -778,34 +773,19 @@ def parallel(
         begin = {"initializer": _begin_worker, "initargs": (os.getpid(),)}
         pool = joblib.Parallel(n_jobs=count, backend="loky", batch_size=1, return_as="generator", **begin)
         try:
-            with _safe_path():
-                try:
-                    with _signals_held():
-                        resource_tracker.ensure_running()  # in a block of its own: as it starts, it unblocks signals
-                    with _signals_held():
-                        call = joblib.delayed(_watched)
-                        results = pool(call(work, task, workers.timeout, backstop=True) for task in tasks)
-                except (OSError, RuntimeError) as error:  # too few file handles or threads, or a deleted folder
-                    working_folder()
-                    remedy = "--workers 1 plays in this process"
-                    raise MdptError(f"worker processes cannot be started: {_one_line(error)}; {remedy}") from error
-                yield from results
+            with _starting_processes():
+                resource_tracker.ensure_running()  # in a block of its own: as it starts, it unblocks signals
+            with _starting_processes():
+                results = pool(joblib.delayed(_watched)(work, task, workers.timeout, backstop=True) for task in tasks)
+        except (OSError, RuntimeError) as error:  # too few file handles or threads, or a folder that is gone
+            working_folder()
+            problem = f"worker processes cannot be started. {_one_line(error)}"
+            raise MdptError(f"{problem}. --workers 1 plays in this process") from error
+        try:
+            yield from results
         except TerminatedWorkerError as error:
             reason = "its environment ended it or hung, or memory ran out; --workers 1 plays in this process"
             raise MdptError(f"a worker process ended unexpectedly: {reason}") from error
-
-
-@contextlib.contextmanager
-def _safe_path() -> Iterator[None]:
-    """Start Python in this block without the current folder on its path, where files such as a copy.py would hide its own."""
-    before = os.environ.get("PYTHONSAFEPATH")
-    os.environ["PYTHONSAFEPATH"] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop("PYTHONSAFEPATH")
-        if before is not None:
-            os.environ["PYTHONSAFEPATH"] = before
 
 
 def _on_cluster(work: Work[Task, Result], tasks: Iterable[Task], workers: Workers) -> Generator[Result, None, None]:
@@ -866,14 +846,20 @@ def _on_worker(work: Work[Task, Result], task: Task, timeout: float) -> Result:
 
 
 @contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Start processes in this block that ignore the signals of `ENDS`; those that arrive are raised after it."""
+def _starting_processes() -> Iterator[None]:
+    """Start processes in this block that ignore the signals of `ENDS`; those that arrive are raised after it.
+
+    They do not look for modules in the current folder, where a user's copy.py would hide Python's own.
+    """
     caught: list[int] = []
+    safe_path = os.environ.get("PYTHONSAFEPATH", "")  # "" is as if it were not set
     with on_signals(lambda number, frame: caught.append(number)):
         held = signal.pthread_sigmask(signal.SIG_BLOCK, ENDS) if hasattr(signal, "pthread_sigmask") else None
         try:
+            os.environ["PYTHONSAFEPATH"] = "1"
             yield
         finally:
+            os.environ["PYTHONSAFEPATH"] = safe_path
             if held is not None:
                 signal.pthread_sigmask(signal.SIG_SETMASK, held)
     for number in caught:
@@ -882,15 +868,7 @@ def _signals_held() -> Iterator[None]:
 
 def _begin_worker(parent: int) -> None:
     _silence(1)  # PyBullet prints at each connection
-    start_thread(partial(_end_with, parent))
-
-
-def start_thread(run: Callable[[], None]) -> None:
-    """Start a thread that ends with this process. Raises: MdptError where the system allows no more threads."""
-    try:
-        threading.Thread(target=run, daemon=True).start()
-    except RuntimeError as error:
-        raise MdptError(f"the system allows no more threads ({error}); raise the limit, see ulimit -u") from error
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:
@@ -918,11 +896,13 @@ def _watched(work: Work[Task, Result], task: Task, timeout: float, *, backstop: 
 
     try:
         arm()
-        start_thread(run)
+        threading.Thread(target=run, daemon=True).start()
         while not futures.wait([future], min(0.5, timeout / 4)).done:
             arm()
             if watch.late:
                 raise MdptError(f"{watch.doing}: took longer than {timeout:g} s; --timeout SECONDS sets the limit")
+    except RuntimeError as error:  # of threading
+        raise MdptError(f"the system allows no more threads ({error}); raise its limit, see ulimit -u") from error
     except KeyboardInterrupt:
         watch.ended = True  # the thread ends at its next step: Python aborts if it ends while one is inside torch
         futures.wait([future], 5)
@@ -987,8 +967,8 @@ def environment_spec(
 ) -> EnvironmentSpec:
     """Describe a gymnasium or PyBullet environment, and try it for a few steps.
 
-    max_episode_steps: None: its own. timeout: seconds that one step may take. observation_keys: as in `EnvironmentSpec`;
-    without effect where observations are no Dict.
+    max_episode_steps: None: its own. timeout: seconds that one step may take. observation_keys: as in
+    `EnvironmentSpec`; without effect where observations are no Dict.
     Raises: MdptError for an unknown id, a space that is no Box, actions without finite bounds, a missing time limit, or
     an environment that does not behave as gymnasium specifies.
     """
@@ -1018,8 +998,8 @@ def _describe(
             remedy = (
                 " Set [data] environment_kwargs = { continuous = true }." if has_option and name == "action" else ""
             )
-            problem = f"its {name} space is {space}; only a Box with one axis can be learned.{remedy}"
-            raise MdptError(f"{environment_id}: {problem}")
+            problem = f"its {name} space is {space}; only a Box with one axis can be learned."
+            raise MdptError(f"{environment_id}: {problem}{remedy}")
     if not np.issubdtype(actions.dtype, np.floating):
         raise MdptError(f"{environment_id}: its actions are {actions.dtype}, {actions}; only floats can be learned.")
     if environment.spec is None or not environment.spec.max_episode_steps:
@@ -1163,9 +1143,8 @@ def _make(environment_id: str, observation_keys: Sequence[str], **options: Any) 
             if observation_keys:
                 check_keys(observation_keys, space, environment_id)
                 parts = gymnasium.spaces.Dict([(key, space[key]) for key in observation_keys])
-                environment = TransformObservation(
-                    environment, lambda seen: {key: seen[key] for key in observation_keys}, parts
-                )
+                choose = lambda seen: {key: seen[key] for key in observation_keys}
+                environment = TransformObservation(environment, choose, parts)
             environment = FlattenObservation(environment)
         return environment
     except MdptError:
@@ -1345,15 +1324,15 @@ KEYS = ("observations", "actions", "rewards", "terminals", "next_observations", 
 CHUNK = 65_536  # rows that are read, checked and converted at a time
 MORE_MEMORY = "choose a smaller dataset, or a machine with more memory"
 RECIPES = "experiments/RECIPES.md in the repository reads it in Python, with source = 'arrays'"
-FLAT = "flat rows (n, O): array.reshape(n, -1); of (steps, environments, O), swap the first two axes before, and set timeouts"
+FLAT = "flat rows (n, O): array.reshape(n, -1); of (steps, environments, O), swap the first two axes before"
 
 
 @dataclass(frozen=True, eq=False)
 class Columns:
     """What a source gives, not yet read: arrays or datasets of an open file by D4RL's keys, with a row for each step.
 
-    observations (n, O), actions (n, A), rewards (n,), terminals (n,); optional: next_observations (n, O), timeouts (n,),
-    and OGBench's masks (n,), which are 0 at real ends, where terminals are the ends of trajectories.
+    observations (n, O), actions (n, A), rewards (n,), terminals (n,); optional: next_observations (n, O), timeouts
+    (n,), and OGBench's masks (n,), which are 0 at real ends, where terminals are the ends of trajectories.
     """
 
     name: str
@@ -1432,19 +1411,18 @@ def _other_format(path: Path) -> str:
         return ""
     kinds = {b"PK\x03\x04": "a zip file such as npz", b"PAR1": "a parquet file", b"\x93NUM": "an npy file"}
     kind = kinds.get(start[:4]) or (f"a {path.suffix[1:]} file" if path.suffix in (".csv", ".tsv") else "")
-    expected = "observations, actions, rewards, terminals"
-    return f"{kind}, not HDF5; {RECIPES}" if kind else f"not an HDF5 file. Expected D4RL's format: {expected}"
+    expected = "not an HDF5 file. Expected D4RL's format: observations, actions, rewards, terminals"
+    return f"{kind}, not HDF5; {RECIPES}" if kind else expected
 
 
 def _datasets(path: Path, file: h5py.File) -> dict[str, h5py.Dataset]:
     if "episode_0" in file:
         example = "source = 'minari' and its name as dataset, such as 'mujoco/hopper/medium-v0'"
         raise MdptError(f"{path}: is a Minari dataset; use {example}.")
-    if isinstance(file.get("data", getlink=True), h5py.HardLink) and any(
-        key.startswith("demo") for key in file["data"]
-    ):
+    data = file["data"] if isinstance(file.get("data", getlink=True), h5py.HardLink) else ()
+    if any(str(key).startswith("demo") for key in data):
         raise MdptError(f"{path}: is robomimic's layout, with an episode in each 'data/demo_...'; {RECIPES}.")
-    if "timeouts" not in file and ("episode_terminals" in file or "observations_0" in file):
+    if "episode_terminals" in file and "timeouts" not in file:
         raise MdptError(f"{path}: is a dump of d3rlpy, where 'timeouts' are missing; {RECIPES}.")
     datasets = {}
     for key in KEYS:
@@ -1524,7 +1502,7 @@ def check_shapes(columns: Columns, spec: EnvironmentSpec | None, width: int | No
             sizes = ", ".join(str(size or "at least 1") for size in expected) + "," * (len(expected) == 1)
             problems.append(f"{key!r} has shape {shape}, expected ({sizes}){f' for {spec.id}' if spec else ''}.")
     if any(len(shape) > 2 for shape in shapes.values()):
-        problems.append(f"mdpt reads {FLAT}. Images must be encoded before.")
+        problems.append(f"mdpt reads {FLAT}. Encode images.")
     if not problems and rows < 2:
         problems.append(f"{rows} row(s), expected at least 2.")
     if problems:
@@ -1665,7 +1643,7 @@ def columns_of(name: str, arrays: Mapping[str, Any], observation_keys: Sequence[
 
 
 def _side_by_side(given: Any, observation_keys: Sequence[str], where: str) -> Array:
-    """An array, or the parts of a Dict as rows (n, -1): these keys in this order, by default all in alphabetical order."""
+    """An array, or the parts of a Dict as rows (n, -1): these keys in this order, by default all, sorted."""
     if not isinstance(given, Mapping):
         return np.asarray(given)
     check_keys(observation_keys, given, where)
@@ -2196,8 +2174,8 @@ def read_minari(dataset: str, observation_keys: Sequence[str] = ()) -> dict[str,
 
     observations and next_observations (n, O), actions (n, A), rewards (n,), terminals and timeouts (n,) bool. Dict
     observations are flattened as by gymnasium's FlattenObservation; observation_keys: its parts to use, in this order.
-    Where the metadata have no spaces, as before Minari 0.5, they are inferred from the arrays. A step that is terminated and truncated is a terminal;
-    an episode that ends with neither was cut by a time limit.
+    Where the metadata have no spaces, as before Minari 0.5, they are inferred from the arrays. A step that is
+    terminated and truncated is a terminal; an episode that ends with neither was cut by a time limit.
     Raises: MdptError that names the episode and the key at fault.
     Source: Minari's dataset standard, https://minari.farama.org/content/dataset_standards.
     """
@@ -2462,13 +2440,12 @@ def prepare(
             raise MdptError(f"[data] action_range has {len(pairs)} pairs of bounds for {dims[1]} actions.")
         low, high = zip(*pairs, strict=True)
         spec = EnvironmentSpec(None, *dims, low, high, steps)
-    recorded, recorded_actions = known.recorded
-    if spec.id is not None and recorded_actions is not None:
-        _check_recorded_actions(*recorded_actions, spec, where)
+    if spec.id is not None and known.recorded[1] is not None:
+        _check_recorded_actions(*known.recorded[1], spec, where)
     has_next = "next_observations" in columns.arrays
     use = choose_rows(episodes, section, spec, has_next, where)
-    if not (has_next or section.keep_timeouts) and (text := _check_cut_rewards(episodes, where)):
-        told += (text,)
+    if not (has_next or section.keep_timeouts):
+        told += _check_cut_rewards(episodes, where)
     if section.held_out > 0 and not use.held_out.any():
         told += (f"{where}: a single episode, so none is held out.",)
     returns = np.add.reduceat(episodes.rewards.astype(np.float64), episodes.starts)[use.whole]
@@ -2478,25 +2455,27 @@ def prepare(
     wide.cut_actions[use.train[use.last]] = np.nan  # these rows are transitions, and nothing follows
     mean, deviation, constant = moments(wide.rows, dims[0])
     told += tuple(f"{where}: observation columns {text}." for text in _hidden_columns(mean, deviation, constant))
-    doubts = [*_doubts(wide.rows, spec, episodes, use, has_next, section.source)]
-    if OTHER_EPISODE in doubts:
-        raise MdptError(f"{where}: {OTHER_EPISODE}.")
-    told += tuple(f"{where}: {text}." for text in doubts)
+    told += tuple(f"{where}: {text}." for text in _odd_actions(wide.rows, spec))
+    if has_next:
+        told += _check_next(wide.rows, spec, episodes, use, where, section.source)
     mismatched: list[int] = []
     if resets is not None:
         seen, bounds = resets()
         starts = wide.rows[np.append(0, use.ends[:-1]), : dims[0]]
         if len(episodes.starts) >= 10 and (mismatched := _other_starts(starts, seen)):
             first = mismatched[0]
-            ranges = (f"{each[:, first].min():.3g} to {each[:, first].max():.3g}" for each in (starts, seen))
-            other = f"episodes begin otherwise than in {spec.id} in the observation columns {mismatched}"
-            there = "column {}: {} in the data, {} there".format(first, *ranges)
-            told += (f"{where}: {other} ({there}); compare order and units ([data] observation_keys orders a Dict).",)
+            own, there = (f"{each[:, first].min():.3g} to {each[:, first].max():.3g}" for each in (starts, seen))
+            other = (
+                f"episodes begin otherwise than in {spec.id} in the observation columns {mismatched} (column {first}:"
+            )
+            remedy = "compare order ([data] observation_keys) and units"
+            told += (f"{where}: {other} {own} in the data, {there} there); {remedy}.",)
+        recorded = known.recorded[0]
         if recorded is not None and np.shape(recorded) == bounds.shape and not np.allclose(recorded, bounds):
             wrapped = (
                 f"its observations were recorded within other bounds than those of {spec.id}, perhaps under a wrapper"
             )
-            told += (f"{where}: {wrapped}; name an environment with this wrapper.",)
+            told += (f"{where}: {wrapped}; name an environment that has it.",)
     if count := len(wide.excess):
         told += (f"{where}: clipped the actions of {count} rows, out of bounds by {wide.excess.max():.1e} at most.",)
     if section.normalization == "none":
@@ -2557,7 +2536,7 @@ def read_episodes(columns: Columns, limit: int | None) -> tuple[Episodes, tuple[
         warnings += (f"{where}: no 'timeouts'; episodes end at terminals alone. [data] max_episode_steps cuts them.",)
     elif timeouts.any() and terminals[timeouts].all():
         remedy = "if these episodes were only cut, set 'terminals' to 0 in these rows"
-        told = f"all {timeouts.sum()} rows with 'timeouts' have 'terminals', too, which win: nothing is expected after them"
+        told = f"all {timeouts.sum()} 'timeouts' are 'terminals', too, which win: nothing is expected after them"
         warnings += (f"{where}: {told}; {remedy}.",)
     starts, stops = episode_bounds(terminals, timeouts)
     if looks_late(columns, starts, terminals, rewards):
@@ -2574,20 +2553,23 @@ def looks_late(columns: Columns, starts: Array, terminals: Array, rewards: Array
     return not any(columns.read("actions", row, row + 1).any() for row in ends.tolist())
 
 
-def _check_cut_rewards(episodes: Episodes, where: str) -> str:
-    """What to warn of where rows at time limits, which are dropped, hold more of the reward than of the rows, or "".
+def _check_cut_rewards(episodes: Episodes, where: str) -> tuple[str, ...]:
+    """A warning where rows at time limits, which are dropped, hold more of the reward than of the rows.
 
     Raises: MdptError where they hold much more.
     """
     size, cuts = np.abs(episodes.rewards.astype(np.float64)), episodes.timeouts
-    share, rows = size[cuts].sum() / (size.sum() or 1.0), cuts.mean()
-    if share < 0.01 or (share < 2 * rows and share < 1):
-        return ""
-    dropped = f"the {cuts.sum()} rows at time limits hold {share:.1%} of the reward and are dropped, as what follows is unknown"
-    text = f"{where}: {dropped}; add 'next_observations', or set [data] keep_timeouts = true."
-    if share > 5 * rows or share == 1:
+    dropped, kept = size[cuts].sum(), size[~cuts].sum()
+    share, rows = dropped / (dropped + kept or 1.0), cuts.mean()
+    if share < 0.01 or (share < 2 * rows and kept):
+        return ()
+    problem = (
+        f"the {cuts.sum()} rows at time limits hold {share:.1%} of the reward, and are dropped: what follows is unknown"
+    )
+    text = f"{where}: {problem}; add 'next_observations', or set [data] keep_timeouts = true."
+    if share > 5 * rows or not kept:
         raise MdptError(text)
-    return text
+    return (text,)
 
 
 class Use(NamedTuple):
@@ -2727,9 +2709,7 @@ def _read_wide(
             digests[key].update(np.ascontiguousarray(array).data)
         observations, actions = read["observations"], scale_actions(clipped, spec)
         places, aside = np.flatnonzero(use.train[part]), use.held_out[part]
-        following = (
-            places + ~episodes.timeouts[part][places]
-        )  # without next_observations; a kept time limit's is its own
+        following = places + ~episodes.timeouts[part][places]  # of a time limit's row that is kept, itself
         row: dict[Column, Array] = {
             "observations": observations[places],
             "actions": actions[places],
@@ -2785,41 +2765,45 @@ def _hidden_columns(mean: Array, deviation: Array, constant: Array) -> Iterator[
         yield f"{np.flatnonzero(faint).tolist()} vary by less than 0.0001, too little to be seen; use another unit"
 
 
-OTHER_EPISODE = (
-    "'next_observations' at all time limits are the observations of the next rows, where other episodes begin: environments "
-    "that reset themselves store them so. Leave 'next_observations' out (rows at time limits are then dropped); or, where one "
-    "recording goes on across the cut, set 'timeouts' to 0 there"
-)
-
-
-def _doubts(
-    rows: Array, spec: EnvironmentSpec, episodes: Episodes, use: Use, has_next: bool, source: str
-) -> Iterator[str]:
-    """Report where the training rows may not mean what they seem to; `OTHER_EPISODE` is a mistake."""
-    wide, width = spec.observation_dim, spec.action_dim
-    actions = rows[:: 1 + len(rows) // 20_000, wide : wide + width]
+def _odd_actions(rows: Array, spec: EnvironmentSpec) -> Iterator[str]:
+    """Report dimensions of actions that can hardly be learned."""
+    actions = rows[:: 1 + len(rows) // 20_000, spec.observation_dim : spec.observation_dim + spec.action_dim]
     low, high = actions.min(axis=0), actions.max(axis=0)
     if (narrow := (high > low) & (high - low < 0.02)).any():  # of [-1, 1]
         remedy = (
-            "choose bounds that fit" if spec.id else "[data] action_range takes a pair of bounds for each dimension"
+            "choose narrower bounds" if spec.id else "[data] action_range takes a pair of bounds for each dimension"
         )
-        yield f"actions fill less than a hundredth of their range in dimensions {np.flatnonzero(narrow).tolist()}; {remedy}"
+        yield f"actions fill less than 1 % of their range in dimensions {np.flatnonzero(narrow).tolist()}; {remedy}"
     two = (high > low) & ((actions == low) | (actions == high)).all(axis=0)
     if spec.id is None and two.any():
         remedy = "discrete or one-hot actions cannot be learned"
         yield f"actions have only two values in dimensions {np.flatnonzero(two).tolist()}; {remedy}"
-    if not has_next:
-        return
-    own, following = rows[:, :wide], rows[:, wide + width + 1 : -1]
+
+
+def _check_next(
+    rows: Array, spec: EnvironmentSpec, episodes: Episodes, use: Use, where: str, source: str
+) -> tuple[str, ...]:
+    """A warning where next_observations never differ from observations.
+
+    Raises: MdptError where those at time limits are of other episodes.
+    """
+    own, following = rows[:, : spec.observation_dim], rows[:, -1 - spec.observation_dim : -1]
     parts = (slice(start, start + CHUNK) for start in range(0, len(rows), CHUNK))
     if not rows[:, -1].all() and all(np.array_equal(own[part], following[part]) for part in parts):
-        yield "'next_observations' are 'observations' in every row; leave them out, and the next row tells what follows"
+        return (
+            f"{where}: 'next_observations' are 'observations' in every row; leave them out, and the next row tells.",
+        )
     cut = (episodes.timeouts & ~episodes.terminals)[use.last[:-1]] & use.train[use.last[:-1] + 1]
-    next_rows = use.ends[:-1][cut]
-    next_rows = next_rows[(own[next_rows] != own[next_rows - 1]).any(axis=1)]  # else nothing can be told
+    begin = use.ends[:-1][cut]
+    begin = begin[(own[begin] != own[begin - 1]).any(axis=1)]  # else nothing can be told
     known = source != "minari" and not episodes.counted  # Minari's episodes hold their own next observations
-    if known and len(next_rows) > 1 and np.array_equal(own[next_rows], following[next_rows - 1]):
-        yield OTHER_EPISODE
+    if known and len(begin) > 1 and np.array_equal(own[begin], following[begin - 1]):
+        raise MdptError(
+            f"{where}: 'next_observations' at all time limits are the observations of the next rows, where other "
+            "episodes begin, as environments store them that reset themselves. Leave 'next_observations' out (rows at "
+            "time limits are then dropped); or, where one recording goes on across the cut, set 'timeouts' to 0 there."
+        )
+    return ()
 
 
 def _other_starts(starts: Array, seen: Array) -> list[int]:
