@@ -430,6 +430,18 @@ class GuidanceSection(TrainingSection):
     value_learning_rate: Rate | None = Field(None, description="learning rate of V; by default learning_rate")
     tau: Annotated[float, Field(gt=0, le=1)] = Field(0.005, description="target <- (1 - tau) target + tau online")
     target_every: Positive = Field(1, description="gradient steps between updates of target networks")
+    conservatism: Amount = Field(
+        0.0,
+        description="weight of the loss that lowers Q at actions that the data do not contain (2006.04779); 0: none",
+        json_schema_extra={"before": 0.0},
+    )
+    conservative_actions: Few = Field(
+        4, description="such actions per state; half the data's action plus noise, half uniform"
+    )
+    conservative_noise: Amount = Field(0.3, description="deviation of that noise, of actions in [-1, 1]")
+    conservative_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.25, description="fraction of a batch's states where it is computed"
+    )
     bootstrap_candidates: Few = Field(1, description="next actions drawn per state; the target takes the best of them")
     actor_learning_rate: Rate | None = Field(None, description="of the companion actor; by default learning_rate")
     actor_hidden: Widths = Field([256, 256, 256], description="hidden units of each layer of the companion actor")
@@ -495,6 +507,12 @@ class EvaluationSection(Section):
     candidates: Few = Field(10, description="actions drawn per state, one of which the guidance chooses")
     selection: Literal["max", "softmax"] = Field("max", description="max: the best candidate; softmax: a draw by value")
     weight_temperature: Amount = Field(100.0, description="inverse temperature of the softmax")
+    support: Amount = Field(
+        0.0,
+        description="how much a candidate's distance to the median of the candidates counts against its Q, both in "
+        "standard deviations over them",
+        json_schema_extra={"before": 0.0},
+    )
     ensemble: Literal["none", "mean", "median", "min", "rank"] | None = Field(
         None,
         description="how members of the guidance judge, as in [policy], whose value is the default; rank: mean rank among "
