@@ -16,8 +16,10 @@ import hashlib
 import http.client
 import importlib.metadata
 import importlib.util
+import inspect
 import itertools
 import json
+import logging
 import math
 import os
 import platform
@@ -25,6 +27,7 @@ import random
 import re
 import runpy
 import signal
+import stat
 import sys
 import tempfile
 import threading
@@ -97,8 +100,12 @@ ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if has
 
 @contextlib.contextmanager
 def on_signals(act: Callable[[int, Any], Any]) -> Iterator[None]:
-    """Call `act` on SIGINT, SIGTERM or SIGHUP inside this block. A signal that is ignored, as by `nohup`, stays so."""
-    before = {number: signal.getsignal(number) for number in ENDS if signal.getsignal(number) != signal.SIG_IGN}
+    """Call `act` on SIGINT, SIGTERM or SIGHUP inside this block. A signal that is ignored, as by `nohup`, stays so.
+
+    Outside the main thread, where Python gets no signals, this does nothing.
+    """
+    numbers = ENDS if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     for number in before:
         signal.signal(number, act)
     try:
@@ -117,17 +124,19 @@ def version() -> str:
 def written_whole(path: Path, remedy: str) -> Iterator[Path]:
     """Give a temporary file beside `path` to write to, and rename it to `path` at the end of the block.
 
-    If the block fails, the temporary file is removed. So are those that killed processes of this machine left.
+    Of a symbolic link, the file that it points to is written. If the block fails, the temporary file is removed. So are
+    those that killed processes of this machine left.
     Raises: MdptError that ends with `remedy`, where writing raises OSError or RuntimeError (a library's full disk).
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_beside(path)
+        target = Path(os.path.realpath(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_beside(target)
         try:
             yield temporary
             with temporary.open("rb+") as written:
                 os.fsync(written.fileno())
-            temporary.replace(path)
+            temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)  # still there only if something failed
     except (OSError, RuntimeError) as error:
@@ -210,7 +219,29 @@ def is_alive(process: int) -> bool:
 def _cache_folder() -> Path:
     if folder := os.environ.get("MDPT_CACHE"):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mdpt")
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mdpt")
+    except RuntimeError as error:  # neither HOME nor an entry for this user
+        raise MdptError(f"this user has no home folder for the cache; {OTHER_CACHE}") from error
+
+
+def working_folder() -> Path:
+    """Raises: MdptError where it was deleted, or may not be read."""
+    try:
+        return Path.cwd()
+    except OSError as error:
+        raise MdptError(f"the working folder is gone ({error.strerror}); change to another one") from error
+
+
+def why_unreadable(path: Path, missing: str) -> str:
+    """Why a path is no file to read, "" if it is one. missing: what to say where nothing is there."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return missing
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return "is a folder" if stat.S_ISDIR(mode) else "" if stat.S_ISREG(mode) else missing
 
 
 def make_writable_folder(folder: Path) -> None:
@@ -291,7 +322,8 @@ class DataSection(Section):
 
     source: Literal["collect", "hdf5", "d4rl", "minari", "arrays"] = Field(
         "collect",
-        description="bundled agents' rollouts, a file in D4RL's format, a dataset by name, or Python's arrays",
+        description="bundled agents' rollouts, a file in D4RL's format, a dataset by name, or Python's arrays; by "
+        "default hdf5 if there is a path, minari if there is a dataset with a slash in its name, d4rl if it has none",
     )
     dataset: str | None = Field(None, description="name of the dataset, for sources d4rl and minari")
     path: str | None = Field(None, description="the file, for source hdf5; relative to the experiment file")
@@ -299,9 +331,17 @@ class DataSection(Section):
     environment_kwargs: dict[str, Any] = Field({}, description="keyword arguments of the environment")
     max_episode_steps: Many | None = Field(None, description="time limit; by default the environment's")
     observation_columns: Positive | None = Field(None, description="use only this many leading observation columns")
-    action_range: Pair = Field((-1.0, 1.0), description="bounds of all actions where there is no environment")
+    observation_keys: list[str] = Field([], description="parts of Dict observations, in order; by default all, by name")
+    action_range: Pair | list[Pair] | None = Field(
+        None, description="bounds of actions without an environment, or a pair for each; else the source's, or [-1, 1]"
+    )
+    keep_timeouts: bool = Field(
+        False, description="without next_observations, keep time limits' rows, as if they stayed"
+    )
     reference: str | Pair | None = Field(
-        None, description="returns that are scores 0 and 100: a D4RL family or [min, max]; by default the source's own"
+        None,
+        description="returns that are scores 0 and 100: a D4RL family or [min, max]; by default the source's own; "
+        "without any, scores are returns",
     )
     transitions: Annotated[int, Field(ge=100, le=10**10)] = Field(200_000, description="environment steps to collect")
     levels: Annotated[list[Amount], Field(min_length=1)] = Field(
@@ -320,6 +360,14 @@ class DataSection(Section):
     )
     normalization: Literal["gaussian", "none"] = Field("gaussian", description="of observations, before networks")
     storage: Literal["memory", "disk"] = Field("memory", description="disk: for more transitions than memory holds")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _source_follows(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "source" in given or not given.keys() & {"path", "dataset"}:
+            return given
+        by_name = "minari" if "/" in str(given.get("dataset")) else "d4rl"
+        return given | {"source": "hdf5" if "path" in given else by_name}
 
     @model_validator(mode="after")
     def _source_is_complete(self) -> DataSection:
@@ -342,10 +390,11 @@ class DataSection(Section):
         if isinstance(self.action_noise, list) and len(self.action_noise) != len(self.levels):
             problems.append(f"action_noise has {len(self.action_noise)} entries for {len(self.levels)} levels")
         with np.errstate(over="ignore", invalid="ignore"):
-            low, high = np.array(self.action_range, dtype=np.float32)
-            sound = low < high and np.isfinite(high - low)
-        if not sound:
-            problems.append(f"action_range {list(self.action_range)} should be [low, high] with low < high")
+            low, high = np.array(self.action_range or (-1, 1), dtype=np.float32).reshape(-1, 2).T
+            sound = (low < high) & np.isfinite(high - low)
+        if not sound.all():
+            wrong = json.dumps(self.action_range)
+            problems.append(f"action_range {wrong}: expected [low, high] with low < high, or a list of such pairs")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -381,6 +430,18 @@ class GuidanceSection(TrainingSection):
     value_learning_rate: Rate | None = Field(None, description="learning rate of V; by default learning_rate")
     tau: Annotated[float, Field(gt=0, le=1)] = Field(0.005, description="target <- (1 - tau) target + tau online")
     target_every: Positive = Field(1, description="gradient steps between updates of target networks")
+    conservatism: Amount = Field(
+        0.0,
+        description="weight of the loss that lowers Q at actions that the data do not contain (2006.04779); 0: none",
+        json_schema_extra={"before": 0.0},
+    )
+    conservative_actions: Few = Field(
+        4, description="such actions per state; half the data's action plus noise, half uniform"
+    )
+    conservative_noise: Amount = Field(0.3, description="deviation of that noise, of actions in [-1, 1]")
+    conservative_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.25, description="fraction of a batch's states where it is computed"
+    )
     bootstrap_candidates: Few = Field(1, description="next actions drawn per state; the target takes the best of them")
     actor_learning_rate: Rate | None = Field(None, description="of the companion actor; by default learning_rate")
     actor_hidden: Widths = Field([256, 256, 256], description="hidden units of each layer of the companion actor")
@@ -446,6 +507,12 @@ class EvaluationSection(Section):
     candidates: Few = Field(10, description="actions drawn per state, one of which the guidance chooses")
     selection: Literal["max", "softmax"] = Field("max", description="max: the best candidate; softmax: a draw by value")
     weight_temperature: Amount = Field(100.0, description="inverse temperature of the softmax")
+    support: Amount = Field(
+        0.0,
+        description="how much a candidate's distance to the median of the candidates counts against its Q, both in "
+        "standard deviations over them",
+        json_schema_extra={"before": 0.0},
+    )
     ensemble: Literal["none", "mean", "median", "min", "rank"] | None = Field(
         None,
         description="how members of the guidance judge, as in [policy], whose value is the default; rank: mean rank among "
@@ -500,10 +567,9 @@ def load_experiment(path: Path, overrides: Sequence[str]) -> Experiment:
 
 def _read_tables(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
     """The tables of a file, completed by those that it extends. extending: the files that extend this one."""
-    if not path.is_file():
-        problem = f"{path}: is a folder" if path.is_dir() else f"{path}: no such experiment file in {Path.cwd()}"
-        remedy = f", which {extending[-1]} extends" if extending else "; hopper.toml in the repository is an example"
-        raise MdptError(problem + remedy)
+    if problem := why_unreadable(path, "no such experiment file"):
+        example = f" in {working_folder()}; hopper.toml in the repository is an example"
+        raise MdptError(f"{path}: {problem}" + (f", which {extending[-1]} extends" if extending else example))
     try:
         content = tomli.loads(path.read_text(encoding="utf-8").removeprefix("\ufeff"))
     except OSError as error:
@@ -528,7 +594,8 @@ def _read_tables(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _absolute(name: str, folder: Path) -> str:
-    return os.path.abspath(os.path.join(folder, os.path.expanduser(name)))
+    path = os.path.join(folder, os.path.expanduser(name))
+    return os.path.normpath(path if os.path.isabs(path) else os.path.join(working_folder(), path))
 
 
 def check_experiment(where: str, content: dict[str, Any], overrides: Sequence[str] = ()) -> Experiment:
@@ -705,10 +772,15 @@ def parallel(
         warnings.filterwarnings("ignore", module=r"joblib\.parallel")  # about tasks that an early end gives up
         begin = {"initializer": _begin_worker, "initargs": (os.getpid(),)}
         pool = joblib.Parallel(n_jobs=count, backend="loky", batch_size=1, return_as="generator", **begin)
-        with _signals_held():
-            resource_tracker.ensure_running()  # in a block of its own: as it starts, it unblocks signals
-        with _signals_held():
-            results = pool(joblib.delayed(_watched)(work, task, workers.timeout, backstop=True) for task in tasks)
+        try:
+            with _starting_processes():
+                resource_tracker.ensure_running()  # in a block of its own: as it starts, it unblocks signals
+            with _starting_processes():
+                results = pool(joblib.delayed(_watched)(work, task, workers.timeout, backstop=True) for task in tasks)
+        except (OSError, RuntimeError) as error:  # too few file handles or threads, or a folder that is gone
+            working_folder()
+            problem = f"worker processes cannot be started. {_one_line(error)}"
+            raise MdptError(f"{problem}. --workers 1 plays in this process") from error
         try:
             yield from results
         except TerminatedWorkerError as error:
@@ -726,7 +798,11 @@ def _on_cluster(work: Work[Task, Result], tasks: Iterable[Task], workers: Worker
     except ImportError as error:
         raise MdptError("--cluster needs the package distributed: pip install 'mdpt[cluster]'") from error
     where = f"--cluster {workers.cluster}"
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # it logs tracebacks of what it raises, too
     try:
+        certificates = distributed.Security().get_connection_args("client")["ssl_context"]
+        if str(workers.cluster).startswith("tls://") and certificates is None:
+            raise MdptError(f"{where}: tls needs certificates; name them in Dask's settings, at distributed.comm.tls")
         client = distributed.Client(workers.cluster, timeout=10, set_as_default=False)
     except (OSError, ValueError) as error:
         raise MdptError(f"{where}: no Dask scheduler answers there ({_one_line(error)})") from error
@@ -735,8 +811,9 @@ def _on_cluster(work: Work[Task, Result], tasks: Iterable[Task], workers: Worker
             raise MdptError(f"{where}: its scheduler has no workers yet; start some")
         ahead: collections.deque[Any] = collections.deque()
         try:
+            _check_versions(client, where)
             for task in tasks:
-                ahead.append(client.submit(_watched, work, task, workers.timeout, pure=False))
+                ahead.append(client.submit(_on_worker, work, task, workers.timeout, pure=False))
                 if len(ahead) > 2 * sum(client.ncores().values()):
                     yield ahead.popleft().result()
             while ahead:
@@ -745,17 +822,45 @@ def _on_cluster(work: Work[Task, Result], tasks: Iterable[Task], workers: Worker
             raise MdptError(f"{where}: a task ended several workers, one after the other; see their logs") from error
         except ImportError as error:
             raise MdptError(f"{where}: a worker lacks a module: {_one_line(error)}; install it there") from error
+        except (distributed.CancelledError, OSError) as error:
+            raise MdptError(f"{where}: its scheduler ended, or the connection to it. {_one_line(error)}") from error
+
+
+def _check_versions(client: Any, where: str) -> None:
+    """Raises: MdptError where a worker has another version of mdpt or torch than this process."""
+    for package in ("mdpt", "torch"):
+        here = importlib.metadata.version(package)
+        for worker, there in client.run(importlib.metadata.version, package, on_error="return").items():
+            found = "none" if isinstance(there, ImportError) else str(there)
+            lost = isinstance(there, OSError)  # a worker that ended meanwhile
+            if not lost and found.partition("+")[0] != here.partition("+")[0]:  # behind the +: how it was built
+                raise MdptError(f"{where}: the worker {worker} has {package} {found}, expected {here} as here")
+
+
+def _on_worker(work: Work[Task, Result], task: Task, timeout: float) -> Result:
+    """`_watched` on a worker of a cluster; errors say so."""
+    try:
+        return _watched(work, task, timeout)
+    except (MdptError, OSError) as error:
+        text = str(error) if isinstance(error, MdptError) else _one_line(error)
+        raise MdptError(f"on the worker {platform.node()}: {text}") from error
 
 
 @contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Start processes in this block that ignore the signals of `ENDS`; those that arrive are raised after it."""
+def _starting_processes() -> Iterator[None]:
+    """Start processes in this block that ignore the signals of `ENDS`; those that arrive are raised after it.
+
+    They do not look for modules in the current folder, where a user's copy.py would hide Python's own.
+    """
     caught: list[int] = []
+    safe_path = os.environ.get("PYTHONSAFEPATH", "")  # "" is as if it were not set
     with on_signals(lambda number, frame: caught.append(number)):
         held = signal.pthread_sigmask(signal.SIG_BLOCK, ENDS) if hasattr(signal, "pthread_sigmask") else None
         try:
+            os.environ["PYTHONSAFEPATH"] = "1"
             yield
         finally:
+            os.environ["PYTHONSAFEPATH"] = safe_path
             if held is not None:
                 signal.pthread_sigmask(signal.SIG_SETMASK, held)
     for number in caught:
@@ -797,6 +902,8 @@ def _watched(work: Work[Task, Result], task: Task, timeout: float, *, backstop: 
             arm()
             if watch.late:
                 raise MdptError(f"{watch.doing}: took longer than {timeout:g} s; --timeout SECONDS sets the limit")
+    except RuntimeError as error:  # of threading
+        raise MdptError(f"the system allows no more threads ({error}); raise its limit, see ulimit -u") from error
     except KeyboardInterrupt:
         watch.ended = True  # the thread ends at its next step: Python aborts if it ends while one is inside torch
         futures.wait([future], 5)
@@ -829,6 +936,8 @@ def _silence(*streams: int) -> None:
 
 # --- environments and rollouts ------------------------------------------------------------------------------------
 
+NUMERIC = "biuf"  # kinds of dtypes
+
 
 @dataclass(frozen=True)
 class EnvironmentSpec:
@@ -842,6 +951,7 @@ class EnvironmentSpec:
     max_episode_steps: int
     kwargs: dict[str, Any] = field(default_factory=dict)
     flattened: bool = False  # whether observations are a Dict, which is flattened by key
+    observation_keys: tuple[str, ...] = ()  # the parts of the Dict that are used, in this order; empty: all of them
     repeatable: bool = field(default=True, compare=False)  # whether seed and actions decide what happens
 
     @property
@@ -854,10 +964,12 @@ def environment_spec(
     kwargs: dict[str, Any] | None = None,
     max_episode_steps: int | None = None,
     timeout: float = 600.0,
+    observation_keys: Sequence[str] = (),
 ) -> EnvironmentSpec:
     """Describe a gymnasium or PyBullet environment, and try it for a few steps.
 
-    max_episode_steps: None: its own. timeout: seconds that one step may take.
+    max_episode_steps: None: its own. timeout: seconds that one step may take. observation_keys: as in
+    `EnvironmentSpec`; without effect where observations are no Dict.
     Raises: MdptError for an unknown id, a space that is no Box, actions without finite bounds, a missing time limit, or
     an environment that does not behave as gymnasium specifies.
     """
@@ -865,27 +977,35 @@ def environment_spec(
 
     def describe(environment_id: str, watch: Watch) -> EnvironmentSpec:
         with watch.over(f"{environment_id}: the environment"):
-            environment = _make(environment_id, **options)
+            environment = _make(environment_id, observation_keys, **options)
             environment.close()
-        spec = _describe(environment, environment_id, kwargs or {})
+        spec = _describe(environment, environment_id, kwargs or {}, observation_keys)
         return replace(spec, repeatable=_try(spec, watch))
 
     with _quiet(1):  # PyBullet prints at each connection
         return _watched(describe, environment_id, timeout)
 
 
-def _describe(environment: gymnasium.Env[Any, Any], environment_id: str, kwargs: dict[str, Any]) -> EnvironmentSpec:
+def _describe(
+    environment: gymnasium.Env[Any, Any], environment_id: str, kwargs: dict[str, Any], observation_keys: Sequence[str]
+) -> EnvironmentSpec:
     from gymnasium.spaces import Box
 
     observations: Any = environment.observation_space
     actions: Any = environment.action_space
     for name, space in (("observation", observations), ("action", actions)):
         if not isinstance(space, Box) or len(space.shape) != 1 or not space.shape[0]:
-            raise MdptError(f"{environment_id}: its {name} space is {space}; only a Box with one axis can be learned.")
+            has_option = "continuous" in inspect.signature(type(environment.unwrapped).__init__).parameters
+            remedy = (
+                " Set [data] environment_kwargs = { continuous = true }." if has_option and name == "action" else ""
+            )
+            problem = f"its {name} space is {space}; only a Box with one axis can be learned."
+            raise MdptError(f"{environment_id}: {problem}{remedy}")
     if not np.issubdtype(actions.dtype, np.floating):
         raise MdptError(f"{environment_id}: its actions are {actions.dtype}, {actions}; only floats can be learned.")
     if environment.spec is None or not environment.spec.max_episode_steps:
         raise MdptError(f"{environment_id}: it has no time limit; set [data] max_episode_steps.")
+    flattened = any(type(layer).__name__ == "FlattenObservation" for layer in _layers(environment))
     spec = EnvironmentSpec(
         id=environment_id,
         observation_dim=observations.shape[0],
@@ -894,7 +1014,8 @@ def _describe(environment: gymnasium.Env[Any, Any], environment_id: str, kwargs:
         action_high=tuple(actions.high.tolist()),
         max_episode_steps=environment.spec.max_episode_steps,
         kwargs=kwargs,
-        flattened=any(type(layer).__name__ == "FlattenObservation" for layer in _layers(environment)),
+        flattened=flattened,
+        observation_keys=tuple(observation_keys) if flattened else (),
     )
     with np.errstate(over="ignore", invalid="ignore"):
         _, half = _center_and_half(spec)
@@ -918,7 +1039,7 @@ def _try(spec: EnvironmentSpec, watch: Watch, steps: int = 5) -> bool:
     """
     episodes: list[list[Array]] = []
     actions = unscale_actions(np.random.default_rng(0).uniform(-0.1, 0.1, (steps, spec.action_dim)), spec)
-    wrappers = ("TimeLimit", "OrderEnforcing", "FlattenObservation")  # of gymnasium; they would unpack a wrong tuple
+    wrappers = ("TimeLimit", "OrderEnforcing", "FlattenObservation", "TransformObservation")  # they unpack wrong tuples
     for _ in range(2):
         seed_generators(0)
         with watch.over(f"{spec.id}: its reset"):
@@ -929,7 +1050,7 @@ def _try(spec: EnvironmentSpec, watch: Watch, steps: int = 5) -> bool:
             _check_tuple(inner.step(actions[0]), "observation", "reward", "terminated", "truncated", "info")
             seen = [reset(environment, spec, 1)]
             for action in actions:
-                observation, reward, terminal, timeout = take_step(environment, spec, action)
+                observation, reward, terminal, timeout, _ = take_step(environment, spec, action)
                 seen += [observation, np.array(reward)]
                 if terminal or timeout:
                     break
@@ -951,16 +1072,18 @@ def reset(environment: gymnasium.Env[Any, Any], spec: EnvironmentSpec, seed: int
 
 def take_step(
     environment: gymnasium.Env[Any, Any], spec: EnvironmentSpec, action: Array
-) -> tuple[Array, float, bool, bool]:
-    """Take a step; returns the observation (O,) float32, reward, terminal, timeout.
+) -> tuple[Array, float, bool, bool, float]:
+    """Take a step; returns the observation (O,) float32, reward, terminal, timeout, success (nan: it does not say).
 
     Raises: ValueError for a reward or an observation of a wrong type or shape, or not finite.
     """
-    observation, reward, terminal, timeout, _ = environment.step(action)
+    observation, reward, terminal, timeout, info = environment.step(action)
     number = np.asarray(reward)
-    if number.ndim or number.dtype.kind not in "biuf" or not np.isfinite(number):
+    if number.ndim or number.dtype.kind not in NUMERIC or not np.isfinite(number):
         raise ValueError(f"its reward is {reward!r}, expected one finite number")
-    return _checked(observation, spec), float(reward), bool(terminal), bool(timeout)
+    said = np.asarray(info.get("is_success", info.get("success")) if isinstance(info, Mapping) else None)
+    success = float(said.item() > 0) if said.size == 1 and said.dtype.kind in NUMERIC else math.nan
+    return _checked(observation, spec), float(reward), bool(terminal), bool(timeout), success
 
 
 def _checked(given: Any, spec: EnvironmentSpec) -> Array:
@@ -1005,8 +1128,9 @@ def _bounds(spec: EnvironmentSpec) -> tuple[Array, Array]:
     return np.array(spec.action_low, dtype=np.float32), np.array(spec.action_high, dtype=np.float32)
 
 
-def _make(environment_id: str, **options: Any) -> gymnasium.Env[Any, Any]:
+def _make(environment_id: str, observation_keys: Sequence[str], **options: Any) -> gymnasium.Env[Any, Any]:
     import gymnasium
+    from gymnasium.wrappers import FlattenObservation, TransformObservation
 
     register_environments()
     if "mujoco" in str(getattr(gymnasium.registry.get(environment_id), "entry_point", "")):
@@ -1016,9 +1140,16 @@ def _make(environment_id: str, **options: Any) -> gymnasium.Env[Any, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # old data were made in an old version
             environment = gymnasium.make(environment_id, disable_env_checker=True, **options)
-        if isinstance(environment.observation_space, gymnasium.spaces.Dict):
-            environment = gymnasium.wrappers.FlattenObservation(environment)
+        if isinstance(space := environment.observation_space, gymnasium.spaces.Dict):
+            if observation_keys:
+                check_keys(observation_keys, space, environment_id)
+                parts = gymnasium.spaces.Dict([(key, space[key]) for key in observation_keys])
+                choose = lambda seen: {key: seen[key] for key in observation_keys}
+                environment = TransformObservation(environment, choose, parts)
+            environment = FlattenObservation(environment)
         return environment
+    except MdptError:
+        raise
     except BaseException as error:  # its constructor may also exit, or interrupt itself
         module, _, name = environment_id.rpartition(":")
         if module and module not in sys.modules:
@@ -1030,6 +1161,14 @@ def _make(environment_id: str, **options: Any) -> gymnasium.Env[Any, Any]:
             hint = f"Did you mean {near[0]!r}?" if near else "Write 'module:Name-v0' for one that a module registers."
             problem = f"no such environment is registered with gymnasium. {hint}"
         raise MdptError(f"{environment_id}: {problem}") from error
+
+
+def check_keys(observation_keys: Sequence[str], parts: Iterable[str], where: str) -> None:
+    """Raises: MdptError where one of these keys is none of the parts of a Dict, or occurs twice."""
+    known = sorted(parts)
+    if wrong := [key for key in observation_keys if key not in known or observation_keys.count(key) > 1]:
+        problem = f"{wrong[0]!r}: expected each once, of {', '.join(known)}, the parts of {where}"
+        raise MdptError(f"[data] observation_keys has {problem}.")
 
 
 def imported_for(environment_id: str) -> str:
@@ -1055,15 +1194,46 @@ def make_environment(spec: EnvironmentSpec, **options: Any) -> gymnasium.Env[Any
     """
     if spec.id is None:
         raise MdptError("there is no environment to play in; name one in [data]")
-    environment = _make(spec.id, max_episode_steps=spec.max_episode_steps, **spec.kwargs, **options)
-    now = asdict(replace(_describe(environment, spec.id, spec.kwargs), repeatable=spec.repeatable))
+    keys = spec.observation_keys
+    environment = _make(spec.id, keys, max_episode_steps=spec.max_episode_steps, **spec.kwargs, **options)
+    now = asdict(replace(_describe(environment, spec.id, spec.kwargs, keys), repeatable=spec.repeatable))
     if changed := [f"{key} was {was}, is {now[key]}" for key, was in asdict(spec).items() if was != now[key]]:
         raise MdptError(f"{spec.id}: is another environment than when this was trained: {'; '.join(changed)}.")
     environment.reset(seed=0)
     return environment
 
 
+def first_observations(spec: EnvironmentSpec, timeout: float, count: int = 20) -> tuple[Array, Array]:
+    """First observations of so many resets, (count, O), and the bounds of the observation space, (2, O).
+
+    timeout: seconds that one reset may take. Raises: MdptError.
+    """
+
+    def look(spec: EnvironmentSpec, watch: Watch) -> tuple[Array, Array]:
+        seed_generators(0)
+        seen = []
+        environment = make_environment(spec)
+        for seed in range(count):
+            with watch.over(f"{spec.id}: its reset"):
+                seen.append(reset(environment, spec, seed))
+        environment.close()
+        space: Any = environment.observation_space
+        return np.stack(seen), np.stack([space.low, space.high])
+
+    with _quiet(1):
+        return _watched(look, spec, timeout)
+
+
 Act: TypeAlias = Callable[[Array, Array], Array]
+
+
+@dataclass(frozen=True, eq=False)
+class Played:
+    """What episodes gave, one number for each."""
+
+    returns: Array  # (E,) float64, raw; every reward counts, also that of the last step
+    lengths: Array  # (E,) int64, in steps
+    successes: Array  # (E,) float64: 1 or 0, as the environment's info said at any step; nan where it never says
 
 
 def rollout(
@@ -1075,13 +1245,12 @@ def rollout(
     watch: Watch | None = None,
     look: Callable[[int, float, Array], None] | None = None,
     every: int = 1,
-) -> tuple[Array, Array]:
+) -> Played:
     """Play numbered episodes side by side; an episode starts from the state that `seed` and its number decide.
 
     act: observations (R, O) float32 and places (R,) in `episodes` of those that still run -> actions (R, A) in [-1, 1].
     look: called for the first episode with steps, return so far and a frame (height, width, 3) uint8, at the start, every
     `every` steps and at the end.
-    Returns: raw returns (E,) float64 and lengths (E,) int64 in steps. Every reward counts, also that of the last step.
     Raises: MdptError for actions that are not finite or of a wrong shape, and for an environment that fails or cannot be
     filmed.
     """
@@ -1089,6 +1258,7 @@ def rollout(
     count = len(episodes)
     observations = np.empty((count, spec.observation_dim), dtype=np.float32)
     returns, lengths, running = np.zeros(count), np.zeros(count, dtype=np.int64), np.arange(count)
+    successes = np.full(count, np.nan)
     environments: list[gymnasium.Env[Any, Any]] = []
 
     def show(place: int) -> None:
@@ -1109,8 +1279,9 @@ def rollout(
         ended = np.zeros(len(running), dtype=np.bool_)
         for i, (place, action) in enumerate(zip(running.tolist(), actions, strict=True)):
             with watch.over(f"{spec.id}: episode {episodes[place]}, step {lengths[place] + 1}"):
-                observations[place], reward, terminal, timeout = take_step(environments[place], spec, action)
+                observations[place], reward, terminal, timeout, success = take_step(environments[place], spec, action)
             returns[place] += reward
+            successes[place] = np.fmax(successes[place], success)
             lengths[place] += 1
             ended[i] = terminal or timeout
             if lengths[place] % every == 0 or ended[i]:
@@ -1119,7 +1290,7 @@ def rollout(
     for episode, environment in zip(episodes, environments, strict=True):
         with watch.over(f"{spec.id}: the end of episode {episode}"):
             environment.close()
-    return returns, lengths
+    return Played(returns, lengths, successes)
 
 
 def _checked_actions(given: Any, spec: EnvironmentSpec, count: int) -> Array:
@@ -1136,7 +1307,9 @@ def _frame(environment: Any, name: str) -> Array:
     try:
         frame: Any = environment.render()
     except Exception as error:
-        raise MdptError(f"{name} cannot be filmed off-screen. {_one_line(error)}") from error
+        mujoco = hasattr(environment.unwrapped, "mujoco_renderer") and "MUJOCO_GL" not in os.environ
+        remedy = ". Without a display, set the environment variable MUJOCO_GL=egl" if mujoco else ""
+        raise MdptError(f"{name} cannot be filmed off-screen. {_one_line(error)}{remedy}") from error
     if np.ndim(frame) != 3:
         modes = ", ".join(environment.metadata.get("render_modes") or ()) or "none"
         raise MdptError(f"{name} cannot be filmed: it needs render mode rgb_array, and has {modes}.")
@@ -1145,20 +1318,22 @@ def _frame(environment: Any, name: str) -> Array:
 
 # --- columns of a file --------------------------------------------------------------------------------------------
 
-FLAGS = ("terminals", "timeouts")
-NARROW = ("rewards", *FLAGS)  # one number per row
-NUMERIC = "biuf"  # kinds of dtypes
-KEYS = ("observations", "actions", "rewards", "terminals", "next_observations", "timeouts")  # the first four are needed
+FLAGS = ("terminals", "timeouts", "masks")
+NARROW = ("rewards", "terminals", "timeouts")  # one number per row
+KEYS = ("observations", "actions", "rewards", "terminals", "next_observations", *FLAGS[1:])  # the first four are needed
 
 CHUNK = 65_536  # rows that are read, checked and converted at a time
 MORE_MEMORY = "choose a smaller dataset, or a machine with more memory"
+RECIPES = "experiments/RECIPES.md in the repository reads it in Python, with source = 'arrays'"
+FLAT = "flat rows (n, O): array.reshape(n, -1); of (steps, environments, O), swap the first two axes before"
 
 
 @dataclass(frozen=True, eq=False)
 class Columns:
     """What a source gives, not yet read: arrays or datasets of an open file by D4RL's keys, with a row for each step.
 
-    observations (n, O), actions (n, A), rewards (n,), terminals (n,); optional: next_observations (n, O), timeouts (n,).
+    observations (n, O), actions (n, A), rewards (n,), terminals (n,); optional: next_observations (n, O), timeouts
+    (n,), and OGBench's masks (n,), which are 0 at real ends, where terminals are the ends of trajectories.
     """
 
     name: str
@@ -1166,8 +1341,11 @@ class Columns:
     arrays: Mapping[str, Any]
     keys: tuple[str, ...] = ()  # all keys of the source, also those that are not read
 
-    def read(self, key: str, start: int = 0, stop: int | None = None) -> Array:
-        """Rows of a column as float32, or bool for flags. Raises: MdptError that names the first row at fault."""
+    def read(self, key: str, start: int = 0, stop: int | None = None, unread: Array | None = None) -> Array:
+        """Rows of a column as float32, or bool for flags. Raises: MdptError that names the first row at fault.
+
+        unread: rows (n,) bool that nothing is learned from; numbers that are not finite become 0 there.
+        """
         try:
             array = np.asarray(self.arrays[key][start:stop])
         except (OSError, RuntimeError, LookupError, TypeError, ValueError, MemoryError) as error:  # h5py, if damaged
@@ -1177,6 +1355,8 @@ class Columns:
             return array.astype(np.bool_).reshape(len(array))
         with np.errstate(over="ignore"):  # numbers beyond float32 become infinite, which is reported
             array = array.astype(np.float32)
+        if unread is not None:
+            array[unread] = np.nan_to_num(array[unread], posinf=0.0, neginf=0.0)
         self.forbid(key, array, ~np.isfinite(array), "expected finite numbers", start)
         return array.reshape(len(array)) if key == "rewards" else array
 
@@ -1186,8 +1366,15 @@ class Columns:
             raise MdptError(f"{self.where}: {key!r} row {start + row} is {array[row].tolist()}, {expected}.")
 
 
-def damaged(where: Path | str, error: Exception) -> MdptError:
-    return MdptError(f"{where}: a truncated or damaged HDF5 file; get it again. {_one_line(error)}")
+def damaged(
+    where: Path | str, error: Exception, problem: str = "a truncated or damaged HDF5 file; get it again"
+) -> MdptError:
+    """What to say where a library cannot read an HDF5 file; problem: if nothing else keeps it from being read."""
+    if "unable to lock file" in str(error):
+        problem = "its file system has no locks; set the environment variable HDF5_USE_FILE_LOCKING=FALSE"
+    elif number := getattr(error, "errno", None):
+        problem = f"cannot be read ({os.strerror(number)})"
+    return MdptError(f"{where}: {problem}. {_one_line(error)}")
 
 
 @contextlib.contextmanager
@@ -1197,10 +1384,9 @@ def open_hdf5(path: Path) -> Iterator[Columns]:
     Raises: MdptError for a file that is missing, something else, damaged, or held open by a writer.
     Source: the D4RL wiki, "Off-policy evaluation and dataset format".
     """
-    if os.path.isdir(path):
-        raise MdptError(f"{path}: is a folder; name the file in it.")
-    if not os.path.isfile(path):
-        raise MdptError(f"{path}: no such file; looked in {path.absolute().parent}.")
+    if problem := why_unreadable(path, "no such file"):
+        hint = "; name the file in it" if problem == "is a folder" else f"; looked in {_absolute('.', path.parent)}"
+        raise MdptError(f"{path}: {problem}{hint}.")
     try:
         file = h5py.File(path, "r")
     except BlockingIOError as error:
@@ -1208,11 +1394,9 @@ def open_hdf5(path: Path) -> Iterator[Columns]:
     except PermissionError as error:
         raise MdptError(f"{path}: cannot be read ({error.strerror}).") from error
     except OSError as error:
-        with path.open("rb") as raw:
-            if raw.read(8) == b"\x89HDF\r\n\x1a\n":
-                raise damaged(path, error) from error
-        expected = "observations, actions, rewards, terminals"
-        raise MdptError(f"{path}: not an HDF5 file. Expected D4RL's format: {expected}.") from error
+        if error.errno is None and (problem := _other_format(path)):
+            raise MdptError(f"{path}: {problem}.") from error
+        raise damaged(path, error) from error
     with file:
         try:
             columns = Columns(path.name, str(path), _datasets(path, file), tuple(map(str, file)))
@@ -1221,21 +1405,38 @@ def open_hdf5(path: Path) -> Iterator[Columns]:
         yield columns
 
 
+def _other_format(path: Path) -> str:
+    """Why a file is no HDF5 file by its first bytes or its name, "" where it begins like one."""
+    with path.open("rb") as raw:
+        start = raw.read(8)
+    if start == b"\x89HDF\r\n\x1a\n":
+        return ""
+    kinds = {b"PK\x03\x04": "a zip file such as npz", b"PAR1": "a parquet file", b"\x93NUM": "an npy file"}
+    kind = kinds.get(start[:4]) or (f"a {path.suffix[1:]} file" if path.suffix in (".csv", ".tsv") else "")
+    expected = "not an HDF5 file. Expected D4RL's format: observations, actions, rewards, terminals"
+    return f"{kind}, not HDF5; {RECIPES}" if kind else expected
+
+
 def _datasets(path: Path, file: h5py.File) -> dict[str, h5py.Dataset]:
     if "episode_0" in file:
         example = "source = 'minari' and its name as dataset, such as 'mujoco/hopper/medium-v0'"
         raise MdptError(f"{path}: is a Minari dataset; use {example}.")
+    data = file["data"] if isinstance(file.get("data", getlink=True), h5py.HardLink) else ()
+    if any(str(key).startswith("demo") for key in data):
+        raise MdptError(f"{path}: is robomimic's layout, with an episode in each 'data/demo_...'; {RECIPES}.")
+    if "episode_terminals" in file and "timeouts" not in file:
+        raise MdptError(f"{path}: is a dump of d3rlpy, where 'timeouts' are missing; {RECIPES}.")
     datasets = {}
     for key in KEYS:
         link, dataset = file.get(key, getlink=True), file.get(key)
         if link is not None and not isinstance(link, h5py.HardLink):
             raise MdptError(f"{path}: {key!r} is a link; copy the data into the file.")
         if isinstance(dataset, h5py.Dataset):
-            if problem := storage_problem(dataset, key in FLAGS):
+            if problem := storage_problem(dataset, key in NARROW[1:]):
                 raise MdptError(f"{path}: {key!r} {problem}")
             datasets[key] = dataset
         elif dataset is not None:
-            raise MdptError(f"{path}: {key!r} is a group; expected an array.")
+            raise MdptError(f"{path}: {key!r} is a group; expected an array. {RECIPES}.")
     return datasets
 
 
@@ -1244,8 +1445,16 @@ def storage_problem(dataset: h5py.Dataset, may_lack_rows: bool = False) -> str:
     if dataset.external or dataset.is_virtual:
         return "lies in other files; copy the data into this one."
     settings, harmless = dataset.id.get_create_plist(), (h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32)
-    if sum(settings.get_filter(i)[0] not in harmless for i in range(settings.get_nfilters())) > 1:
+    filters = [settings.get_filter(i) for i in range(settings.get_nfilters())]
+    if sum(number not in harmless for number, *_ in filters) > 1:
         return "is compressed more than once, so that kilobytes could become gigabytes; write it anew."
+    for number, *_, name in filters:
+        with contextlib.suppress(ImportError):
+            if not h5py.h5z.filter_avail(number):
+                importlib.import_module("hdf5plugin")  # registers its filters
+        if not h5py.h5z.filter_avail(number):
+            kind = f"the HDF5 filter {number} {name.decode(errors='replace')}".rstrip()
+            return f"is compressed by {kind}, which is not installed: pip install hdf5plugin"
     if may_lack_rows or not dataset.size:
         return ""
     if dataset.chunks is None:
@@ -1286,18 +1495,21 @@ def check_shapes(columns: Columns, spec: EnvironmentSpec | None, width: int | No
         raise MdptError(f"[data] observation_columns = {width}: {spec.id} has {spec.observation_dim} observations.")
     wide = width or wide
     for key, shape in shapes.items():
-        expected = (rows,) if key in NARROW else (rows, actions if key == "actions" else wide)
-        fits = shape == expected or (key in NARROW and shape == (rows, 1))
+        narrow = key in (*NARROW, *FLAGS)
+        expected = (rows,) if narrow else (rows, actions if key == "actions" else wide)
+        fits = shape == expected or (narrow and shape == (rows, 1))
         if width is not None and key.endswith("observations"):  # there may be more columns
             fits = len(shape) == 2 and shape[0] == rows and shape[1] >= width
         if not fits or 0 in expected[1:]:
             sizes = ", ".join(str(size or "at least 1") for size in expected) + "," * (len(expected) == 1)
             problems.append(f"{key!r} has shape {shape}, expected ({sizes}){f' for {spec.id}' if spec else ''}.")
+    if any(len(shape) > 2 for shape in shapes.values()):
+        problems.append(f"mdpt reads {FLAT}. Encode images.")
     if not problems and rows < 2:
         problems.append(f"{rows} row(s), expected at least 2.")
     if problems:
         raise MdptError("\n".join(f"{where}: {problem}" for problem in problems))
-    at_once = {key: rows if key in NARROW else min(rows, CHUNK + 1) for key in arrays}
+    at_once = {key: rows if key in (*NARROW, *FLAGS) else min(rows, CHUNK + 1) for key in arrays}
     check_memory(sum(bytes_to_read(array, at_once[key]) for key, array in arrays.items()), MORE_MEMORY)
     return wide, actions
 
@@ -1329,8 +1541,10 @@ def episode_bounds(terminals: Array, timeouts: Array) -> tuple[Array, Array]:
     return np.concatenate([[0], ends[:-1]]), ends
 
 
-def transition_rows(timeouts: Array, has_next: bool) -> Array:
+def transition_rows(timeouts: Array, has_next: bool, keep_timeouts: bool = False) -> Array:
     """Which rows (n,) bool are transitions. has_next: whether the data have next_observations.
+
+    keep_timeouts: as in [data].
 
     Without them, the next row gives the next observation. As in D4RL, a row at a time limit is then dropped, because what
     followed it is unknown (also if it is a terminal), and so is the last row of the file. With them, every row is kept:
@@ -1339,7 +1553,8 @@ def transition_rows(timeouts: Array, has_next: bool) -> Array:
     """
     if has_next:
         return np.ones(len(timeouts), dtype=np.bool_)
-    return ~timeouts & (np.arange(len(timeouts)) < len(timeouts) - 1)
+    followed = np.arange(len(timeouts)) < len(timeouts) - 1
+    return timeouts | followed if keep_timeouts else ~timeouts & followed
 
 
 def discounted_returns(
@@ -1377,12 +1592,16 @@ def _write_hdf5(path: Path, arrays: dict[str, Array], attributes: dict[str, Any]
 Opened: TypeAlias = contextlib.AbstractContextManager[Columns]
 
 
+Bounds: TypeAlias = tuple[list[float], list[float]]  # lower and upper, one for each dimension
+
+
 class Known(NamedTuple):
     """What a source knows before its data are read."""
 
     fields: dict[str, Any]  # of [data], for what the user leaves out
     no_environment: str = ""  # why the data cannot be played
     warnings: tuple[str, ...] = ()
+    recorded: tuple[Bounds | None, Bounds | None] = (None, None)  # of observations and of actions, where they are known
 
 
 UNNAMED = Known({}, "[data] names no environment")
@@ -1413,15 +1632,25 @@ class Arrays(Source):
     def open(self, section: DataSection, workers: Workers, show: Show) -> Opened:
         if self.arrays is None:
             raise MdptError("[data] source = 'arrays': give them in Python, as load_dataset(section, arrays=...)")
-        return contextlib.nullcontext(columns_of("arrays", self.arrays))
+        return contextlib.nullcontext(columns_of("arrays", self.arrays, section.observation_keys))
 
 
-def columns_of(name: str, arrays: Mapping[str, Array]) -> Columns:
-    """The columns of arrays that are in memory already."""
+def columns_of(name: str, arrays: Mapping[str, Any], observation_keys: Sequence[str] = ()) -> Columns:
+    """The columns of arrays that are in memory already; the parts of a Dict of arrays are put side by side."""
     try:
-        return Columns(name, name, {key: np.asarray(arrays[key]) for key in KEYS if key in arrays}, tuple(arrays))
-    except ValueError as error:
+        flat = {key: _side_by_side(arrays[key], observation_keys, key) for key in KEYS if key in arrays}
+    except (ValueError, TypeError) as error:
         raise MdptError(f"{name}: expected arrays of numbers. {_one_line(error)}") from error
+    return Columns(name, name, flat, tuple(arrays))
+
+
+def _side_by_side(given: Any, observation_keys: Sequence[str], where: str) -> Array:
+    """An array, or the parts of a Dict as rows (n, -1): these keys in this order, by default all, sorted."""
+    if not isinstance(given, Mapping):
+        return np.asarray(given)
+    check_keys(observation_keys, given, where)
+    parts = [_side_by_side(given[key], (), where) for key in observation_keys or sorted(given)]
+    return np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
 
 
 BULLET = {f"{name}BulletEnv-v0": f"bullet-{name.lower()}" for name in ("Ant", "HalfCheetah", "Hopper", "Walker2D")}
@@ -1462,7 +1691,7 @@ def collect_dataset(
         made_by |= {"special": json.dumps(options)}
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
     path = (folder or _cache_folder()) / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', environment)}-{digest}.hdf5"
-    if path.exists():
+    if os.path.exists(path):
         _check_cached(path, section.transitions)
         return path
 
@@ -1551,7 +1780,7 @@ def collect_shard(shard: Shard, watch: Watch) -> dict[str, Array]:
             observations[row] = observation
             actions[row] = action = np.clip(_agent_action(weights, observations[row]) + noise[step], *low_high)
             with watched():
-                observation, rewards[row], terminals[row], timeout = take_step(environment, spec, action)
+                observation, rewards[row], terminals[row], timeout, _ = take_step(environment, spec, action)
             row += 1
             if terminals[row - 1] or timeout:
                 break
@@ -1579,10 +1808,13 @@ def _read_part(path: Path, shard: Shard) -> dict[str, Array]:
 
 
 def _check_cached(path: Path, transitions: int) -> None:
-    with contextlib.suppress(OSError, RuntimeError, KeyError), h5py.File(path, "r") as file:
-        if len(file["rewards"]) == transitions == len(file["infos/level"]):
-            return
-    raise MdptError(f"{path}: this cached dataset is damaged; delete the file, and it will be collected again.")
+    problem = "this cached dataset is damaged; delete the file, and it will be collected again"
+    try:
+        with h5py.File(path, "r") as file:
+            if not len(file["rewards"]) == transitions == len(file["infos/level"]):
+                raise LookupError("it lacks rows")
+    except (OSError, RuntimeError, LookupError) as error:
+        raise damaged(path, error, problem) from error
 
 
 @cache  # it takes 0.15 s
@@ -1851,6 +2083,9 @@ class Minari(Source):
         """
         folder, metadata = _minari_metadata(section.dataset or "")
         fields: dict[str, Any] = {}
+        bounds = _recorded(metadata, "observation_space", section.observation_keys), _recorded(metadata, "action_space")
+        if bounds[1] and np.isfinite(bounds[1]).all() and np.less(*bounds[1]).all():
+            fields["action_range"] = list(zip(*bounds[1], strict=True))
         low, high = (cast(Any, metadata.get(key)) for key in ("ref_min_score", "ref_max_score"))
         if type(low) in (int, float) and type(high) in (int, float) and -1e300 < low < high < 1e300:
             fields["reference"] = (low, high)
@@ -1864,16 +2099,34 @@ class Minari(Source):
                 raise ValueError(f"kwargs have {sorted(own)}, which are gymnasium.make's own")
             reason = _unplayable(environment)
         except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-            return Known(fields, f"{folder}: the specification of its environment is unsound. {_one_line(error)}")
+            problem = f"{folder}: the specification of its environment is unsound. {_one_line(error)}"
+            return Known(fields, problem, (), bounds)
         if type(steps) is int and steps > 0:
             fields["max_episode_steps"] = steps
         if reason:
-            return Known(fields, f"{folder}: {reason} You may name an environment yourself.")
+            return Known(fields, f"{folder}: {reason} You may name an environment yourself.", (), bounds)
         told = (f"{folder}: its environment was wrapped in {wrappers}; not applied here.",) if wrappers else ()
-        return Known(fields | {"environment": environment, "environment_kwargs": kwargs}, "", told)
+        return Known(fields | {"environment": environment, "environment_kwargs": kwargs}, "", told, bounds)
 
     def open(self, section: DataSection, workers: Workers, show: Show) -> Opened:
-        return contextlib.nullcontext(columns_of(section.dataset or "", read_minari(section.dataset or "")))
+        dataset = section.dataset or ""
+        return contextlib.nullcontext(columns_of(dataset, read_minari(dataset, section.observation_keys)))
+
+
+def _recorded(metadata: dict[str, Any], key: str, keys: Sequence[str] = ()) -> Bounds | None:
+    """The bounds of a space, flat, as Minari wrote it; of a Dict, of these parts. None where it has none."""
+
+    def flat(space: dict[str, Any], end: str, keys: Sequence[str]) -> list[float]:
+        if space["type"] != "Dict":
+            return [float(bound) for bound in np.ravel(space[end])]
+        parts = space["subspaces"]
+        return [bound for part in keys or parts for bound in flat(parts[part], end, ())]
+
+    try:
+        space = json.loads(metadata[key])
+        return flat(space, "low", keys), flat(space, "high", keys)
+    except (LookupError, RecursionError, TypeError, ValueError):  # what the data need of it is checked as they are read
+        return None
 
 
 def _unplayable(environment: Any) -> str:
@@ -1897,7 +2150,12 @@ def _minari_metadata(dataset: str) -> tuple[Path, dict[str, Any]]:
         raise MdptError(f"{where}: not an id; expected one such as 'D4RL/door/human-v2'.")
     store = os.environ.get("MINARI_DATASETS_PATH") or os.path.expanduser("~/.minari/datasets")
     folder = Path(store, dataset, "data")
-    if not (folder / "metadata.json").is_file():
+    if problem := why_unreadable(folder / "metadata.json", "is missing"):
+        if problem != "is missing":
+            raise MdptError(f"{folder / 'metadata.json'}: {problem}.")
+        if (folder / "main_data.hdf5").is_file():
+            told = "is there, but no metadata.json: the layout of a Minari before 0.5, which is not read; get it again"
+            raise MdptError(f"{folder / 'main_data.hdf5'}: {told}: minari download {dataset}")
         if importlib.util.find_spec("minari") is None:
             remedy = f"pip install 'minari[hf]', and then: minari download {dataset}"
             raise MdptError(f"{where}: not in {store}. Get it: {remedy}")
@@ -1916,39 +2174,45 @@ def _minari_metadata(dataset: str) -> tuple[Path, dict[str, Any]]:
     return folder, metadata
 
 
-def read_minari(dataset: str) -> dict[str, Array]:
+def read_minari(dataset: str, observation_keys: Sequence[str] = ()) -> dict[str, Array]:
     """Read a Minari dataset into columns in D4RL's form, with episodes in the order of their numbers.
 
     observations and next_observations (n, O), actions (n, A), rewards (n,), terminals and timeouts (n,) bool. Dict
-    observations are flattened as by gymnasium's FlattenObservation. A step that is terminated and truncated is a terminal;
-    an episode that ends with neither was cut by a time limit.
+    observations are flattened as by gymnasium's FlattenObservation; observation_keys: its parts to use, in this order.
+    Where the metadata have no spaces, as before Minari 0.5, they are inferred from the arrays. A step that is
+    terminated and truncated is a terminal; an episode that ends with neither was cut by a time limit.
     Raises: MdptError that names the episode and the key at fault.
     Source: Minari's dataset standard, https://minari.farama.org/content/dataset_standards.
     """
     folder, metadata = _minari_metadata(dataset)
     columns: dict[str, list[Array]] = {}
     try:
+        storage = metadata.get("data_format", "hdf5")
+        if storage == "hdf5":  # else Minari would make an environment by the file's own entry point, to know the spaces
+            metadata = {"observation_space": "null", "action_space": "null"} | metadata
         observation_space, action_space = (json.loads(metadata[f"{key}_space"]) for key in ("observation", "action"))
-        if action_space["type"] != "Box":
+        if action_space and action_space["type"] != "Box":
             raise MdptError(f"{folder}: its actions are {action_space['type']!r}; only a Box can be learned.")
-        for where, episode in _minari_episodes(dataset, folder, metadata.get("data_format", "hdf5")):
+        for where, episode in _minari_episodes(dataset, folder, storage):
             steps = _child(episode, "rewards", where).size
-            observations = _flatten(episode, "observations", observation_space, steps + 1, where)  # (T + 1, O)
+            observations = _flatten(episode, "observations", observation_space, steps + 1, where, observation_keys)
             rewards, ends, cuts = (
                 _flatten(episode, key, None, steps, where)[:, 0] for key in ("rewards", "terminations", "truncations")
             )
             terminals, timeouts = ends != 0, (cuts != 0) & (ends == 0)
             timeouts[-1:] |= ~terminals[-1:]
             actions = _flatten(episode, "actions", action_space, steps, where)
+            if not action_space and actions.dtype.kind != "f":
+                raise MdptError(f"{where} 'actions' are {actions.dtype}; only floats can be learned.")
             arrays = (observations[:-1], actions, rewards, terminals, observations[1:], timeouts)
-            for key, array in zip(KEYS, arrays, strict=True):
+            for key, array in zip(KEYS, arrays, strict=False):
                 columns.setdefault(key, []).append(array)
     except (AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise MdptError(f"{folder}: incomplete or damaged; get it again. {_one_line(error)}") from error
+        raise damaged(folder, error, "incomplete or damaged; get it again") from error
     if not columns:
         raise MdptError(f"{folder}: it holds no episode.")
     check_memory(max(sum(array.nbytes for array in arrays) for arrays in columns.values()), MORE_MEMORY)
-    return {key: np.concatenate(columns.pop(key)) for key in KEYS}
+    return {key: np.concatenate(columns.pop(key)) for key in [*columns]}
 
 
 def _minari_episodes(dataset: str, folder: Path, storage: str) -> Iterator[tuple[str, Any]]:
@@ -1981,15 +2245,22 @@ def _child(parent: Any, key: str, where: str) -> Any:
     return node
 
 
-def _flatten(parent: Any, key: str, space: dict[str, Any] | None, rows: int, where: str) -> Array:
+def _flatten(
+    parent: Any, key: str, space: dict[str, Any] | None, rows: int, where: str, keys: Sequence[str] = ()
+) -> Array:
     """Read what an episode holds under a key, (rows, -1); the parts of a Dict side by side, in the order of its space.
 
-    space: as Minari writes it to its metadata; None for numbers of any shape.
+    space: as Minari writes it to its metadata; None for numbers of any shape, or a Dict of such in alphabetical order.
+    keys: the parts of the Dict to use, in this order; empty: all.
     """
-    node, kind, where = _child(parent, key, where), space["type"] if space else "Box", f"{where} {key!r}"
-    if space and kind == "Dict":
-        parts = [_flatten(node, name, part, rows, where) for name, part in space["subspaces"].items()]
-        return np.concatenate(parts, axis=1)
+    node, where = _child(parent, key, where), f"{where} {key!r}"
+    kind = space["type"] if space else "Dict" if isinstance(node, Mapping) else "Box"
+    if kind == "Dict":
+        spaces = space["subspaces"] if space else dict.fromkeys(sorted(node))
+        check_keys(keys, spaces, where)
+        return np.concatenate([_flatten(node, name, spaces[name], rows, where) for name in keys or spaces], axis=1)
+    if keys:
+        raise MdptError(f"{where} is no Dict, of which [data] observation_keys could choose.")
     if kind != "Box" or not hasattr(node, "dtype") or node.dtype.kind not in NUMERIC:
         problem = kind if kind != "Box" else "not numbers"
         raise MdptError(f"{where} is {problem}; only a Box, or a Dict of such, is read.")
@@ -2043,6 +2314,7 @@ class Identity:
     transitions: int  # rows of the file
     no_environment: str  # why they cannot be played, or ""
     hash: str  # SHA-256 of the content of all columns that are read
+    mismatched: list[int] = field(default_factory=list)  # observation columns that start otherwise than after a reset
 
 
 Column = Literal["observations", "actions", "rewards", "next_observations", "terminals"]
@@ -2063,7 +2335,8 @@ class Dataset:
 
     The next row of `rows` is the next step of the same episode, up to the episode's end in `ends`. In data without
     next_observations, the last row of an episode that a time limit cut, or that the file ends with, is no transition, as
-    what followed it is unknown; its action is kept in `cut_actions`, as the next action of the row before.
+    what followed it is unknown; its action is kept in `cut_actions`, as the next action of the row before. With [data]
+    keep_timeouts it is one that is followed by itself.
     """
 
     environment: EnvironmentSpec
@@ -2083,6 +2356,7 @@ class Dataset:
     timeout_count: int
     timeouts_counted: bool  # whether the data have no timeouts, so that time limits were counted
     warnings: tuple[str, ...]
+    both_count: int = 0  # rows of all data that are a terminal and at a time limit
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -2118,14 +2392,21 @@ def load_dataset(
         raise MdptError(f"[data] source = {section.source!r}: arrays are for source 'arrays'")
     source = SOURCES[section.source] if arrays is None else Arrays(arrays)
     section, known = _completed(section, source.know(section))
+    resets = None
     if spec is None and section.environment is not None:
         options = section.environment_kwargs, section.max_episode_steps
-        spec = environment_spec(section.environment, *options, workers.timeout)
+        spec = environment_spec(section.environment, *options, workers.timeout, section.observation_keys)
+        if section.source != "collect":
+            resets = partial(first_observations, spec, workers.timeout)
         if not spec.repeatable:
             told = f"{spec.id}: two episodes with the same seed and actions differ; no score is repeatable."
             known = known._replace(warnings=(*known.warnings, told))
+    observations = arrays["observations"] if arrays is not None and "observations" in arrays else None
+    is_dict = section.source == "minari" or isinstance(observations, Mapping)
+    if section.observation_keys and not is_dict and not (spec and spec.observation_keys):
+        raise MdptError("[data] observation_keys: neither the data nor the environment have Dict observations.")
     with source.open(section, workers, show) as columns:
-        return prepare(columns, section, spec, known, show)
+        return prepare(columns, section, spec, known, show, resets)
 
 
 def _completed(section: DataSection, known: Known) -> tuple[DataSection, Known]:
@@ -2139,24 +2420,39 @@ def _completed(section: DataSection, known: Known) -> tuple[DataSection, Known]:
     section = section.model_copy(update=blank | {"path": path, "reward_scale": reward_scale})
     if section.reference is not None:
         reference_returns(section.reference)
-    elif section.environment is not None:
-        remedy = f"name the D4RL family, or [min, max], the returns in {section.environment} for scores 0 and 100"
-        raise MdptError(f"[data] reference is missing: {remedy}.")
     return section, known
 
 
-def prepare(columns: Columns, section: DataSection, spec: EnvironmentSpec | None, known: Known, show: Show) -> Dataset:
+def prepare(
+    columns: Columns,
+    section: DataSection,
+    spec: EnvironmentSpec | None,
+    known: Known,
+    show: Show,
+    resets: Callable[[], tuple[Array, Array]] | None = None,
+) -> Dataset:
     """Build the dataset of these columns, which are read once, some rows at a time.
 
-    spec: None where there is no environment. Raises: MdptError that names what is at fault in the columns.
+    spec: None where there is no environment. resets: gives `first_observations`, to compare the data with; None: nothing
+    is compared. Raises: MdptError that names what is at fault in the columns.
     """
     where, dims = columns.where, check_shapes(columns, spec, section.observation_columns)
     limit = section.max_episode_steps if spec is None or spec.id is None else spec.max_episode_steps
     episodes, told = read_episodes(columns, limit)
     if spec is None:
-        low, high = ((bound,) * dims[1] for bound in section.action_range)
-        spec = EnvironmentSpec(None, *dims, low, high, section.max_episode_steps or int(episodes.lengths.max()))
-    use = choose_rows(episodes, section, spec, "next_observations" in columns.arrays, where)
+        steps = section.max_episode_steps or int(episodes.lengths.max())
+        given = section.action_range or (-1.0, 1.0)
+        pairs = given if isinstance(given, list) else [given] * dims[1]
+        if len(pairs) != dims[1]:
+            raise MdptError(f"[data] action_range has {len(pairs)} pairs of bounds for {dims[1]} actions.")
+        low, high = zip(*pairs, strict=True)
+        spec = EnvironmentSpec(None, *dims, low, high, steps)
+    if spec.id is not None and known.recorded[1] is not None:
+        _check_recorded_actions(*known.recorded[1], spec, where)
+    has_next = "next_observations" in columns.arrays
+    use = choose_rows(episodes, section, spec, has_next, where)
+    if not (has_next or section.keep_timeouts):
+        told += _check_cut_rewards(episodes, where)
     if section.held_out > 0 and not use.held_out.any():
         told += (f"{where}: a single episode, so none is held out.",)
     returns = np.add.reduceat(episodes.rewards.astype(np.float64), episodes.starts)[use.whole]
@@ -2166,6 +2462,14 @@ def prepare(columns: Columns, section: DataSection, spec: EnvironmentSpec | None
     wide.cut_actions[use.train[use.last]] = np.nan  # these rows are transitions, and nothing follows
     mean, deviation, constant = moments(wide.rows, dims[0])
     told += tuple(f"{where}: observation columns {text}." for text in _hidden_columns(mean, deviation, constant))
+    told += tuple(f"{where}: {text}." for text in _odd_actions(wide.rows, spec))
+    if has_next:
+        told += _check_next(wide.rows, spec, episodes, use, where, section.source)
+    mismatched: list[int] = []
+    if resets is not None:
+        starts = wide.rows[np.append(0, use.ends[:-1]), : dims[0]]
+        mismatched, text = _compare(starts, len(episodes.starts), known.recorded[0], spec, *resets())
+        told += tuple(f"{where}: {each}." for each in text)
     if count := len(wide.excess):
         told += (f"{where}: clipped the actions of {count} rows, out of bounds by {wide.excess.max():.1e} at most.",)
     if section.normalization == "none":
@@ -2184,10 +2488,11 @@ def prepare(columns: Columns, section: DataSection, spec: EnvironmentSpec | None
         episode_returns=returns,
         episode_lengths=episodes.lengths[use.whole],
         reward_scale=scale,
-        identity=Identity(section.source, columns.name, len(rewards), known.no_environment, wide.hash),
+        identity=Identity(section.source, columns.name, len(rewards), known.no_environment, wide.hash, mismatched),
         terminal_count=int(episodes.terminals.sum()),
         timeout_count=int(episodes.timeouts.sum()),
-        timeouts_counted="timeouts" not in columns.arrays,
+        both_count=int((episodes.terminals & episodes.timeouts).sum()),
+        timeouts_counted=episodes.counted,
         warnings=known.warnings + told,
     )
 
@@ -2201,28 +2506,37 @@ class Episodes:
     timeouts: Array
     starts: Array
     lengths: Array
+    counted: bool  # whether the data have no timeouts, so that time limits were counted
 
 
 def read_episodes(columns: Columns, limit: int | None) -> tuple[Episodes, tuple[str, ...]]:
     """The episodes of these columns, cut every `limit` rows if there are no timeouts, and warnings."""
     rewards, terminals, where = columns.read("rewards"), columns.read("terminals"), columns.where
     warnings: tuple[str, ...] = ()
-    if "timeouts" in columns.arrays:
-        timeouts = columns.read("timeouts")
-    elif limit is not None:
+    timeouts = columns.read("timeouts") if "timeouts" in columns.arrays else np.zeros_like(terminals)
+    if "masks" in columns.arrays:
+        ends, terminals = terminals, ~columns.read("masks")
+        timeouts = timeouts | (ends & ~terminals)
+        meant = f"the {terminals.sum()} rows where 'masks' are 0 are terminals, other ends {timeouts.sum()} time limits"
+        warnings = (f"{where}: has 'masks', as OGBench: {meant}.",)
+    counted = "timeouts" not in columns.arrays and not timeouts.any()
+    if counted and limit is not None:
         timeouts = count_timeouts(terminals, limit)
-        warnings = (f"{where}: no 'timeouts'; episodes end at terminals and every {limit} rows.",)
+        warnings += (f"{where}: no 'timeouts'; episodes end at terminals and every {limit} rows.",)
         if (both := int((terminals & timeouts).sum())) > 0.5 * terminals.sum():
             told = f"{both} of its {terminals.sum()} terminals fall on such rows; 'timeouts' would tell"
             warnings += (f"{where}: {told}.",)
-    else:
-        timeouts = np.zeros(len(terminals), dtype=np.bool_)
-        warnings = (f"{where}: no 'timeouts'; episodes end at terminals alone. [data] max_episode_steps cuts them.",)
+    elif counted:
+        warnings += (f"{where}: no 'timeouts'; episodes end at terminals alone. [data] max_episode_steps cuts them.",)
+    elif timeouts.any() and terminals[timeouts].all():
+        remedy = "if these episodes were only cut, set 'terminals' to 0 in these rows"
+        told = f"all {timeouts.sum()} 'timeouts' are 'terminals', too, which win: nothing is expected after them"
+        warnings += (f"{where}: {told}; {remedy}.",)
     starts, stops = episode_bounds(terminals, timeouts)
     if looks_late(columns, starts, terminals, rewards):
         late = "begins with reward 0 and ends with action 0, as in d4rl-pybullet's files, whose rewards and terminals"
         warnings += (f"{where}: every episode {late} lie one row late; if so, move them up before training.",)
-    return Episodes(rewards, terminals, timeouts, starts, stops - starts), warnings
+    return Episodes(rewards, terminals, timeouts, starts, stops - starts, counted), warnings
 
 
 def looks_late(columns: Columns, starts: Array, terminals: Array, rewards: Array) -> bool:
@@ -2231,6 +2545,25 @@ def looks_late(columns: Columns, starts: Array, terminals: Array, rewards: Array
     if len(ends) < 2 or rewards[starts].any() or not rewards.any():
         return False
     return not any(columns.read("actions", row, row + 1).any() for row in ends.tolist())
+
+
+def _check_cut_rewards(episodes: Episodes, where: str) -> tuple[str, ...]:
+    """A warning where rows at time limits, which are dropped, hold more of the reward than of the rows.
+
+    Raises: MdptError where they hold much more.
+    """
+    size, cuts = np.abs(episodes.rewards.astype(np.float64)), episodes.timeouts
+    dropped, kept = size[cuts].sum(), size[~cuts].sum()
+    share, rows = dropped / (dropped + kept or 1.0), cuts.mean()
+    if share < 0.01 or (share < 2 * rows and kept):
+        return ()
+    problem = (
+        f"the {cuts.sum()} rows at time limits hold {share:.1%} of the reward, and are dropped: what follows is unknown"
+    )
+    text = f"{where}: {problem}; add 'next_observations', or set [data] keep_timeouts = true."
+    if share > 5 * rows or not kept:
+        raise MdptError(text)
+    return (text,)
 
 
 class Use(NamedTuple):
@@ -2256,7 +2589,7 @@ def choose_rows(episodes: Episodes, section: DataSection, spec: EnvironmentSpec,
             "across them: mend or delete 'timeouts', or set [data] max_episode_steps."
         )
     train, held_out, whole = _choose_episodes(episodes, section, spec)
-    transitions = transition_rows(episodes.timeouts, has_next)
+    transitions = transition_rows(episodes.timeouts, has_next, section.keep_timeouts)
     chosen = transitions & np.repeat(train, lengths)
     if not chosen.any():
         remedy = f"lower held_out (now {section.held_out}) or add episodes"
@@ -2364,16 +2697,18 @@ def _read_wide(
         clipped, excess = _clip(columns, spec, part)
         read = {"observations": block[: part.stop - start], "actions": clipped}
         if has_next:
-            read["next_observations"] = columns.read("next_observations", start, part.stop)[:, :dim]
+            after = columns.read("next_observations", start, part.stop, unread=episodes.terminals[part])
+            read["next_observations"] = after[:, :dim]
         for key, array in read.items():
             digests[key].update(np.ascontiguousarray(array).data)
         observations, actions = read["observations"], scale_actions(clipped, spec)
         places, aside = np.flatnonzero(use.train[part]), use.held_out[part]
+        following = places + ~episodes.timeouts[part][places]  # of a time limit's row that is kept, itself
         row: dict[Column, Array] = {
             "observations": observations[places],
             "actions": actions[places],
             "rewards": rewards[part][places],
-            "next_observations": read["next_observations"][places] if has_next else block[places + 1],
+            "next_observations": read["next_observations"][places] if has_next else block[following],
             "terminals": episodes.terminals[part][places],
         }
         join_columns(row, out=rows[filled : filled + len(places)])
@@ -2424,6 +2759,84 @@ def _hidden_columns(mean: Array, deviation: Array, constant: Array) -> Iterator[
         yield f"{np.flatnonzero(faint).tolist()} vary by less than 0.0001, too little to be seen; use another unit"
 
 
+def _odd_actions(rows: Array, spec: EnvironmentSpec) -> Iterator[str]:
+    """Report dimensions of actions that can hardly be learned."""
+    actions = rows[:: 1 + len(rows) // 20_000, spec.observation_dim : spec.observation_dim + spec.action_dim]
+    low, high = actions.min(axis=0), actions.max(axis=0)
+    if (narrow := (high > low) & (high - low < 0.02)).any():  # of [-1, 1]
+        remedy = (
+            "choose narrower bounds" if spec.id else "[data] action_range takes a pair of bounds for each dimension"
+        )
+        yield f"actions fill less than 1 % of their range in dimensions {np.flatnonzero(narrow).tolist()}; {remedy}"
+    two = (high > low) & ((actions == low) | (actions == high)).all(axis=0)
+    if spec.id is None and two.any():
+        remedy = "discrete or one-hot actions cannot be learned"
+        yield f"actions have only two values in dimensions {np.flatnonzero(two).tolist()}; {remedy}"
+
+
+def _check_next(
+    rows: Array, spec: EnvironmentSpec, episodes: Episodes, use: Use, where: str, source: str
+) -> tuple[str, ...]:
+    """A warning where next_observations never differ from observations.
+
+    Raises: MdptError where those at time limits are of other episodes.
+    """
+    own, following = rows[:, : spec.observation_dim], rows[:, -1 - spec.observation_dim : -1]
+    parts = (slice(start, start + CHUNK) for start in range(0, len(rows), CHUNK))
+    if all(np.array_equal(own[part], following[part]) for part in parts) and not rows[:, -1].all():
+        return (
+            f"{where}: 'next_observations' are 'observations' in every row; leave them out, and the next row tells.",
+        )
+    cut = (episodes.timeouts & ~episodes.terminals)[use.last[:-1]] & use.train[use.last[:-1] + 1]
+    begin = use.ends[:-1][cut]
+    begin = begin[(own[begin] != own[begin - 1]).any(axis=1)]  # else nothing can be told
+    known = source != "minari" and not episodes.counted  # Minari's episodes hold their own next observations
+    if known and len(begin) > 1 and np.array_equal(own[begin], following[begin - 1]):
+        raise MdptError(
+            f"{where}: 'next_observations' at all time limits are the observations of the next rows, where other "
+            "episodes begin, as environments store them that reset themselves. Leave 'next_observations' out (rows at "
+            "time limits are then dropped); or, where one recording goes on across the cut, set 'timeouts' to 0 there."
+        )
+    return ()
+
+
+def _compare(
+    starts: Array, episodes: int, recorded: Bounds | None, spec: EnvironmentSpec, seen: Array, bounds: Array
+) -> tuple[list[int], list[str]]:
+    """Observation columns that do not match the environment, and what to warn of.
+
+    starts: first observations in the data (E, O). recorded: bounds in the data. seen, bounds: `first_observations`.
+    A column does not match where more than half of those seen lie outside of the range of `starts`, widened on both
+    sides by its width, or by 1 % of its size where it has none.
+    """
+    mismatched, texts = [], []
+    low, high = starts.min(axis=0).astype(np.float64), starts.max(axis=0).astype(np.float64)
+    margin = np.where(high - low > 1e-6, high - low, 0.01 * np.abs(low) + 1e-6)
+    outside = ((seen < low - margin) | (seen > high + margin)).mean(axis=0) > 0.5
+    if episodes >= 10 and outside.any():  # fewer say too little about the range
+        mismatched = np.flatnonzero(outside).tolist()
+        first = mismatched[0]
+        own, there = (f"{each[:, first].min():.3g} to {each[:, first].max():.3g}" for each in (starts, seen))
+        other = f"episodes begin otherwise than in {spec.id} in the observation columns {mismatched}"
+        remedy = "compare order ([data] observation_keys) and units"
+        texts += [f"{other} (column {first}: {own} in the data, {there} there); {remedy}"]
+    if recorded is not None and np.shape(recorded) == bounds.shape and not np.allclose(recorded, bounds):
+        other = f"its observations were recorded within other bounds than those of {spec.id}, perhaps under a wrapper"
+        texts += [f"{other}; name an environment in [data] that has this wrapper"]
+    return mismatched, texts
+
+
+def _check_recorded_actions(low: list[float], high: list[float], spec: EnvironmentSpec, where: str) -> None:
+    """Raises: MdptError where actions were recorded with other finite bounds than those of the environment."""
+    recorded, bounds = np.array([low, high]), np.array([spec.action_low, spec.action_high])
+    if recorded.shape == bounds.shape and np.isfinite(recorded).all() and not np.allclose(recorded, bounds, rtol=1e-4):
+        other = (
+            f"its actions were recorded within {low} and {high}, perhaps under a wrapper, and those of {spec.id} are"
+        )
+        remedy = "name an environment in [data] that has this wrapper"
+        raise MdptError(f"{where}: {other} within {[*spec.action_low]} and {[*spec.action_high]}; {remedy}.")
+
+
 @dataclass(frozen=True)
 class Description:
     """What a user wants to know of a dataset before training on it."""
@@ -2438,6 +2851,7 @@ class Description:
     duplicates: float  # fraction of transitions that repeat the observation and action of another
     terminals: int  # in all data
     timeouts: int
+    both: int  # rows that are a terminal and at a time limit
     timeouts_counted: bool
 
 
@@ -2461,6 +2875,7 @@ def describe_data(dataset: Dataset) -> Description:
         duplicates=1 - len(np.unique(keys)) / many,
         terminals=dataset.terminal_count,
         timeouts=dataset.timeout_count,
+        both=dataset.both_count,
         timeouts_counted=dataset.timeouts_counted,
     )
 

@@ -13,13 +13,15 @@ import os
 import shlex
 import sys
 import textwrap
+import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import combinations, groupby, pairwise, product
+from itertools import chain, combinations, groupby, pairwise, product
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
@@ -73,8 +75,9 @@ def make_console(*, stderr: bool = False) -> Console:
     return Plain(stderr=stderr, markup=False, emoji=False)  # names of files are no markup
 
 
-def say(text: str, *, stderr: bool = False) -> None:
-    make_console(stderr=stderr).print(text, highlight=False, markup=False, soft_wrap=True)
+def say(text: str, *, stderr: bool = False, wrap: bool = False) -> None:
+    """Print a text; if `wrap`, in lines that the terminal is wide enough for."""
+    make_console(stderr=stderr).print(text, highlight=False, markup=False, soft_wrap=not wrap)
 
 
 def warn(text: str) -> None:
@@ -101,14 +104,23 @@ def warnings_printed() -> Iterator[None]:
 
 
 def show_table(table: Table) -> None:
-    """Print a table between its title and its caption, both of which may be wider than the table."""
+    """Print a table between its title and its caption; a narrow terminal breaks names, and cuts no figures."""
     title, caption, table.title, table.caption = table.title, table.caption, None, None
-    say(str(title))
-    console = make_console()  # a narrow terminal wraps the lines instead of cutting figures
-    console.width = max(console.width, console.measure(table, options=console.options.update(max_width=1000)).maximum)
+    say(str(title), wrap=True)
+    console = make_console()
+    names = [column for column in table.columns if not column.no_wrap]
+    for column in names:
+        column.max_width = NARROW
+    narrowest = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    for column in names:
+        column.max_width = None
+    console.width = max(console.width, narrowest)
     console.print(table)
     if caption is not None:
-        say(str(caption))
+        say(str(caption), wrap=True)
+
+
+NARROW = 12  # characters of a name that stay together
 
 
 def refuse_to_overwrite(path: Path, overwrite: bool) -> None:
@@ -132,7 +144,7 @@ def plain_files(names: Iterable[str]) -> set[str]:
 
 @contextmanager
 def progress(title: str, total: int, start: int = 0) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar on stderr; where stderr is no terminal, a line at each tenth of the way."""
+    """A progress bar on stderr; where stderr is no terminal, a line after a second and at each tenth of the way."""
     from rich import progress as rich_progress
 
     console = make_console(stderr=True)
@@ -148,14 +160,16 @@ def progress(title: str, total: int, start: int = 0) -> Iterator[Callable[[int, 
             task = bar.add_task(title, total=total, completed=start, text="")
             yield lambda done, text: bar.update(task, completed=done, text=text)
         return
-    began, logged = time.perf_counter(), start * 10 // total
+    began, logged, waits = time.perf_counter(), start * 10 // total, True
 
     def log(done: int, text: str) -> None:
-        nonlocal logged
-        if done * 10 // total > logged:
-            logged = done * 10 // total
-            left = (time.perf_counter() - began) / (done - start) * (total - done)
-            console.print(f"{title}: {done}/{total}  {text}  {left:.0f} s left", highlight=False, soft_wrap=True)
+        nonlocal logged, waits
+        passed, tenth = time.perf_counter() - began, done * 10 // total
+        if tenth > logged or (waits and passed > 1):
+            logged, waits = tenth, False
+            left = passed / max(1, done - start) * (total - done)
+            wait = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
+            console.print(f"{title}: {done}/{total}  {text}  {wait} left", highlight=False, soft_wrap=True)
 
     yield log
 
@@ -274,19 +288,22 @@ def scalar_writer(
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    try:
-        writer = SummaryWriter(str(folder), purge_step=0)
-    except OSError as error:
-        raise data.MdptError(f"--tensorboard {folder}: cannot be written ({error.strerror})") from error
+    threading.excepthook = lambda _: None  # the next call raises what the writer's thread has raised
+    writers: list[SummaryWriter] = []
 
-    def write(entry: models.Entry) -> None:
-        for name, values in entry.metrics.items():
-            for seed, value in zip(seeds, values, strict=True):
-                writer.add_scalar(f"{name}/seed {seed}", value, entry.step)
-        writer.flush()
+    def write(*entries: models.Entry) -> None:
+        try:
+            writer = writers[0] if writers else SummaryWriter(str(folder), purge_step=0)
+            writers[:] = [writer]
+            for entry in entries:
+                for name, values in entry.metrics.items():
+                    for seed, value in zip(seeds, values, strict=True):
+                        writer.add_scalar(f"{name}/seed {seed}", value, entry.step)
+            writer.flush()
+        except OSError as error:
+            raise data.MdptError(f"--tensorboard {folder}: cannot be written ({error.strerror})") from error
 
-    for entry in history:
-        write(entry)
+    write(*history)
     return write
 
 
@@ -382,11 +399,6 @@ class Cell:
         return len(self.pairs) * self.section.episodes
 
     @property
-    def reference(self) -> Ends:
-        assert self.bundle.reference is not None  # as `no_environment` has made sure
-        return self.bundle.reference
-
-    @property
     def digests(self) -> dict[str, str]:
         """SHA-256 of the files that the cell comes from."""
         named = {self.policy: [self.bundle], **self.guidance.files}
@@ -465,6 +477,12 @@ def read_cell(path: Path, guidance: Guidance | None, settings: Sequence[str]) ->
     return make_cell(str(path), bundle, guidance or Guidance(OWN, {OWN: bundle.guidances}), settings)
 
 
+def one_samples(cells: Sequence[Cell], settings: Sequence[str]) -> list[Cell]:
+    """One sample of each policy, for cells in which a guidance acts."""
+    acts = [cell for cell in cells if cell.how.candidates > 1 or cell.how.guidance_weight > 0]
+    return [make_cell(cell.policy, cell.bundle, NONE, settings) for cell in acts]
+
+
 def snapshots(path: Path) -> list[Path]:
     """The names of all snapshots of a policy bundle, in order. Raises: MdptError if there are none."""
     if (mark := path.name.rfind("@")) > 0 and path.with_name(path.name[:mark]).is_file():
@@ -513,31 +531,34 @@ def cut_into_tasks(cell: Cell, products: models.Products) -> Iterator[Play]:
         )
 
 
-def plan_swap(policies: Sequence[Path], guidances: Sequence[Path], pairs: Text, settings: Sequence[str]) -> list[Cell]:
+def plan_swap(policies: Sequence[Path], guidances: Sequence[str], pairs: Text, settings: Sequence[str]) -> list[Cell]:
     """The cells of a swap: each policy under its own guidance, none, each named guidance, and ensembles of these.
 
     A file named twice counts once. guidances: empty means those inside the policies. pairs: "all" pairs each policy
-    member with each member of a named guidance, "matched" pairs them by position; None: "all" up to MANY_ROLLOUTS.
+    member with each member of a named guidance, "matched" pairs them by position; None: "all" up to MANY_ROLLOUTS. What
+    acts as the policy's own guidance does is left out.
 
     Raises: MdptError naming the files if they do not fit together or cannot be compared.
     """
     bundles = {str(path): models.read_policy(path) for path in policies}
-    named = {str(path): models.read_guidances(path) for path in guidances}
-    for name, bundle in bundles.items() if not guidances else ():
+    chosen = read_cell_guidance([str(Path(name)) for name in guidances])
+    named = dict(chosen.files) if chosen else {}
+    for name, bundle in bundles.items() if chosen is None else ():
         others = [other for each in named.values() for other in each]
         if not all(any(models.same_weights(inner, other) for other in others) for inner in bundle.guidances):
             named[name] = bundle.guidances
-    if not named:
+    if chosen is None and not named:
         raise data.MdptError(f"{', '.join(bundles)}: no guidance inside; name one with --guidance FILE")
 
     def plan(crossed: bool) -> list[Cell]:
         cells = []
         for name, bundle in bundles.items():
             alone, rule = make_cell(name, bundle, NONE, settings), bundle.experiment.policy.ensemble
-            own = [Guidance(OWN, {OWN: bundle.guidances}, rule)] if bundle.guidances else []
+            own = make_cell(name, bundle, Guidance(OWN, {OWN: bundle.guidances}, rule), settings)
             single = [Guidance(file, {file: each}, "none", crossed) for file, each in named.items() if len(each) == 1]
-            for guidance in (*own, NONE, *single, *ensembles(named, alone.section, rule)):
-                cells.append(alone if guidance is NONE else make_cell(name, bundle, guidance, settings))
+            others = [*single, *ensembles(named, alone.section, rule)]
+            made = [make_cell(name, bundle, guidance, settings) for guidance in others]
+            cells += [*[own] * bool(bundle.guidances), alone, *(cell for cell in made if not act_alike(cell, own))]
         return cells
 
     cells = plan(pairs != "matched")
@@ -547,6 +568,13 @@ def plan_swap(policies: Sequence[Path], guidances: Sequence[Path], pairs: Text, 
         if all(count in (1, members) for count, members in sizes):
             return plan(False)
     return cells
+
+
+def act_alike(first: Cell, second: Cell) -> bool:
+    """Whether two cells of a policy have the same pairs under the same guidance."""
+    ours, theirs = first.guidance.bundles, second.guidance.bundles
+    same = len(ours) == len(theirs) and all(map(models.same_weights, ours, theirs))
+    return same and (first.pairs, first.how) == (second.pairs, second.how)
 
 
 def ensembles(named: Mapping[str, Sequence[Bundle]], section: data.EvaluationSection, learned: str) -> list[Guidance]:
@@ -610,10 +638,10 @@ def find_held_out(cell: Cell, data_file: Path | None) -> HeldOut:
 
 
 def no_environment(cell: Cell) -> str:
-    """Why a policy cannot be scored, for lack of an environment or of a reference; else ""."""
-    if cell.bundle.environment.id is not None and cell.bundle.reference is not None:
+    """Why a policy cannot be scored, for lack of an environment; else ""."""
+    if cell.bundle.environment.id is not None:
         return ""
-    return f"{cell.policy}: cannot be scored: {cell.bundle.dataset.no_environment or 'its bundle has no reference'}"
+    return f"{cell.policy}: cannot be scored: {cell.bundle.dataset.no_environment}"
 
 
 # --- statistics ---------------------------------------------------------------------------------------------------
@@ -630,7 +658,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Summary(Part):
-    """Statistics of scores, 0 to 100, over pairs of members. None: too few members."""
+    """Statistics of scores over pairs of members. None: too few members."""
 
     members: int
     median: float
@@ -665,10 +693,16 @@ class Share(Part):
     interval: Ends | None
 
 
-def normalized_score(returns: Array, reference: Ends) -> Array:
-    """Raw returns on the scale where the reference's min is 0 and its max is 100. Source: arXiv 2004.07219, eq. 1."""
+def normalized_score(returns: Array, reference: Ends | None) -> Array:
+    """Raw returns on the scale where the reference's min is 0 and its max is 100; as they are without a reference.
+
+    Source: arXiv 2004.07219, eq. 1.
+    """
+    returns = np.asarray(returns, dtype=np.float64)
+    if reference is None:
+        return returns
     low, high = reference
-    return np.asarray(100 * (np.asarray(returns, dtype=np.float64) - low) / (high - low))
+    return np.asarray(100 * (returns - low) / (high - low))
 
 
 def summarize(table: Array) -> Summary:
@@ -820,6 +854,20 @@ def compare(own: Array, swapped: Array) -> Change:
     )
 
 
+def falls_short(scores: Array, other: Array | float) -> bool:
+    """Whether scores (S, E) are below others (S, E) in the mean by more than chance would make them in 5 % of cases.
+
+    By Student's t on the differences of members, or of the episodes of a single one; False if there is only one.
+    """
+    from scipy import stats
+
+    gaps = np.asarray(scores - other)
+    gaps = gaps.mean(1) if len(gaps) > 1 else gaps[0]
+    if len(gaps) < 2:
+        return False
+    return bool(gaps.mean() < stats.t.ppf(0.05, len(gaps) - 1) * gaps.std(ddof=1) / math.sqrt(len(gaps)))
+
+
 def matches(own: Array, swapped: Array) -> Iterator[tuple[Array, Array]]:
     """Scores (n,) before and after, of own (S,) and swapped (S, K), for each shift where they vary and n > 2."""
     for other in shift(swapped).T:
@@ -914,7 +962,10 @@ def probability_of_improvement(first: Array, second: Array) -> tuple[float, Ends
 
 @dataclass(frozen=True)
 class Pair(Part):
-    """A policy member under a guidance member: mean return, score and length, and those of each episode."""
+    """A policy member under a guidance member: mean return, score and length, success rate, and each episode's.
+
+    success, successes: None where the environment reports no success.
+    """
 
     policy_member: int
     policy_seed: int
@@ -924,6 +975,8 @@ class Pair(Part):
     length: float
     returns: list[float]
     lengths: list[int]
+    success: float | None
+    successes: list[float] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -943,6 +996,7 @@ class Acting(Part):
     jacobian: bool
     temperature_on: str
     ensemble: str
+    support: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -955,7 +1009,7 @@ class Protocol(Acting):
     seed: int
     environment: str
     repeatable: bool
-    reference: Ends
+    reference: Ends | None
     products: str
 
 
@@ -970,6 +1024,7 @@ class DataScores(Part):
     hash: str
     training_transitions: int
     episodes: int
+    mismatched: list[int]
     mean_return: float
     best_return: float
     mean_score: float
@@ -1023,6 +1078,8 @@ class Comparison(Part):
     warnings: list[str]
     seeds: str  # "same seed", "other seeds" or "all"
     pairs: int
+    length: float
+    success: float | None
     summary: Summary
     change: Change | None
 
@@ -1089,6 +1146,8 @@ class OfflineResult(Acting):
     seeds: list[int]
     states: int
     distance: list[float]
+    distance_one: list[float]  # of one sample
+    gain: list[float] | None
     chance: float
     values: dict[str, models.Values]  # by the name of the judge
 
@@ -1132,25 +1191,29 @@ def play_cells(cells: Sequence[Cell], file: Path | None, overwrite: bool, worker
             parts = []
             for _ in cell.shares:
                 parts.append(next(played))
-                done += len(parts[-1][0])
+                done += len(parts[-1].returns)
                 show(done, "episodes")
-            returns, lengths = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-            report.cells.append(make_result(cell, returns, lengths, products))
+            columns = zip(*(vars(part).values() for part in parts), strict=True)
+            report.cells.append(make_result(cell, data.Played(*map(np.concatenate, columns)), products))
             store_json(file, report)
     return replace(report, summary=compare_results(report.cells))
 
 
-def make_result(cell: Cell, returns: Array, lengths: Array, products: str) -> Result:
-    """The result of a cell from the return and the length of each of its rollouts, in order."""
+def make_result(cell: Cell, played: data.Played, products: str) -> Result:
+    """The result of a cell from its rollouts, in order.
+
+    Where some episode reported success or failure, those that reported nothing have failed.
+    """
     bundle, members = cell.bundle, cell.guidance.seeds
-    returns, lengths = (array.reshape(len(cell.pairs), -1) for array in (returns, lengths))
-    pairs = []
-    for (i, j), episodes, steps in zip(cell.pairs, returns, lengths, strict=True):
-        seeds = bundle.seeds[i], None if j is None else members[j]
-        mean = float(episodes.mean())
-        score = float(normalized_score(np.array(mean), cell.reference))
-        pairs.append(Pair(i, *seeds, mean, score, float(steps.mean()), episodes.tolist(), steps.tolist()))
-    scores = normalized_score(np.array([bundle.dataset.mean_return, bundle.dataset.best_return]), cell.reference)
+    columns = (array.reshape(len(cell.pairs), -1) for array in vars(played).values())
+    pairs, told = [], not np.isnan(played.successes).all()
+    for (i, j), returns, lengths, reported in zip(cell.pairs, *columns, strict=True):
+        seeds, steps = (bundle.seeds[i], None if j is None else members[j]), lengths.astype(int).tolist()
+        mean, wins = float(returns.mean()), np.nan_to_num(reported)
+        score = float(normalized_score(np.array(mean), bundle.reference))
+        success = (float(wins.mean()), wins.tolist()) if told else (None, None)
+        pairs.append(Pair(i, *seeds, mean, score, float(lengths.mean()), returns.tolist(), steps, *success))
+    scores = normalized_score(np.array([bundle.dataset.mean_return, bundle.dataset.best_return]), bundle.reference)
     mean_score, best_score = scores.tolist()
     return Result(
         policy=data.printable(cell.policy),
@@ -1167,6 +1230,12 @@ def make_result(cell: Cell, returns: Array, lengths: Array, products: str) -> Re
     )
 
 
+def played_again(pairs: Sequence[Pair]) -> data.Played:
+    """The rollouts that pairs were made from."""
+    columns = [[pair.returns, pair.lengths, pair.successes or [np.nan] * len(pair.returns)] for pair in pairs]
+    return data.Played(*(np.array(column, dtype=np.float64).ravel() for column in zip(*columns, strict=True)))
+
+
 def make_protocol(cell: Cell, products: str) -> Protocol:
     environment = cell.bundle.environment
     return Protocol(
@@ -1181,7 +1250,7 @@ def make_protocol(cell: Cell, products: str) -> Protocol:
         seed=cell.section.seed,
         environment=str(environment.id),
         repeatable=environment.repeatable,
-        reference=cell.reference,
+        reference=cell.bundle.reference,
         products=products,
     )
 
@@ -1229,11 +1298,10 @@ def read_report(file: Path, conditions: Conditions, cells: Sequence[Cell]) -> Re
     if len(stored.cells) > len(cells):
         raise data.MdptError(f"{file}: holds {len(stored.cells)} cells, expected at most {len(cells)}; {again}")
     for place, (result, cell) in enumerate(zip(stored.cells, cells, strict=False)):
-        shapes = {len(values) for pair in result.pairs for values in (pair.returns, pair.lengths)}
+        episodes = [(pair.returns, pair.lengths, pair.successes or pair.returns) for pair in result.pairs]
         wrong = "pairs"
-        if len(result.pairs) == len(cell.pairs) and shapes == {cell.section.episodes}:
-            returns, lengths = (np.array([getattr(p, key) for p in result.pairs]) for key in ("returns", "lengths"))
-            wrong = differing(result, make_result(cell, returns, lengths, conditions.products))
+        if len(episodes) == len(cell.pairs) and {len(v) for each in episodes for v in each} == {cell.section.episodes}:
+            wrong = differing(result, make_result(cell, played_again(result.pairs), conditions.products))
         if wrong:
             raise data.MdptError(f"{file}: cells[{place}] was changed: other {wrong} than its episodes give; {again}")
     return stored
@@ -1259,11 +1327,13 @@ def compare_results(results: Sequence[Result]) -> list[Comparison]:
             table = tabulate(pairs, len(own), result.protocol.reference)
             complete = result is not baseline and not np.isnan(table).all((1, 2)).any()  # each policy member has a pair
             change = compare(own, table) if complete else None
-            comparisons.append(Comparison(*name, group, len(pairs), summarize(table), change))
+            lengths, wins = zip(*((pair.length, pair.success) for pair in pairs), strict=True)
+            means = float(np.mean(lengths)), None if None in wins else float(np.mean(wins))
+            comparisons.append(Comparison(*name, group, len(pairs), *means, summarize(table), change))
     return comparisons
 
 
-def tabulate(pairs: Sequence[Pair], members: int, reference: Ends) -> Array:
+def tabulate(pairs: Sequence[Pair], members: int, reference: Ends | None) -> Array:
     """Scores of each episode by policy member and guidance seed, (S, K, E); nan where there is no such pair.
 
     If members are paired one to one, K = 1: they are drawn as pairs, not apart. Else the guidance of the seed of policy
@@ -1333,26 +1403,32 @@ def policy_of(name: str, curve: bool) -> str:
     return name.rpartition("@")[0] if curve else name
 
 
+def asked_for(results: Sequence[Result]) -> list[Result]:
+    """The first result of each policy; what follows under the same name is one sample of it."""
+    policies = [result.policy for result in results]
+    return [result for place, result in enumerate(results) if result.policy not in policies[:place]]
+
+
 def compare_policies(results: Sequence[Result], curve: bool) -> list[Rivalry]:
     """How often a member of one policy scores higher than one of another; of a curve, at the last steps."""
-    last = {policy_of(result.policy, curve): result for result in results}
+    last = {policy_of(result.policy, curve): result for result in asked_for(results)}
     return [
         Rivalry(first.policy, second.policy, *probability_of_improvement(first.episode_scores, second.episode_scores))
         for first, second in combinations(last.values(), 2)
     ]
 
 
-def evaluate_offline(cells: Sequence[Cell], data_file: Path | None) -> OfflineReport:
+def evaluate_offline(cells: Sequence[Cell], data_file: Path | None, held_out: HeldOut | None = None) -> OfflineReport:
     """What can be said of policies without playing, on the held-out part of their data, or of another file.
 
-    Raises: MdptError as `find_held_out`.
+    held_out: that part, if it is at hand. Raises: MdptError as `find_held_out`.
     """
     results, parts = [], {}
     for cell in cells:
         bundle, bundles, seed = cell.bundle, cell.guidance.bundles, cell.section.seed
         source = repr((bundle.experiment.data, bundle.environment, bundle.dataset.hash))
         if source not in parts:  # the steps of a curve share theirs
-            parts[source] = find_held_out(cell, data_file)
+            parts[source] = held_out or find_held_out(cell, data_file)
         rule = bundle.experiment.policy.ensemble
         acting = OWN if (cell.guidance.name, cell.how.ensemble) == (OWN, rule) else cell.guidance_text
         judges = {OWN: (bundle.guidances, rule), acting: (bundles, cell.how.ensemble)}
@@ -1375,7 +1451,7 @@ def evaluate_offline(cells: Sequence[Cell], data_file: Path | None) -> OfflineRe
 
 # --- tables -------------------------------------------------------------------------------------------------------
 
-SCORES = "scores (0 to 100 between the reference returns)"
+ONE_SAMPLE = "one sample"
 TEMPERATURES = {"all": "", "start": " of the first noise", "steps": " of all but the first noise"}
 NAMED_APART = ("algorithm", "scheme", "steps", "snapshots")  # settings with a line of their own
 
@@ -1383,25 +1459,25 @@ NAMED_APART = ("algorithm", "scheme", "steps", "snapshots")  # settings with a l
 def make_table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[str] | None], caption: Text = None, left: int = 1
 ) -> Table:
-    """A table of rows; None draws a line. The first `left` columns are aligned left, the others right."""
+    """A table of rows; None draws a line. The first `left` columns are aligned left, the others right.
+
+    Cells at the end of a row may be missing. Columns without any figure are left out.
+    """
     from rich.table import Table
 
     table = Table(title=title, caption=caption)
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place < left else "right", no_wrap=True)
-    for row in rows:
-        table.add_section() if row is None else table.add_row(*row)
+    lines = [row and [*row, *[""] * (len(columns) - len(row))] for row in rows]
+    shown = [place for place in range(len(columns)) if any(line and line[place] not in ("", "-") for line in lines)]
+    for place in shown:
+        named = place < left
+        table.add_column(columns[place], justify="left" if named else "right", no_wrap=not named, overflow="fold")
+    for line in lines:
+        table.add_section() if line is None else table.add_row(*(line[place] for place in shown))
     return table
 
 
-def facts_table(title: str, facts: Mapping[str, str]) -> Table:
-    table = make_table(title, ("what", "value"), facts.items(), left=2)
-    table.columns[1].no_wrap = False
-    return table
-
-
-def number(value: float | None, digits: int = 1) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def number(value: float | None, form: str = ".1f") -> str:
+    return "-" if value is None else f"{value:{form}}"
 
 
 def interval_text(pair: Sequence[float] | None, form: str = ".1f") -> str:
@@ -1413,24 +1489,25 @@ def scale_text(scale: data.RewardScale) -> str:
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
-    return textwrap.fill(", ".join(f"{key}={settings[key]}" for key in settings if key not in NAMED_APART), 80)
+    return ", ".join(f"{key}={settings[key]}" for key in settings if key not in NAMED_APART)
 
 
 def quality_table(bundle: Bundle) -> Table:
     """The quality of a guidance on held-out data: of each member, and the mean over members at each snapshot."""
     *earlier, last = bundle.quality
-    digits = {"correlation": 3, "advantage_correlation": 3, "mean_v": 2, "mean_return": 2}
+    forms = {"correlation": ".3f", "advantage_correlation": ".3f", "mean_v": ".2f", "mean_return": ".2f"}
 
     def mean(values: Sequence[float | None]) -> float | None:
         numbers = [value for value in values if value is not None]
         return float(np.mean(numbers)) if numbers else None
 
     members = [
-        [str(seed), *(number(getattr(last, key)[i], digits[key]) for key in digits)]
+        [str(seed), *(number(getattr(last, key)[i], form) for key, form in forms.items())]
         for i, seed in enumerate(bundle.seeds)
     ]
     means = [
-        [f"mean @{each.step}", *(number(mean(getattr(each, key)), digits[key]) for key in digits)] for each in earlier
+        [f"mean @{each.step}", *(number(mean(getattr(each, key)), form) for key, form in forms.items())]
+        for each in earlier
     ]
     returns = "discounted return to the episode's end"
     if last.bootstrapped:
@@ -1440,7 +1517,7 @@ def quality_table(bundle: Bundle) -> Table:
         ("seed", "corr(V, return)", "corr(Q gain, return - V)", "mean V", "mean return"),
         [*members, None, *means],
         f"return: {returns}; Q gain: Q of the action taken minus the mean Q of other actions of the data in its state; "
-        f"std of Q between members {number(last.q_spread_members, 3)}, between transitions {last.q_spread_rows:.3f}",
+        f"std of Q between members {number(last.q_spread_members, '.3f')}, between transitions {last.q_spread_rows:.3f}",
     )
 
 
@@ -1463,36 +1540,96 @@ def value_problem(bundle: Bundle) -> str:
     )
 
 
-def score_table(result: Result, summary: Summary) -> Table:
-    """One result: each member, statistics over members, and the dataset on the same scale."""
-    members = [
-        (str(pair.policy_seed), number(pair.mean_return), number(pair.score), number(pair.length, 0))
-        for pair in result.pairs
-    ]
-    statistics = [(name, "", text, "") for name, text in summary_cells(summary).items()]
-    mean = "data mean", number(result.dataset.mean_return), number(result.dataset.mean_score), ""
-    best = "data best", number(result.dataset.best_return), number(result.dataset.best_score), ""
-    columns = ("seed", "return", "score", "length")
-    return make_table(SCORES, columns, [*members, None, *statistics, None, mean, best])
+def unit(result: Result) -> str:
+    return "score (0 to 100)" if result.protocol.reference else "return"
 
 
-def offline_table(result: OfflineResult) -> Table:
-    """What held-out data say of a policy: for each member, the distance to the data's actions, and values."""
-    heads = [f"{figure} ({name})" for name in result.values for figure in ("Q", "Q of data", "higher")]
-    rows = []
-    for i, seed in enumerate(result.seeds):
-        row = [str(seed), number(result.distance[i], 3)]
-        for value in result.values.values():
-            row += [number(value.policy[i], 2), number(value.data[i], 2), f"{value.higher[i]:.0%}"]
-        rows.append(row)
-    acting = replace(result, guidance=None) if result.guidance == "none" else result
-    caption = (
+def acting(how: Acting | Inference) -> str:
+    """How a policy acts, as a heading."""
+    if how.candidates > 1:
+        return f"{'best' if how.selection == 'max' else how.selection} of {how.candidates}"
+    return "guided" if how.guidance_weight > 0 else ONE_SAMPLE
+
+
+def summary_cells(each: Comparison) -> dict[str, str]:
+    summary, change = each.summary, each.change
+    return {
+        "median": number(summary.median),
+        "IQR": number(summary.iqr),
+        "IQM": number(summary.iqm),
+        "IQM 95 %": interval_text(summary.iqm_interval),
+        "range": interval_text(summary.range),
+        "mean": number(summary.mean),
+        "std": number(summary.std),
+        "length": number(each.length, ".0f"),
+        "success": number(each.success, ".0%"),
+        "change": number(change.median if change else None, "+.1f"),
+    }
+
+
+STATISTICS = ("median", "IQR", "IQM", "IQM 95 %", "range", "mean", "std")
+
+
+def data_scores(results: Sequence[Result]) -> Iterator[tuple[str, str]]:
+    """Name and score of the mean and the best episode of the data of all these results."""
+    parts = {result.dataset.hash: result for result in results}
+    for kind, result in product(("mean", "best"), parts.values()):
+        name = f"data {kind}" + (f", {result.policy}" if len(parts) > 1 else "")
+        yield name, number(getattr(result.dataset, f"{kind}_score"))
+
+
+def score_table(results: Sequence[Result], comparisons: Sequence[Comparison]) -> Table:
+    """One policy, and one sample of it if that was played: each member, statistics over members, and the dataset."""
+    rows: list[list[str] | None] = []
+    for first, *others in zip(*(result.pairs for result in results), strict=True):
+        raw = number(first.mean_return) if results[0].protocol.reference else ""
+        scores = [number(pair.score) for pair in (first, *others)]
+        rows.append([str(first.policy_seed), *scores, raw, number(first.length, ".0f"), number(first.success, ".0%")])
+    figures = [summary_cells(each) for each in comparisons]
+    rows += [None, *([name, *(each[name] for each in figures)] for name in STATISTICS), None]
+    rows += [[name, *[score] * len(figures)] for name, score in data_scores(results)]
+    columns = ("seed", *(acting(result.protocol) for result in results), "return", "length", "success")
+    return make_table(unit(results[0]), columns, rows)
+
+
+def summary_tables(
+    title: str,
+    heads: tuple[str, str],
+    rows: Sequence[tuple[str, str, Comparison]],
+    results: Sequence[Result],
+    caption: Text,
+) -> Iterator[Table]:
+    """A line for each comparison, after two names, and for the data; then the statistics that are read less often."""
+
+    def lines(*keys: str) -> list[Any]:
+        return [[one, two, *(summary_cells(each)[key] for key in keys)] for one, two, each in rows]
+
+    first, more = ("median", "IQR", "length", "success", "change"), STATISTICS[2:]
+    scores = [[name, "", score] for name, score in data_scores(results)]
+    yield make_table(title, (*heads, *first), [*lines(*first), None, *scores], caption, left=2)
+    yield make_table("more statistics", (*heads, *more), lines(*more), left=2)
+
+
+def offline_tables(result: OfflineResult) -> Iterator[Table]:
+    """What held-out data say of a policy: for each member the distance to the data's actions, and values by each judge."""
+
+    def rows(*columns: Sequence[float] | None) -> Iterator[list[str]]:
+        for i, seed in enumerate(result.seeds):
+            yield [str(seed), *(number(column[i], ".3f") if column else "-" for column in columns)]
+
+    act = replace(result, guidance=None) if result.guidance == "none" else result
+    yield make_table(
+        f"{result.policy}, step {result.step}: offline, on {result.states} held-out states",
+        ("seed", "distance", "of one sample", "gain"),
+        rows(result.distance, result.distance_one, result.gain),
         f"distance: root mean square to the data's actions, in [-1, 1]; {result.chance:.3f} between two actions of the data. "
-        "Q: mean over states, by the guidance in brackets; higher: fraction of states where Q of the policy's action is "
-        f"higher than of the data's. Acts by: {', '.join(choice(acting))}; a guidance values highly what it ranks first."
+        "gain: Q of the best candidate minus Q of the data's action, in standard deviations of V over states. "
+        f"Acts by: {', '.join(choice(act))}",
     )
-    title = f"{result.policy}, step {result.step}: offline, on {result.states} held-out states"
-    return make_table(title, ("seed", "distance", *heads), rows, caption)
+    for name, values in result.values.items():
+        title = f"mean Q by {name}, and the fraction of states where that of the policy's action is higher"
+        shown = rows(values.policy, values.data, values.higher)
+        yield make_table(title, ("seed", "of the policy", "of the data", "higher"), shown)
 
 
 def data_table(dataset: Dataset) -> Table:
@@ -1503,11 +1640,12 @@ def data_table(dataset: Dataset) -> Table:
     bars = np.ceil(8 * np.array(described.histogram) / max(described.histogram)).astype(int)
     lengths = " / ".join(f"{length:.0f}" for length in described.lengths)
     counted = " counted from the first row on" if described.timeouts_counted else ""
+    both = f", {described.both} rows are both" if described.both else ""
     facts = {
         "environment": f"{spec.id or 'none'}, O {spec.observation_dim}, A {spec.action_dim}, limit {spec.max_episode_steps}",
         "transitions": f"{described.transitions} to train on, {described.held_out} held out",
         "episodes": f"{len(dataset.episode_returns)} whole, of {lengths} steps (shortest / median / longest)",
-        "ends": f"{described.terminals} terminals, {described.timeouts} time limits{counted}",
+        "ends": f"{described.terminals} terminals, {described.timeouts} time limits{counted}{both}",
         "returns": quartiles.format(*returns),
         "histogram": f"{''.join(' ▁▂▃▄▅▆▇█'[bar] for bar in bars)} from worst to best",
     }
@@ -1522,91 +1660,104 @@ def data_table(dataset: Dataset) -> Table:
         "actions at a bound": ", ".join(f"{share:.0%}" for share in described.at_bounds),
         "duplicates": f"{described.duplicates:.1%} of transitions repeat the observation and action of another",
     }
-    return facts_table(f"{dataset.identity.source} {dataset.identity.name}", facts)
+    return make_table(f"{dataset.identity.source} {dataset.identity.name}", ("what", "value"), facts.items(), left=2)
 
 
-def policy_table(comparisons: Sequence[Comparison], curve: bool) -> Table:
-    """A line for each policy, or each step of a curve, whose best step is chosen by the scores shown."""
+def policy_tables(results: Sequence[Result], comparisons: Sequence[Comparison], curve: bool) -> Iterator[Table]:
+    """Several policies, or the steps of a curve, whose best step is chosen by the scores shown."""
     rows = []
-    for each in comparisons:
+    for result, each in zip(results, comparisons, strict=True):
         points = [other for other in comparisons if policy_of(other.policy, curve) == policy_of(each.policy, curve)]
         best = max(points, key=lambda point: point.summary.iqm)
-        notes = ["best (online selection)"] * (each is best) + ["last"] * (each is points[-1])
-        rows.append([each.policy, str(each.step), *summary_cells(each.summary).values(), *[", ".join(notes)] * curve])
-    return make_table(SCORES, ("policy", "step", *summary_cells(comparisons[0].summary), *[""] * curve), rows)
+        notes = ", ".join(["best"] * (each is best) + ["last"] * (each is points[-1]))
+        rows.append((each.policy, notes if curve else acting(result.protocol), each))
+    caption = "best: by the scores shown here (online selection)" if curve else None
+    return summary_tables(unit(results[0]), ("policy", "" if curve else "acting"), rows, results, caption)
 
 
-def warn_of_low_score(cell: Cell, result: Result) -> None:
-    """Warn of a policy that learned under guidance and scores far below the mean of its data."""
-    mean, section = result.dataset.mean_score, cell.bundle.experiment.policy
-    if result.median > mean - 10 or not models.learns_under_guidance(section, cell.bundle.step):
-        return
-    reads = models.POLICIES[section.algorithm].reads
-    eta = f", or with a smaller [policy] eta, now {section.eta:g}" if "eta" in reads else ""
-    warn(
-        f"{cell.policy}: median {result.median:.1f}, far below the data's mean, {mean:.1f}: its actions may have left the "
-        f"data; train it longer{eta}"
-    )
+def advise(cell: Cell, acts: Result, one: Result) -> None:
+    """Warn where ranking does harm, or a policy scores below the mean of its data however it acts, beyond chance.
+
+    one: one sample of the policy. The advice follows from what is known of policy and guidance.
+    """
+    bundle, mean, scores = cell.bundle, acts.dataset.mean_score, (acts.episode_scores, one.episode_scores)
+    section, found, remedies = bundle.experiment.policy, [], []
+    if falls_short(*scores):
+        found.append("its guidance does harm")
+        young = [problem for each in cell.guidance.bundles if each.quality and (problem := value_problem(each))]
+        far = "its actions may be far from the data"
+        with suppress(data.MdptError), warnings.catch_warnings():  # where its data lie in a file
+            warnings.simplefilter("ignore")
+            for each in evaluate_offline([cell] if bundle.experiment.data.path and not young else [], None).cells:
+                far = (
+                    f"distance to the data {np.mean(each.distance):.3f}, of one sample {np.mean(each.distance_one):.3f}"
+                )
+        remedies += young or [f"{far}: --set evaluation.support=1, fewer --candidates or a guidance with conservatism"]
+    if all(falls_short(each, mean) for each in scores):
+        found.append("it is below the mean of its data")
+        remedies.append(f"train the policy longer, now {bundle.step} steps")
+        if "eta" in models.POLICIES[section.algorithm].reads and models.learns_under_guidance(section, bundle.step):
+            remedies.append(f"or with a smaller [policy] eta, now {section.eta:g}")
+        remedies += ["or rank its candidates by --infer-guidance FILE"] * (acting(acts.protocol) == ONE_SAMPLE)
+    if columns := bundle.dataset.mismatched:
+        remedies = [f"observation columns {columns} of environment and data do not match, which comes first"]
+    if found:
+        means = {acting(each.protocol): each.episode_scores.mean() for each in (acts, one)} | {"the data's mean": mean}
+        told = ", ".join(f"{name} {value:.1f}" for name, value in means.items())
+        warn(f"{cell.policy}: {' and '.join(found)} ({told}): {', '.join(remedies)}")
 
 
 def show_evaluation(report: Report, comparisons: Sequence[Comparison], curve: bool) -> None:
     """Print the tables of an evaluation, and for each policy its protocol and its training cost."""
-    results = report.cells
-    show_table(
-        policy_table(comparisons, curve) if len(results) > 1 else score_table(results[0], comparisons[0].summary)
-    )
+    results, asked = report.cells, asked_for(report.cells)
+    for table in policy_tables(results, comparisons, curve) if len(asked) > 1 else [score_table(results, comparisons)]:
+        show_table(table)
     if report.rivalry:
         rows = [(e.first, e.second, f"{e.improvement:.2f}", interval_text(e.interval, ".2f")) for e in report.rivalry]
         title = "probability that a member of the first scores higher than one of the second"
         show_table(make_table(title, ("first", "second", "P", "95 %"), rows, left=2))
-    last = {policy_of(result.policy, curve): result for result in results}
+    last = {policy_of(result.policy, curve): result for result in asked}
     for policy, result in last.items():
         name = f"{policy}: " if len(last) > 1 else ""
-        points = [other for other in results if policy_of(other.policy, curve) == policy]
+        points = [other for other in asked if policy_of(other.policy, curve) == policy]
         early = [point.step for point in points if point.protocol.w != result.protocol.w]  # before labels were learned
         line = protocol_line(result.protocol, result.members, weights=not curve)
-        say(name + line + (f", but w 0 until step {max(early)}" if early else ""))
-        say(f"{name}training cost: {account_text(result.accounting)}")
+        say(name + line + (f", but w 0 until step {max(early)}" if early else ""), wrap=True)
+        say(f"{name}training cost: {account_text(result.accounting)}", wrap=True)
 
 
-def swap_tables(comparisons: Sequence[Comparison]) -> Iterator[Table]:
-    """Scores over pairs of members, and their change against the guidance of training."""
-    names = ("policy", "guidance", "seeds")
-    scores, changes = [], []
-    for each in comparisons:
-        name = [each.policy, each.guidance + (" *" if each.warnings else ""), each.seeds]
-        scores.append([*name, str(each.pairs), *summary_cells(each.summary).values()])
-        if each.change is not None:
-            changes.append([*name, *change_cells(each.change)])
+def swap_tables(results: Sequence[Result], comparisons: Sequence[Comparison]) -> Iterator[Table | str]:
+    """For each policy its scores over pairs of members, and lines of their changes against its own guidance."""
     star = "* this guidance learned from other data than the policy: the paper's guarantee does not hold there"
-    yield make_table(
-        "scores (0 to 100), statistics over pairs of members",
-        (*names, "pairs", *summary_cells(comparisons[0].summary)),
-        scores,
-        star if any(each.warnings for each in comparisons) else None,
-    )
-    columns = ("median, 95 %", "range", "IQR, 95 %", "IQR in %", "std, 95 %", "p of spread", "P(better), 95 %")
-    yield make_table("change against the policy's own guidance (or none)", (*names, *columns), changes)
+    for policy, group in groupby(comparisons, key=lambda each: each.policy):
+        parts, mine = list(group), [result for result in results if result.policy == policy]
+        rows = [(each.guidance + " *" * bool(each.warnings), each.seeds, each) for each in parts]
+        title, other = f"{policy}: {unit(mine[0])}, over pairs of members", any(each.warnings for each in parts)
+        yield from summary_tables(title, ("guidance", "seeds"), rows, mine, star if other else None)
+        for guidance, seeds, each in rows:
+            if each.change is not None:
+                yield f"change under {guidance}, {seeds} ({each.pairs} pairs): {change_text(each.change)}"
 
 
-def change_cells(change: Change) -> list[str]:
-    """A row of the table of changes; a single member has no spread, few members have no interval."""
+def change_text(change: Change) -> str:
+    """A change with its intervals; a single member has no spread, few members have no interval."""
 
     def figure(name: str, form: str = "+.1f") -> str:
         value, interval = getattr(change, name), (change.intervals or {}).get(name)
         return "-" if value is None else f"{value:{form}}" + (f" ({interval_text(interval, form)})" if interval else "")
 
     gap, chance = interval_text(change.range, "+.1f"), interval_text(change.iqr_percent_by_chance, "+.0f")
-    percent = "-" if change.iqr_percent is None else f"{change.iqr_percent:+.0f} % (by chance {chance})"
-    p, better = number(change.spread_p, 3), figure("improvement", ".2f")
-    return [figure("median"), gap, figure("iqr"), percent, figure("std"), p, better]
+    percent = "" if change.iqr_percent is None else f", {change.iqr_percent:+.0f} % (by chance {chance})"
+    return (
+        f"median {figure('median')}, range {gap}, IQR {figure('iqr')}{percent}, std {figure('std')}, p of spread "
+        f"{number(change.spread_p, '.3f')}, P(better) {figure('improvement', '.2f')}"
+    )
 
 
-def member_table(result: Result, parts: Components) -> Table:
+def member_tables(result: Result, parts: Components) -> Iterator[Table]:
     """Scores of each policy member under each guidance member, and the components of their spread."""
     scores = result.scores.reshape(result.members, -1)
-    seeds = dict.fromkeys(pair.policy_seed for pair in result.pairs)
-    rows = [(str(seed), *map(number, row)) for seed, row in zip(seeds, scores, strict=True)]
+    seeds = list(dict.fromkeys(str(pair.policy_seed) for pair in result.pairs))
     best = parts.best_guidance
     caption = f"guidance {best.seed} is best over all policies: mean {best.mean:.1f} (online selection)"
     if parts.std is not None:
@@ -1615,20 +1766,15 @@ def member_table(result: Result, parts: Components) -> Table:
             for name, share in parts.std.items()
         ]
         caption = f"spread of scores, as std (95 %): {', '.join(shares)}; {caption}"
-    columns = ("policy", *(f"guidance {seed}" for seed in result.guidance_seeds))
-    return make_table(f"{result.policy} under {result.guidance}", columns, rows, caption)
+    for start in range(0, width := scores.shape[1], ACROSS):
+        part = slice(start, start + ACROSS)
+        rows = [(seed, *map(number, row[part])) for seed, row in zip(seeds, scores, strict=True)]
+        columns = ("policy", *map(str, result.guidance_seeds[part]))
+        title = f"{result.policy} under {result.guidance}: seeds of the policy by seeds of the guidance"
+        yield make_table(title, columns, rows, caption if start + ACROSS >= width else None)
 
 
-def summary_cells(summary: Summary) -> dict[str, str]:
-    return {
-        "median": number(summary.median),
-        "IQR": number(summary.iqr),
-        "IQM": number(summary.iqm),
-        "IQM 95 %": interval_text(summary.iqm_interval),
-        "range": interval_text(summary.range),
-        "mean": number(summary.mean),
-        "std": number(summary.std),
-    }
+ACROSS = 7  # columns of members: more are not seen at once
 
 
 def choice(how: Acting) -> list[str]:
@@ -1638,7 +1784,8 @@ def choice(how: Acting) -> list[str]:
     parts = []
     if how.guide != "gradient":
         softmax = f" at inverse temperature {how.weight_temperature:g}" if how.selection == "softmax" else ""
-        parts.append(f"{how.selection}{softmax} of {how.candidates} by {how.guidance}")
+        support = f" minus {how.support:g} x distance to their median" if how.support else ""
+        parts.append(f"{how.selection}{softmax} of {how.candidates} by {how.guidance}{support}")
     if how.guidance_weight > 0:
         parts.append(f"{how.guidance_weight:g} x gradient of {how.guidance}")
     return parts
@@ -1669,11 +1816,12 @@ def protocol_line(how: Protocol, *members: int, weights: bool = True) -> str:
 
 def swap_line(results: Sequence[Result]) -> str:
     """The protocol that the guided cells of a swap share, in one line."""
-    guided = [result for result in results if result.guidance != "none"]
+    guided = [result for result in results if result.guidance != "none"] or results
     protocols = [result.protocol for result in guided]
     idle = set.intersection(*(set(how.no_effect) for how in protocols))
     ensemble = next((how.ensemble for how in protocols if how.ensemble != "none"), "none")
-    shared = replace(protocols[0], guidance="each guidance", w=0, no_effect=sorted(idle), ensemble=ensemble)
+    name = protocols[0].guidance and "each guidance"
+    shared = replace(protocols[0], guidance=name, w=0, no_effect=sorted(idle), ensemble=ensemble)
     line = protocol_line(shared, *(result.members for result in guided), weights=False) + "; under none 1 candidate"
     labels = sorted({result.protocol.w for result in results} - {0})
     return line + (f"; w of policies with labels {' or '.join(f'{w:g}' for w in labels)}" if labels else "")
@@ -1709,7 +1857,7 @@ def describe(bundle: Bundle, path: Path, joint: bool = False) -> Iterator[Table]
     }
     if bundle.kind == "policy":
         facts["best snapshot"] = "evaluate --curve finds it (online selection)"
-    yield facts_table(f"{path}: {bundle.kind}", facts)
+    yield make_table(f"{path}: {bundle.kind}", ("what", "value"), facts.items(), left=2)
     if history := bundle.history:  # of a joint guidance it is in the policy's
         names = metric_names(history)
         rows = []
@@ -1741,8 +1889,9 @@ def account_text(account: models.Account) -> str:
 
 # --- pictures and film --------------------------------------------------------------------------------------------
 
-INK, SHADE = "black", "0.75"  # pictures are read alike in black and white, and by colour-blind people
+INK, SHADE = "black", "0.75"
 MARKERS = "osD^vP*X"
+COLOURS = ("#332288", "#cc6677", "#117733", "#88ccee", "#882255", "#ddcc77", "#44aa99", "#aa4499")  # Paul Tol's
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -1760,67 +1909,89 @@ def picture(path: Path, title: str, width: float, height: float) -> Iterator[Fig
             figure.savefig(temporary, dpi=150, format=path.suffix[1:])
 
 
-def finish_axes(axes: Axes, results: Sequence[Result], xlabel: str) -> None:
-    """Axes of scores: lines of the dataset, if all policies learned from the same, labels and a legend."""
-    for kind, style in (("mean", ":"), ("best", "--")):
-        scores = {getattr(result.dataset, f"{kind}_score") for result in results}
-        if len(scores) == 1:
-            axes.axhline(scores.pop(), color="0.5", linestyle=style, label=f"dataset {kind}")
-    axes.set(xlabel=xlabel, ylabel="normalized score")
-    add_legend(axes.figure)
+def colour_of(seed: int) -> str:
+    """The colour of the member with this seed, in all pictures."""
+    return COLOURS[seed % len(COLOURS)]
 
 
-def add_legend(figure: Any) -> None:
+def draw_pairs(axes: Axes, place: int, result: Result, median: float) -> None:
+    """The score of each pair, and of its episodes as dots, side by side around a place; the median of pairs as a line."""
+    seeds = np.array([pair.policy_seed for pair in result.pairs])
+    places = place + np.linspace(-0.3, 0.3, len(seeds) + 2)[1:-1]
+    for seed in dict.fromkeys(seeds.tolist()):
+        scores, mine = result.episode_scores[seeds == seed], places[seeds == seed]
+        axes.plot(mine.repeat(scores.shape[1]), scores.ravel(), ".", color=colour_of(seed), alpha=0.3, markersize=3)
+        axes.plot(mine, scores.mean(1), "D", color=colour_of(seed), markersize=4, label=f"seed {seed}")
+    axes.hlines(median, place - 0.4, place + 0.4, color=INK, linewidth=1, label="median")
+
+
+def finish_axes(axes: Axes, results: Sequence[Result]) -> None:
+    """Axes of scores: their unit, and lines of the dataset, if all policies learned from the same.
+
+    The best episode of the data is a line only where that leaves the scores most of the picture.
+    """
+    parts = {(result.dataset.mean_score, result.dataset.best_score) for result in results}
+    for mean, best in parts if len(parts) == 1 else ():
+        axes.axhline(mean, color="0.5", linestyle=":", label=f"data mean {mean:.1f}")
+        low, high = axes.get_ylim()
+        if low <= best <= high + 0.3 * (high - low):
+            axes.axhline(best, color="0.5", linestyle="--", label=f"data best {best:.1f}")
+        else:
+            axes.plot([], [], " ", label=f"data best {best:.1f}, outside")
+    axes.set_ylabel(unit(results[0]))
+
+
+def add_legend(figure: Figure) -> None:
+    """One legend of all axes, in which each label stands once."""
+    pairs = [pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+    handles = {label: handle for handle, label in pairs}
     columns = max(1, int(figure.get_figwidth() / 2.2))  # inches, enough for a bundle's name
-    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+    place: Any = "outside lower center"
+    figure.legend(handles.values(), handles, loc=place, ncols=columns, frameon=False, fontsize=8)
 
 
 def plot_scores(path: Path, results: Sequence[Result], comparisons: Sequence[Comparison]) -> None:
-    """The score of each episode and member, the median of each policy, and the dataset."""
-    protocol = results[0].protocol
-    names = ", ".join(result.policy for result in results)
-    guidances = list(dict.fromkeys(str(result.protocol.guidance) for result in results))
-    how = protocol if len(guidances) == 1 else replace(protocol, guidance=" or ".join(guidances))
-    members = [result.members for result in results]
-    line = protocol_line(how, *members, weights=len({result.step for result in results}) == 1)
-    ticks: dict[float, str] = {}
-    with picture(path, f"{names}: {line}", max(7, 0.4 * sum(count + 1 for count in members)), 4.5) as figure:
+    """The score of each episode and member, the median of members, and the dataset; one sample after the rest."""
+    guided = [result for result in results if acting(result.protocol) != ONE_SAMPLE] or results
+    names = ", ".join(dict.fromkeys(result.policy for result in results))
+    guidance = " or ".join(dict.fromkeys(str(result.protocol.guidance) for result in guided))
+    how = replace(guided[0].protocol, guidance=guidance)
+    members, steps = [result.members for result in results], {result.step for result in results}
+    line = protocol_line(how, *members, weights=len(steps) == 1)
+    with picture(path, f"{names}: {line}", max(7, 1.8 * len(results)), 4.5) as figure:
         axes = figure.add_subplot()
-        for result, comparison in zip(results, comparisons, strict=True):
-            left = max(ticks) + 2 if ticks else 0
-            for x, (pair, episodes) in enumerate(
-                zip(result.pairs, result.episode_scores, strict=True), start=int(left)
-            ):
-                first = x == 0
-                axes.plot(np.full(len(episodes), x), episodes, ".", color=SHADE, label="episode" if first else None)
-                axes.plot(x, pair.score, "D", color=INK, label="member (mean of its episodes)" if first else None)
-                ticks[x] = str(pair.policy_seed)
-            label = "" if left else "median of members"
-            axes.hlines(comparison.summary.median, left - 0.4, max(ticks) + 0.4, color=INK, linewidth=1, label=label)
-        axes.set_xticks(list(ticks), list(ticks.values()))
-        below = "seed" if len(results) == 1 else f"seeds of {names}, from left to right"
-        finish_axes(axes, results, textwrap.fill(data.printable(below), int(figure.get_figwidth() * 11)))
+        for place, (result, each) in enumerate(zip(results, comparisons, strict=True)):
+            draw_pairs(axes, place, result, each.summary.median)
+        labels = [f"{textwrap.fill(result.policy, 24)}\n{acting(result.protocol)}" for result in results]
+        axes.set_xticks(range(len(results)), labels, fontsize=8)
+        finish_axes(axes, results)
+        add_legend(figure)
 
 
-def plot_curve(path: Path, results: Sequence[Result], comparisons: Sequence[Comparison]) -> None:
-    """Score over training steps of each policy: median and interquartile range, and members if it is the only one."""
+def plot_curve(path: Path, results: Sequence[Result]) -> None:
+    """Score, length and success rate over training steps: median and interquartile range, members if of one policy."""
     curves: dict[str, list[Result]] = {}
     for result in results:
         curves.setdefault(policy_of(result.policy, True), []).append(result)
     line = protocol_line(results[0].protocol, *(result.members for result in results), weights=False)
-    with picture(path, f"{', '.join(curves)}: {line}", 7, 4.5) as figure:
-        axes, alone = figure.add_subplot(), len(curves) == 1
-        for (name, points), marker in zip(curves.items(), MARKERS * len(curves), strict=False):
-            steps = [point.step for point in points]
-            scores = np.array([point.scores for point in points])  # (steps, S)
-            if alone:
-                axes.plot(steps, scores, color=SHADE, linewidth=1)
-            style: dict[str, Any] = {"label": "median of members", "color": INK} if alone else {"label": name}
-            (median,) = axes.plot(steps, np.median(scores, 1), marker=marker, **style)
-            low, high = np.percentile(scores, [25, 75], axis=1)
-            label = "interquartile range" if points[0] is results[0] else ""
-            axes.fill_between(steps, low, high, color=median.get_color(), alpha=0.12, label=label, linewidth=0)
-        finish_axes(axes, results, "gradient steps")
+    told = all(pair.success is not None for result in results for pair in result.pairs)
+    panels, heights, alone = ["score", "length", *["success"] * told], [3, 1, *[1] * told], len(curves) == 1
+    with picture(path, f"{', '.join(curves)}: {line}", 7, 1 + 1.2 * sum(heights)) as figure:
+        for axes, key in zip(figure.subplots(len(panels), 1, sharex=True, height_ratios=heights), panels, strict=True):
+            for (name, points), marker in zip(curves.items(), MARKERS * len(curves), strict=False):
+                steps = [point.step for point in points]
+                values = np.array([[getattr(pair, key) for pair in point.pairs] for point in points])  # (steps, S)
+                for pair, column in zip(points[0].pairs if alone else (), values.T, strict=False):
+                    label = f"seed {pair.policy_seed}"
+                    axes.plot(steps, column, color=colour_of(pair.policy_seed), linewidth=1, label=label)
+                style: dict[str, Any] = {"label": "median of members", "color": INK} if alone else {"label": name}
+                (median,) = axes.plot(steps, np.median(values, 1), marker=marker, **style)
+                low, high = np.percentile(values, [25, 75], axis=1)
+                axes.fill_between(steps, low, high, color=median.get_color(), alpha=0.12, linewidth=0)
+            axes.set(ylabel=key)
+        finish_axes(figure.axes[0], results)
+        figure.axes[-1].set_xlabel("gradient steps; shaded: interquartile range")
+        add_legend(figure)
 
 
 def plot_history(path: Path, bundle: Bundle, name: Path) -> None:
@@ -1828,50 +1999,48 @@ def plot_history(path: Path, bundle: Bundle, name: Path) -> None:
     history, names = bundle.history, metric_names(bundle.history)
     algorithm = getattr(bundle.experiment, bundle.kind).algorithm
     rows = math.ceil(len(names) / 2)
-    title = (
-        f"{name}: training of {algorithm} {bundle.kind} on {bundle.environment.id}, {len(bundle.seeds)} members (grey) "
-        "and their mean"
-    )
-    with picture(path, title, 8, 0.8 + 2 * rows) as figure:
+    title = f"{name}: training of {algorithm} {bundle.kind} on {bundle.environment.id}"
+    with picture(path, title, 8, 1.2 + 2 * rows) as figure:
         for place, key in enumerate(names, start=1):
             axes = figure.add_subplot(rows, 2, place)
             entries = [entry for entry in history if key in entry.metrics]
             steps, values = [entry.step for entry in entries], np.array([entry.metrics[key] for entry in entries])
-            axes.plot(steps, values, color=SHADE, linewidth=0.8)
-            axes.plot(steps, values.mean(1), color=INK, linewidth=1.2)
+            for seed, column in zip(bundle.seeds, values.T, strict=True):
+                axes.plot(steps, column, color=colour_of(seed), linewidth=0.8, label=f"seed {seed}")
+            axes.plot(steps, values.mean(1), color=INK, linewidth=1.2, label="mean")
             axes.set(xlabel="gradient steps" if place > len(names) - 2 else "", ylabel=key)
+        add_legend(figure)
 
 
 def plot_swap(path: Path, results: Sequence[Result], comparisons: Sequence[Comparison]) -> None:
-    """The matrix of medians and IQR, policies by guidances, above box plots with the score of every pair."""
+    """The matrix of medians and IQR, policies by guidances, above a panel with every pair for each policy."""
     cells = {(result.policy, result.guidance): result for result in results}
     summaries = {(each.policy, each.guidance): each.summary for each in comparisons}
     policies, guidances = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
     middle = np.array([[summaries[p, g].median if (p, g) in cells else np.nan for g in guidances] for p in policies])
-    middling, wide = (np.nanmin(middle) + np.nanmax(middle)) / 2, 0.8 / len(policies)
-    heights = 1 + 0.45 * len(policies), 3.2
-    with picture(path, swap_line(results), 2 + 1.5 * len(guidances), sum(heights) + 0.5) as figure:
-        matrix, boxes = figure.subplots(2, 1, height_ratios=heights)
+    middling = (np.nanmin(middle) + np.nanmax(middle)) / 2
+    heights = [1 + 0.45 * len(policies), *[2.2] * len(policies)]
+    with picture(path, swap_line(results), 2 + 1.5 * len(guidances), sum(heights) + 1) as figure:
+        matrix, *panels = figure.subplots(len(heights), 1, height_ratios=heights)
+        for axes in panels:
+            axes.sharey(panels[0])
         matrix.imshow(middle, cmap="cividis", aspect="auto")
         for (p, g), result in cells.items():
-            row, column, scores = policies.index(p), guidances.index(g), result.scores
+            row, column = policies.index(p), guidances.index(g)
             text = f"{middle[row, column]:.1f}{' *' * bool(result.warnings)}\nIQR {number(summaries[p, g].iqr)}"
             ink = "black" if middle[row, column] > middling else "white"
             matrix.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
-            x = column - 0.4 + wide * (row + 0.5)
-            boxes.boxplot(scores, positions=[x], widths=wide * 0.8, showfliers=False, medianprops={"color": INK})
-            places, label = x + np.linspace(-0.25, 0.25, len(scores)) * wide, p if g == "none" else None
-            marker = MARKERS[row % len(MARKERS)]
-            boxes.plot(places, scores, marker, label=label, color="0.4", markersize=3, markerfacecolor="white")
+            draw_pairs(panels[row], column, result, middle[row, column])
         columns, lines = ([textwrap.fill(name, 20) for name in names] for names in (guidances, policies))
-        matrix.set_xticks(range(len(guidances)), columns, fontsize=8)
         matrix.set_yticks(range(len(policies)), lines, fontsize=8)
         star = "; *: other data" if any(result.warnings for result in results) else ""
-        matrix.set_title(f"median score (IQR) by policy and guidance{star}", fontsize=8)
-        boxes.set_xticks(range(len(guidances)), columns, fontsize=8)
-        boxes.set_xlim(-0.5, len(guidances) - 0.5)  # as the columns of the matrix
-        boxes.set_title("score of every pair of members", fontsize=8)
-        boxes.set(ylabel="normalized score")
+        matrix.set_title(f"median (IQR) by policy and guidance{star}", fontsize=8)
+        for policy, axes in zip(policies, panels, strict=True):
+            axes.set_title(f"{policy}: every pair of members", fontsize=8)
+            finish_axes(axes, [result for result in results if result.policy == policy])
+        for axes in figure.axes:
+            axes.set_xticks(range(len(guidances)), columns, fontsize=8)
+            axes.set_xlim(-0.5, len(guidances) - 0.5)
         add_legend(figure)
 
 
@@ -1885,7 +2054,6 @@ def film(cell: Cell, seed: int | None, path: Path, workers: Workers) -> None:
     seeds, reference = cell.bundle.seeds, cell.bundle.reference
     if seed is not None and seed not in seeds:
         raise data.MdptError(f"--member {seed}: the seeds in {cell.policy} are {', '.join(map(str, seeds))}")
-    assert reference is not None
     pair = cell.pairs[0 if seed is None else seeds.index(seed)]
     once = replace(cell, pairs=[pair], section=cell.section.model_copy(update={"episodes": 1}))
     tasks = list(cut_into_tasks(once, models.choose_products()))
@@ -1894,7 +2062,8 @@ def film(cell: Cell, seed: int | None, path: Path, workers: Workers) -> None:
 
         def look(step: int, total: float, pixels: Array) -> None:
             frame = Image.fromarray(pixels)
-            text = f"return {total:.1f}, score {float(normalized_score(np.array(total), reference)):.1f}"
+            score = f", score {float(normalized_score(np.array(total), reference)):.1f}" if reference else ""
+            text = f"return {total:.1f}{score}"
             label = f"seed {seeds[pair[0]]}, step {step}\n{text}"
             ImageDraw.Draw(frame).text((6, 4), label, fill="white", stroke_width=1, stroke_fill="black", font_size=14)
             frames.append(frame)
@@ -1921,6 +2090,10 @@ class Command(TyperCommand):
     """A command whose signals and warnings are handled once its options are read: --help needs neither."""
 
     def invoke(self, ctx: Any) -> Any:
+        try:
+            os.getcwd()
+        except FileNotFoundError as error:
+            raise data.MdptError("the working folder was deleted; change to another one") from error
         with data.on_signals(ctx.obj), warnings_printed():
             return super().invoke(ctx)
 
@@ -1947,6 +2120,8 @@ class Commands(TyperGroup):
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (`explain` raises what it does not know)
             with data.on_signals(lambda number, frame: None):  # one signal is enough
                 code = fail(explain(error, caught))
+                if os.environ.get("MDPT_DEBUG") == "1":
+                    traceback.print_exception(error)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -2029,8 +2204,8 @@ TEACHERS = "frozen guidance, or a policy that holds one; repeatable for an ensem
 Teachers = Annotated[Files, option(TEACHERS, "FILE", "--guidance")]
 ACTING = "bundle whose guidance acts, or none; by default the one inside the policy; repeatable for an ensemble"
 Acts = Annotated[Texts, option(ACTING, "FILE")]
-SWAPPED = "bundle whose guidance acts; by default those inside the policies; repeatable"
-Swapped = Annotated[Files, option(SWAPPED, "FILE", "--guidance")]
+SWAPPED = "bundle whose guidance acts, or none; by default those inside the policies; repeatable"
+Swapped = Annotated[Texts, option(SWAPPED, "FILE", "--guidance")]
 PAIRS = "matched: members by position; all: each with each; by default all, up to 2,000 rollouts"
 Pairs = Annotated[Text, option(PAIRS, "KIND")]
 Processes = Annotated[int, option("processes that simulate; changes no result", "N", min=1)]
@@ -2094,9 +2269,15 @@ def guidance(
                 warn(f"{path}: {problem}")
         else:
             warn(f"{path}: its quality is not known, since no episode is held out; set [data] held_out above 0")
-    same = [part for override in overrides or [] for part in ("--set", override)]
-    same += ["--seeds", seeds] if seeds else []
+    same = repeated(overrides, seeds, "policy", "evaluation")
     say(f"next: {shlex.join(['mdpt', 'policy', as_argument(experiment), '--guidance', str(path), *same])}")
+
+
+def repeated(overrides: Texts, seeds: Text, *tables: str) -> list[str]:
+    """Options of a command that the next one needs, which reads these tables, [data] and the top level."""
+    tops = {name: setting_name(name).rpartition(".")[0].partition(".")[0] for name in overrides or []}
+    same = [part for name, top in tops.items() if top in ("", "data", *tables) for part in ("--set", name)]
+    return same + (["--seeds", seeds] if seeds else [])
 
 
 def read_teachers(files: Sequence[Path], run: Experiment) -> list[Bundle]:
@@ -2167,10 +2348,26 @@ def policy(
         begun = unfinished(path, board, overwrite, extend)
         dataset = load_data(run.data, data.Workers(workers, timeout))
         with training_run("policy", run, chosen, path, begun, extend, board) as training:
-            models.train_policy(run, dataset, teachers, training)
+            bundle = models.train_policy(run, dataset, teachers, training)
+        try:  # [evaluation] may fail where training does not
+            cell = make_cell(str(path), bundle, Guidance(OWN, {OWN: bundle.guidances}), [])
+            held_out = dataset.held_out if len(dataset.held_out.rewards) else None
+            for found in evaluate_offline([cell], None, held_out).cells if held_out else ():
+                for table in offline_tables(found):
+                    show_table(table)
+        except data.MdptError as error:
+            warn(str(error))
     module = data.imported_for(dataset.environment.id or "")
-    trusted = ["--import", module] if module else []
-    say(f"next: {shlex.join(['mdpt', 'evaluate', as_argument(path), *trusted])}")
+    command = ["mdpt", "evaluate", as_argument(path), *(["--import", module] if module else [])]
+    if bundle.guidances:
+        say(f"next, with candidates ranked by its guidance, beside one sample: {shlex.join(command)}")
+    else:
+        judge = f"{run.name}-{run.guidance.algorithm}.guidance.pt"
+        train = ["mdpt", "guidance", as_argument(experiment), *repeated(overrides, seeds, "guidance")]
+        first = "" if Path(judge).exists() else f"{shlex.join(train)} && "
+        say(
+            f"next, with candidates ranked by a guidance, beside one sample: {first}{shlex.join([*command, '--infer-guidance', judge])}"
+        )
 
 
 @app.command(cls=Command)
@@ -2220,8 +2417,11 @@ def evaluate(
         chosen = read_cell_guidance(infer_guidance or [])
         cells = [read_cell(path, chosen, given) for path in paths]
         check_comparable(cells)
-        warn_of_cells(cells)
-        missing = [reason for cell in cells if (reason := no_environment(cell))]
+        last = {
+            policy_of(cell.policy, curve): cell for cell in cells
+        }.values()  # of a curve, whose steps share warnings
+        warn_of_cells(list(last))
+        missing = [reason for cell in last if (reason := no_environment(cell))]
         for reason in missing:
             warn(reason)
         if missing or data_file is not None:
@@ -2233,7 +2433,8 @@ def evaluate(
         if video is not None:
             film(cells[0], member, video, where)
             return
-        score_policies(cells, curve, json_file, plot_file, overwrite, where)
+        beside = [] if curve else one_samples(cells, given)
+        score_policies([*cells, *beside], curve, json_file, plot_file, overwrite, where)
 
 
 def leave_out(reason: str, others: Mapping[str, object]) -> None:
@@ -2257,8 +2458,8 @@ def show_offline(cells: Sequence[Cell], data_file: File, json_file: File, overwr
         refuse_to_overwrite(json_file, overwrite)
     report = evaluate_offline(cells, data_file)
     store_json(json_file, report)
-    for result in report.cells:
-        show_table(offline_table(result))
+    for table in chain.from_iterable(map(offline_tables, report.cells)):
+        show_table(table)
 
 
 def score_policies(
@@ -2270,10 +2471,11 @@ def score_policies(
     store_json(json_file, report)
     comparisons = overall(report.summary or [])
     if plot_file is not None:
-        (plot_curve if curve else plot_scores)(plot_file, report.cells, comparisons)
+        plot_curve(plot_file, report.cells) if curve else plot_scores(plot_file, report.cells, comparisons)
     show_evaluation(report, comparisons, curve)
-    for cell, result in zip(cells, report.cells, strict=True):
-        warn_of_low_score(cell, result)
+    one = {result.policy: result for result in report.cells}  # where it was played, one sample comes last
+    for result in {policy_of(each.policy, curve): each for each in asked_for(report.cells)}.values():
+        advise(cells[report.cells.index(result)], result, one[result.policy])
 
 
 @app.command(cls=Command)
@@ -2312,11 +2514,14 @@ def swap(
         if plot_file is not None:
             plot_swap(plot_file, report.cells, overall(report.summary or []))
         for result, parts in zip(crossed, components, strict=True):
-            show_table(member_table(result, parts))
-        for table in swap_tables(report.summary or []):
-            show_table(table)
-        for line in [*(report.verdicts or []), swap_line(report.cells)]:
-            say(line)
+            for table in member_tables(result, parts):
+                show_table(table)
+        for part in [
+            *swap_tables(report.cells, report.summary or []),
+            *(report.verdicts or []),
+            swap_line(report.cells),
+        ]:
+            say(part, wrap=True) if isinstance(part, str) else show_table(part)
 
 
 def evaluation_settings(settings: Texts, episodes: Number, candidates: Number, seed: Number) -> list[str]:

@@ -52,6 +52,7 @@ from mdpt.data import (
     Interrupted,
     MdptError,
     MdptWarning,
+    Played,
     PolicySection,
     RewardScale,
     TrainingSection,
@@ -717,6 +718,18 @@ def td_loss(q: Tensor, rewards: Tensor, terminals: Tensor, next_v: Tensor, disco
     return loss, {"q_loss": loss.detach(), "q": q.detach().mean((-2, -1))}
 
 
+def conservative_loss(q: Tensor, others: Tensor) -> Loss:
+    """How far the log-sum-exp of Q over the data's action and K others lies above Q of the data's action.
+
+    Its gradient lowers Q at actions that the data do not contain, by more the higher it is there, for both critics.
+    q: (S, 2, B), of the data's actions; others: (S, 2, B, K), of other actions in the same states.
+    Source: conservative Q-learning, arXiv 2006.04779, eq. 4.
+    """
+    above = torch.logsumexp(torch.cat([q[..., None], others], dim=-1), dim=-1) - q
+    loss = above.mean(-1).sum(-1)
+    return loss, {"conservative_loss": loss.detach()}
+
+
 def noise_loss(predicted: Tensor, noise: Tensor, weight: Tensor | None = None) -> Loss:
     """Mean squared error of the predicted noise.
 
@@ -1073,8 +1086,22 @@ class Guidance(nn.Module):
         return [(self.online_q, rate), (self.value, self.section.value_learning_rate or rate), *actor]
 
     def loss(self, batch: Batch, random: Randomness, actor: Actor | None = None) -> Loss:
-        """The algorithm's loss. actor: the policy that acts in a joint run, in place of the companion."""
-        return self.algorithm.loss(self, batch, random, actor)
+        """The algorithm's loss and, by `conservatism`, that of other actions in a share of the batch's states.
+
+        actor: the policy that acts in a joint run, in place of the companion.
+        """
+        section, observations, actions = self.section, batch.observations, batch.actions
+        if section.conservatism == 0:
+            q = self.twins(self.online_q, observations, actions)
+            return self.algorithm.loss(self, q, batch, random, actor)
+        rows, count = actions.shape[1], section.conservative_actions
+        judged = math.ceil(section.conservative_share * rows)
+        others = other_actions(actions[:, :judged], count, section.conservative_noise, random)  # (S, b, K, A)
+        states = observations[:, :judged].repeat_interleave(count, dim=1)  # (S, b K, O)
+        both = torch.cat([observations, states], 1), torch.cat([actions, others.flatten(1, 2)], 1)
+        q, theirs = torch.split(self.twins(self.online_q, *both), [rows, judged * count], dim=-1)
+        conservative = conservative_loss(q[..., :judged], theirs.view(*q.shape[:2], judged, count))
+        return add(self.algorithm.loss(self, q, batch, random, actor), conservative, section.conservatism)
 
     def follow(self, step: int) -> None:
         """Move targets and averages after gradient step `step`: target <- (1 - tau) target + tau online."""
@@ -1165,31 +1192,38 @@ ENSEMBLES: dict[str, Callable[[Tensor, int], Tensor]] = {
 Judge = Guidance | Ensemble
 
 
-def implicit_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Actor | None) -> Loss:
+def other_actions(actions: Tensor, count: int, noise: float, random: Randomness) -> Tensor:
+    """K = `count` actions to compare each action with: (S, B, A) -> (S, B, K, A), in [-1, 1].
+
+    Half of them, rounded down, are the action plus Gaussian noise of this deviation, the others uniform.
+    """
+    (_, rows, width), close = actions.shape, count // 2
+    beside = actions[:, :, None] + noise * random.normal("actions beside", rows, close, width)
+    anywhere = 2 * random.uniform("actions anywhere", rows, count - close, width) - 1
+    return torch.cat([beside.clamp(-1, 1), anywhere], dim=2)
+
+
+def implicit_q_loss(guidance: Guidance, q: Tensor, batch: Batch, random: Randomness, actor: Actor | None) -> Loss:
     """Implicit Q-learning (arXiv 2110.06169, Algorithm 1; arXiv 2304.10573): uses no action outside the data."""
     with torch.no_grad():
         target_q = guidance.q(batch.observations, batch.actions)
         next_v = guidance.v(batch.next_observations)
     v = guidance.v(batch.observations)
-    q = guidance.twins(guidance.online_q, batch.observations, batch.actions)
     return add(
         VALUE_LOSSES[guidance.section.value_loss](guidance.section, target_q, v),
         td_loss(q, batch.rewards, batch.terminals, next_v, guidance.section.discount),
     )
 
 
-def critic_loss(
-    guidance: Guidance, batch: Batch, rewards: Tensor, terminals: Tensor, next_v: Tensor, discount: float | Tensor
-) -> Loss:
-    """`td_loss` of the critics at the data's actions, plus regression of V to the mean of their target Q there."""
-    q = guidance.twins(guidance.online_q, batch.observations, batch.actions)
+def critic_loss(guidance: Guidance, batch: Batch, td: Loss) -> Loss:
+    """The critics' loss `td`, plus regression of V to the mean of their target Q at the data's actions."""
     with torch.no_grad():
         target_q = guidance.q(batch.observations, batch.actions)
     value = expectile_loss(target_q, guidance.v(batch.observations), 0.5)
-    return add(td_loss(q, rewards, terminals, next_v, discount), value)
+    return add(td, value)
 
 
-def diffusion_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Actor | None) -> Loss:
+def diffusion_q_loss(guidance: Guidance, q: Tensor, batch: Batch, random: Randomness, actor: Actor | None) -> Loss:
     """The critics of Diffusion-QL (arXiv 2208.06193, eq. 4), bootstrapped by the actor, else by the companion.
 
     Each critic takes the best of `bootstrap_candidates` next actions, and the lower of the two values counts. The
@@ -1204,11 +1238,12 @@ def diffusion_q_loss(guidance: Guidance, batch: Batch, random: Randomness, actor
     with torch.no_grad():
         both = guidance.twins(guidance.target_q, repeated, actor(repeated, random))  # (S, 2, B N)
         next_q = both.view(*both.shape[:2], batch.rewards.shape[1], -1).amax(-1).amin(1)
-    loss = critic_loss(guidance, batch, batch.rewards, batch.terminals, next_q, guidance.section.discount)
+    td = td_loss(q, batch.rewards, batch.terminals, next_q, guidance.section.discount)
+    loss = critic_loss(guidance, batch, td)
     return loss if companion is None else add(loss, companion.loss(batch, guidance, random))
 
 
-def sarsa_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Actor | None) -> Loss:
+def sarsa_loss(guidance: Guidance, q: Tensor, batch: Batch, random: Randomness, actor: Actor | None) -> Loss:
     """Evaluate the policy that made the data: bootstrap by Q of its next action, or by V(s') where there is none.
 
     Source: Sutton and Barto, Reinforcement Learning, 2nd edition, section 6.4; offline: arXiv 2106.08909.
@@ -1217,10 +1252,11 @@ def sarsa_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Acto
     with torch.no_grad():
         next_q = guidance.q(batch.next_observations, next_actions)
         next_v = torch.where(exists, next_q, guidance.v(batch.next_observations))
-    return critic_loss(guidance, batch, batch.rewards, batch.terminals, next_v, guidance.section.discount)
+    td = td_loss(q, batch.rewards, batch.terminals, next_v, guidance.section.discount)
+    return critic_loss(guidance, batch, td)
 
 
-def monte_carlo_loss(guidance: Guidance, batch: Batch, random: Randomness, actor: Actor | None) -> Loss:
+def monte_carlo_loss(guidance: Guidance, q: Tensor, batch: Batch, random: Randomness, actor: Actor | None) -> Loss:
     """Regress Q to the discounted return to the end of the episode; where it was cut off, V of its last state follows.
 
     Source: Sutton and Barto, Reinforcement Learning, 2nd edition, section 5.1.
@@ -1229,18 +1265,19 @@ def monte_carlo_loss(guidance: Guidance, batch: Batch, random: Randomness, actor
     returns, steps, last = batch.returns(discount)
     with torch.no_grad():
         next_v = guidance.v(last.next_observations)
-    return critic_loss(guidance, batch, returns, last.terminals, next_v, discount**steps)
+    return critic_loss(guidance, batch, td_loss(q, returns, last.terminals, next_v, discount**steps))
 
 
 @dataclass(frozen=True)
 class GuidanceAlgorithm:
     """A line of the registry: how a guidance learns.
 
-    reads: fields of [guidance] that it reads, beside those that all read. has_actor: whether it needs an actor: the
-    policy of a joint run, or else a companion, which reads the fields in COMPANION.
+    loss: gets Q of the online critics at the data's actions, (S, 2, B), with gradient to their weights. reads: fields
+    of [guidance] that it reads, beside those that all read. has_actor: whether it needs an actor: the policy of a joint
+    run, or else a companion, which reads the fields in COMPANION.
     """
 
-    loss: Callable[[Guidance, Batch, Randomness, Actor | None], Loss]
+    loss: Callable[[Guidance, Tensor, Batch, Randomness, Actor | None], Loss]
     reads: tuple[str, ...] = ()
     has_actor: bool = False
 
@@ -1258,6 +1295,7 @@ GUIDANCES = {
 
 
 WINDOW = ("guidance_from", "guidance_until")
+CONSERVATIVE = ("conservative_actions", "conservative_noise", "conservative_share")
 PACE = ("steps", "batch_size", "snapshots", "save_every")  # in a joint run those of [policy] count
 
 SCHEMES = {"guidance-first": SimpleNamespace(reads=("ensemble", *WINDOW)), "joint": SimpleNamespace(reads=WINDOW)}
@@ -1325,6 +1363,8 @@ def unread_fields(run: Experiment, kind: Kind) -> dict[str, list[str]]:
             for line in registry.values():
                 owners = dict.fromkeys(line.reads, owner) | owners
             read |= set(registry[choice].reads if effective else ())
+        if table == "guidance" and run.guidance.conservatism == 0:
+            owners |= dict.fromkeys(CONSERVATIVE, "conservatism 0")
         if joint and table == "guidance":
             owners |= dict.fromkeys(ignored := (*PACE, *COMPANION), "scheme joint")
             read -= set(ignored)
@@ -1362,7 +1402,8 @@ NOT_WRITTEN = "is not a bundle as mdpt writes it; write it anew"
 
 def plain(tensor: Tensor) -> Tensor:
     """The tensor itself. Raises: ValueError unless it is a contiguous float32 tensor of finite numbers."""
-    if type(tensor) is not Tensor or tensor.layout != torch.strided or not tensor.is_contiguous():
+    laid_out = type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_meta
+    if not laid_out or not tensor.is_contiguous():
         raise ValueError("should be a plain tensor")
     if tensor.dtype != torch.float32:
         raise ValueError(f"should be float32, not {tensor.dtype}")
@@ -1428,6 +1469,7 @@ class Data(Part, title="dataset"):
     episodes: Count
     mean_return: float
     best_return: float
+    mismatched: list[int] = []  # observation columns in which episodes start otherwise than the environment's resets
 
 
 class Account(Part, title="accounting"):
@@ -1850,6 +1892,7 @@ class Inference:
     candidates: int = 1
     selection: str = "max"
     weight_temperature: float = 100.0
+    support: float = 0.0
     temperature: float = 1.0
     w: float = 1.0
     guidance_weight: float = 0.0
@@ -1880,8 +1923,10 @@ def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference,
             "guide 'rank'"
         )
     scaled = section.temperature_on != "steps" or SAMPLERS[run.policy.sampler].ancestral  # else the first noise is all
+    supported = ranked and section.candidates > 2  # two candidates are equally far from their median
     effective = {
         "candidates": section.candidates if ranked else 1,
+        "support": section.support if supported else 0.0,
         "w": section.w if labels else 0.0,
         "guidance_weight": section.guidance_weight if steered else 0.0,
         "ensemble": ensemble,
@@ -1891,6 +1936,7 @@ def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference,
         "candidates": ranked or section.candidates == 1,
         "selection": ranked,
         "weight_temperature": ranked and section.selection == "softmax",
+        "support": supported,
         "guide": guided,
         "guidance_weight": steered,
         "jacobian": steered,
@@ -1916,6 +1962,23 @@ class RowsApart:
         )
 
 
+def supported_scores(scores: Tensor, actions: Tensor, support: float) -> Tensor:
+    """Scores of each state's candidates, (S, B, N), less where a candidate is far from the median of all: (S, B, N).
+
+    What is subtracted is `support` times the standardized squared distance, in standard deviations of the scores, so
+    that a softmax keeps their unit. It is 0 where distances do not differ. actions: (S, B, N, A).
+    """
+
+    def deviation(values: Tensor) -> Tensor:  # over the candidates; 1 where values differ by rounding at most
+        found = values.std(-1, correction=0, keepdim=True)
+        return torch.where(found > 1e-9 * values.abs().amax(-1, keepdim=True), found, 1.0)
+
+    exact = actions.double()
+    far = (exact - median(exact.movedim(2, 0))[:, :, None]).square().sum(-1)
+    beyond = (far - far.mean(-1, keepdim=True)) / deviation(far)
+    return (scores - support * deviation(scores.double()) * beyond).float()
+
+
 @torch.no_grad()
 def act(
     policy: Policy,
@@ -1928,7 +1991,8 @@ def act(
     """Choose actions: raw observations (S, B, O) -> scaled actions (S, B, A).
 
     Of N candidates per state, the one with the highest Q ("max"), or one drawn with probability proportional to
-    exp(weight_temperature * Q) ("softmax"; V would cancel, since it does not depend on the action).
+    exp(weight_temperature * Q) ("softmax"; V would cancel, since it does not depend on the action). With support, Q is
+    lower the further a candidate is from the others, see `supported_scores`.
 
     noises: standard normal, as from `Policy.noises` for B N rows. uniform: (S, B, N) in [0, 1), for "softmax".
     """
@@ -1947,6 +2011,8 @@ def act(
         return actions[:, :, 0]
     repeated = observations.repeat_interleave(how.candidates, dim=1)
     scores = guidance.q(repeated, actions.flatten(1, 2)).view(actions.shape[:3])  # (S, B, N)
+    if how.support > 0:
+        scores = supported_scores(scores, actions, how.support)
     if how.selection == "softmax":  # the Gumbel-max trick draws from the softmax
         scores = how.weight_temperature * scores - (-uniform.clamp(1e-20, 1 - 1e-7).log()).log()
     best = scores.argmax(-1)[..., None, None].expand(-1, -1, 1, actions.shape[-1])
@@ -2022,8 +2088,8 @@ class Play:
     products: Products
 
 
-def play(task: Play, watch: Watch, **film: Any) -> tuple[Array, Array]:
-    """Raw returns and lengths of a task's episodes, as from `data.rollout`.
+def play(task: Play, watch: Watch, **film: Any) -> Played:
+    """What a task's episodes gave, as from `data.rollout`.
 
     On one thread, so that results are equal to the bit whatever the number of threads.
     """
@@ -2054,13 +2120,18 @@ class Values:
 class Offline:
     """What is known of a policy without playing, on a number of held-out states.
 
-    distance: per member, root mean square difference between its actions and the data's, in [-1, 1]. chance: the same
-    between the data's actions of two states. values: by the name of the judge.
+    distance: per member, root mean square difference between its actions and the data's, in [-1, 1]. distance_one: the
+    same of one sample for each state, without ranking. chance: the same between the data's actions of two states. gain:
+    per member, by how much the guidance that it acts by values its actions above the data's, in standard deviations of
+    V over the states; None without such a guidance, or where it has no values ("rank"). values: by the name of the
+    judge.
     """
 
     states: int
     distance: list[float]
+    distance_one: list[float]
     chance: float
+    gain: list[float] | None
     values: dict[str, Values]
 
 
@@ -2089,14 +2160,19 @@ def judge_offline(
     uniform = random.uniform("selection", len(rows), how.candidates)
     ranker = build_judge(guidances, how.ensemble, count, "cpu", how.candidates) if guidances else None
     chosen = act(actor, ranker, states, noises, uniform, how).clamp(-1, 1)
-    values = {}
+    first = noises.view(*noises.shape[:2], len(rows), how.candidates, -1)[..., 0, :]  # (S, T, B, A)
+    one = act(actor, ranker, states, first, uniform[..., :1], replace(how, candidates=1)).clamp(-1, 1)
+    values, gain = {}, None
+    if ranker is not None and how.ensemble != "rank":
+        above = (ranker.q(states, chosen) - ranker.q(states, given)).mean(1)
+        gain = (above / ranker.v(states).std(1).clamp(min=1e-6)).tolist()
     for name, (bundles, rule) in judges.items():
         judge = build_judge(bundles, rule, count, "cpu")
         own, other = judge.q(states, chosen), judge.q(states, given)
         values[name] = Values(own.mean(1).tolist(), other.mean(1).tolist(), (own > other).float().mean(1).tolist())
-    distance = (chosen - given).square().mean((1, 2)).sqrt().tolist()
+    distance, distance_one = ((each - given).square().mean((1, 2)).sqrt().tolist() for each in (chosen, one))
     chance = float((actions - actions.roll(len(rows) // 2, 0)).square().mean().sqrt())
-    return Offline(len(rows), distance, chance, values)
+    return Offline(len(rows), distance, distance_one, chance, gain, values)
 
 
 def load_agent(
@@ -2127,12 +2203,14 @@ def load_agent(
     choose_products()  # as `mdpt evaluate` does
 
     def choose(observations: Array) -> Array:
-        rows = np.atleast_2d(np.asarray(observations, dtype=np.float32))
+        expected = f"expected ({spec.observation_dim},) or (E, {spec.observation_dim}), finite"
+        try:
+            rows = np.atleast_2d(np.asarray(observations, dtype=np.float32))
+        except (TypeError, ValueError) as error:
+            name = type(observations).__name__
+            raise MdptError(f"{path}: observations that are no array of numbers, but {name}; {expected}") from error
         if rows.ndim != 2 or rows.shape[1] != spec.observation_dim or not np.isfinite(rows).all():
-            raise MdptError(
-                f"{path}: observations of shape {np.shape(observations)}; expected ({spec.observation_dim},) or "
-                f"(E, {spec.observation_dim}), finite"
-            )
+            raise MdptError(f"{path}: observations of shape {np.shape(observations)}; {expected}")
         if not len(rows):
             return np.empty((0, spec.action_dim), np.float32)
         if len(rows) not in agents:
@@ -2310,6 +2388,8 @@ class History:
             step, member = done - len(self.pending) + int(bad[0, 0]), int(bad[0, 1])
             self.give_up("loss", member, losses[bad[0, 0], member].item(), step)
         names = sorted({name for _, metrics in self.pending for name in metrics})
+        if taken := {"step", "loss"}.intersection(names):
+            raise MdptError(f"a loss has a metric {min(taken)!r}, a name that the history of a bundle uses; rename it")
         means = {
             name: torch.stack([metrics[name] for _, metrics in self.pending if name in metrics]).mean(0).tolist()
             for name in names
@@ -2493,7 +2573,7 @@ def run_facts(bundle: Bundle, joint: bool) -> dict[str, Any]:
         if key not in (FREE if name == bundle.kind else PACE)
     }
     section = bundle.experiment.data
-    shapers = ("seed", "fraction", "held_out", "reward_scale", "normalization")
+    shapers = ("seed", "fraction", "held_out", "reward_scale", "normalization", "keep_timeouts")
     return (
         facts
         | {f"[data] {key}": getattr(section, key) for key in shapers}

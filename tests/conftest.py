@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from toy_environment import Toy
 
 
 def pytest_configure() -> None:
+    os.fsync = lambda _: None  # tests do not outlive a power cut
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which `nohup` ignores, and commands would then, too
 
 

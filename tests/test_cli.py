@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import tomllib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -23,6 +24,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import conftest
 import h5py  # type: ignore[import-untyped]
 import matplotlib
 import numpy as np
@@ -41,7 +43,9 @@ ROOT = Path(__file__).parent.parent
 ROWS = 290  # of the toy dataset
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXECUTABLE = Path(sys.executable).with_name("mdpt")
-COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMAND: Any = typer.main.get_command(app)
+COMMANDS: dict[str, Any] = COMMAND.commands
+typer.testing._get_command = lambda _: COMMAND  # which is not made anew for each run
 
 TOY = """
 name = "toy"
@@ -126,8 +130,10 @@ def play(command: str) -> tuple[dict[str, Any], str]:
 
 
 def evaluate(command: str) -> dict[str, Any]:
-    """The only cell that `mdpt evaluate COMMAND` reports."""
-    (cell,) = play(f"evaluate {command}")[0]["cells"]
+    """The cell that `mdpt evaluate COMMAND` reports, without the one sample beside it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "one_samples", lambda *_: [])
+        (cell,) = play(f"evaluate {command}")[0]["cells"]
     return dict(cell)
 
 
@@ -219,7 +225,10 @@ def trained(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
             run(f"guidance toy.toml --set guidance.algorithm={name}" + (" --seeds 8,9" if name == "dql" else ""))
         for file, options in POLICIES.items():
             result = run(f"policy toy.toml {options}")
-            assert result.stdout == f"wrote {file}\nnext: mdpt evaluate {file} --import conftest\n"
+            judge = ("a", " --infer-guidance toy-idql.guidance.pt") if "unguided" in options else ("its", "")
+            what = f"next, with candidates ranked by {judge[0]} guidance, beside one sample"
+            command = f"mdpt evaluate {file} --import conftest{judge[1]}"
+            assert result.stdout.endswith(f"\nwrote {file}\n{what}: {command}\n")
     return folder
 
 
@@ -229,7 +238,7 @@ def folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FORCE_COLOR", raising=False)
-    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setenv("COLUMNS", "1000")  # which breaks no line
     return tmp_path
 
 
@@ -266,8 +275,14 @@ def test_files_of_the_users_own_are_not_in_the_way(tmp_path: Path) -> None:
 def test_guidance_tells_its_quality_and_what_comes_next(folder: Path) -> None:
     result = run("guidance toy.toml --out g.pt")
     assert result.stdout.endswith("wrote g.pt\nnext: mdpt policy toy.toml --guidance g.pt\n")
-    varied = run("guidance toy.toml --out h.pt --seeds 8 --set policy.hidden=[8]")
-    assert varied.stdout.endswith("next: mdpt policy toy.toml --guidance h.pt --set 'policy.hidden=[8]' --seeds 8\n")
+    varied = "--seeds 8 --set policy.hidden=[8] --set guidance.tau=0.1 --set data.seed=3 --set name=new"
+    repeated = "--set 'policy.hidden=[8]' --set data.seed=3 --set name=new --seeds 8"  # what `policy` reads
+    said = run(f"guidance toy.toml --out h.pt {varied}").stdout
+    assert said.endswith(f"next: mdpt policy toy.toml --guidance h.pt {repeated}\n")
+    options = "--set name=new --set guidance.tau=0.1 --seeds 3"
+    said = run(f"policy toy.toml {options} --set policy.algorithm=bc --set policy.scheme=unguided").stdout
+    first = f"mdpt guidance toy.toml {options} && mdpt evaluate new-bc-unguided.policy.pt"
+    assert said.endswith(f": {first} --import conftest --infer-guidance new-idql.guidance.pt\n")
     *_, quality = read("g.pt").quality
     for row, seed in enumerate((0, 1)):
         assert re.search(rf"│ {seed} +│ +{quality.correlation[row]:.3f} │", result.stdout)
@@ -284,7 +299,9 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(folder: Path) -> Non
 def test_every_policy_is_evaluated(folder: Path) -> None:
     """The report's figures follow from its episodes, recomputed here from the definitions."""
     report, _ = play(f"evaluate {' '.join(POLICIES)}")
-    assert [cell["policy"] for cell in report["cells"]] == list(POLICIES)
+    guided = [policy for policy in POLICIES if "unguided" not in policy]
+    acting = [(cell["policy"], cell["protocol"]["candidates"]) for cell in report["cells"]]
+    assert acting == [(policy, 4 if policy in guided else 1) for policy in POLICIES] + [(name, 1) for name in guided]
     for cell, entry in zip(report["cells"], report["summary"], strict=True):
         assert [pair["policy_seed"] for pair in cell["pairs"]] == [0, 1]
         each = np.array(returns(cell))
@@ -297,9 +314,7 @@ def test_every_policy_is_evaluated(folder: Path) -> None:
         expected = {"median": middle, "iqr": spread / 2, "iqm": middle, "mean": middle, "std": spread / np.sqrt(2)}
         assert {key: entry["summary"][key] for key in expected} == pytest.approx(expected)
         assert entry["summary"]["range"] == pytest.approx([low, high]) and entry["summary"]["iqm_interval"] is None
-        unguided = "unguided" in cell["policy"]
-        assert cell["protocol"]["candidates"] == (1 if unguided else 4)
-        assert (cell["protocol"]["guidance"] is None) == unguided
+        assert (cell["protocol"]["guidance"] is None) == (cell["protocol"]["candidates"] == 1)
         bundle = read(cell["policy"])
         assert cell["accounting"] == bundle.accounting.model_dump()
         assert cell["dataset"]["hash"] == bundle.dataset.hash
@@ -308,44 +323,48 @@ def test_every_policy_is_evaluated(folder: Path) -> None:
 
 def test_the_table_holds_the_figures_of_the_report(folder: Path) -> None:
     report, stdout = play("evaluate toy-dql.policy.pt")
-    for pair in report["cells"][0]["pairs"]:
-        figures = rf"{pair['return']:.1f} │ +{pair['score']:.1f} │ +{pair['length']:.0f}"
+    acts, one = report["cells"]
+    assert returns(one) == returns(evaluate("toy-dql.policy.pt --infer-guidance none")) != returns(acts)
+    for pair, other in zip(acts["pairs"], one["pairs"], strict=True):
+        figures = rf"{pair['score']:.1f} │ +{other['score']:.1f} │ +{pair['return']:.1f} │ +{pair['length']:.0f}"
         assert re.search(rf"│ {pair['policy_seed']} +│ +{figures} │", stdout)
     for name in ("median", "IQR", "IQM", "mean", "std"):
-        assert re.search(rf"│ {name} +│ +│ +{report['summary'][0]['summary'][name.lower()]:.1f} │", stdout), name
+        both = " │ +".join(f"{entry['summary'][name.lower()]:.1f}" for entry in report["summary"])
+        assert re.search(rf"│ {name} +│ +{both} │", stdout), name
     low, high = report["summary"][0]["summary"]["range"]
-    assert re.search(rf"│ IQM 95 % +│ +│ +- │.*\n│ range +│ +│ +{low:.1f} \.\. {high:.1f} │", stdout)
+    assert re.search(rf"│ range +│ +{low:.1f} \.\. {high:.1f} │", stdout)
     with h5py.File("toy.hdf5") as file:
         ends = np.flatnonzero(file["terminals"][()] | file["timeouts"][()]) + 1
         episodes = np.add.reduceat(file["rewards"][()].astype(float), np.concatenate([[0], ends[:-1]]))
     for name, value in (("mean", episodes.mean()), ("best", episodes.max())):
-        assert re.search(rf"│ data {name} +│ +{value:.1f} │ +{value - 10:.1f} │", stdout), name
+        assert re.search(rf"│ data {name} +│ +{value - 10:.1f} │ +{value - 10:.1f} │", stdout), name
     line = "conftest:Gentle-v0, 2 members x 3 episodes, seed 0, max of 4 by its own idql guidance, temperature 1"
-    assert any(shown.startswith(f"{line}, last weights") for shown in stdout.splitlines())
-    assert stdout.endswith("wrote report.json\n") and "…" not in stdout
+    assert f"\n{line}, last weights" in stdout and stdout.endswith("wrote report.json\n")
 
 
 def test_several_policies_are_compared(folder: Path) -> None:
     (folder / "me@work").mkdir()
     shutil.copy("toy-cfg.policy.pt", "me@work/cfg.pt")
     files = ["toy-dql.policy.pt", "toy-dql.policy.pt@10", "me@work/cfg.pt", "toy-bc-unguided.policy.pt"]
-    report, stdout = play(f"evaluate {' '.join(files)} --episodes 6")
-    cells = {cell["policy"]: cell for cell in report["cells"]}
-    assert list(cells) == files
-    for entry in report["summary"]:
-        figures = rf"{entry['step']} │ +{entry['summary']['median']:.1f} │ +{entry['summary']['iqr']:.1f}"
-        assert re.search(rf"│ {entry['policy']} +│ +{figures} │", stdout)
+    report, stdout = play(f"evaluate {' '.join(files)} --episodes 2")
+    cells = {cell["policy"]: cell for cell in report["cells"][:4]}
+    assert list(cells) == files and [cell["policy"] for cell in report["cells"][4:]] == files[:3]  # one sample
+    for cell, entry in zip(report["cells"], report["summary"], strict=True):
+        acting = "one sample" if cell["guidance"] == "none" else "best of 4"
+        figures = rf"{entry['summary']['median']:.1f} │ +{entry['summary']['iqr']:.1f} │ +{entry['length']:.0f}"
+        assert re.search(rf"│ {entry['policy']} +│ {acting} +│ +{figures} │", stdout)
+        assert entry["length"] == pytest.approx(np.mean([pair["length"] for pair in cell["pairs"]]))
     for first, second in combinations(files, 2):
         ours, theirs = pair_scores(cells[first]), pair_scores(cells[second])
         wins = stats.mannwhitneyu(ours, theirs).statistic / (len(ours) * len(theirs))
         assert re.search(rf"│ {first} +│ {second} +│ +{wins:.2f} │", stdout)
     for file in files:  # none disturbs the other
-        assert f"\n{file}: conftest:Gentle-v0, 2 members x 6 episodes" in stdout
-    assert evaluate(f"{files[2]} --episodes 6")["pairs"] == cells[files[2]]["pairs"]
+        assert f"\n{file}: conftest:Gentle-v0, 2 members x 2 episodes" in stdout
+    assert evaluate(f"{files[2]} --episodes 2")["pairs"] == cells[files[2]]["pairs"]
 
 
 def test_scores_depend_on_the_seed_alone(folder: Path) -> None:
-    first, again, more = (evaluate(f"toy-dql.policy.pt{options}") for options in ("", "", " --episodes 8"))
+    first, again, more = (evaluate(f"toy-dql.policy.pt{options}") for options in ("", "", " --episodes 5"))
     assert again == first
     for row, longer in zip(returns(first), returns(more), strict=True):
         assert longer[:3] == pytest.approx(row, abs=1e-3)  # up to the rounding of wider products
@@ -380,7 +399,7 @@ def test_settings_that_cannot_act_are_told(folder: Path) -> None:
         ("toy-dql.policy.pt", "--set evaluation.w=2", ["w"]),
     ):
         report, stdout = play(f"evaluate {command} {options}")
-        (cell,) = report["cells"]
+        cell = report["cells"][0]
         assert cell["protocol"]["no_effect"] == idle and f"without effect here: {idle[0]}\n" in stdout
         assert cell["pairs"] == evaluate(command)["pairs"]
 
@@ -415,10 +434,11 @@ def test_curve(folder: Path) -> None:
     for entries in (report["summary"][:2], report["summary"][2:]):
         best = max(entries, key=lambda entry: float(entry["summary"]["iqm"]))
         for entry in entries:
-            start = rf"│ {entry['policy']} +│ +{entry['step']} │ +{entry['summary']['median']:.1f} │"
-            (line,) = [line for line in stdout.splitlines() if re.match(start, line)]
-            assert ("last" in line) == (entry["step"] == 20)
-            assert ("best (online selection)" in line) == (entry is best)
+            notes = ["best"] * (entry is best) + ["last"] * (entry["step"] == 20)
+            figures = rf"{entry['summary']['median']:.1f} │ +{entry['summary']['iqr']:.1f} │ +{entry['length']:.0f}"
+            assert re.search(rf"│ {entry['policy']} +│ {', '.join(notes)} +│ +{figures} │", stdout)
+    mean = report["cells"][0]["dataset"]["mean_score"]
+    assert re.search(rf"│ data mean +│ +│ +{mean:.1f} │", stdout) and "(online selection)" in stdout
     assert re.search(r"│ toy-dql.policy.pt@20 +│ toy-cfg.policy.pt@20 +│ +\d", stdout) and "…" not in stdout
 
 
@@ -450,8 +470,6 @@ def test_an_environment_that_hangs_is_named(folder: Path, monkeypatch: pytest.Mo
 
 
 def test_a_module_is_imported_for_a_bundle_only_if_the_user_names_it(folder: Path) -> None:
-    run("policy toy.toml --guidance toy-idql.guidance.pt --out p.pt")
-    assert "next: mdpt evaluate p.pt --import conftest\n" in run(f"{UNDER_IDQL} --out p.pt --overwrite").stdout
     bundle = read("toy-dql.policy.pt")
     Path("stranger.py").write_text("open('ran', 'w')")
     for name, module in (("stranger:X-v0", "stranger"), ("GymV21Environment-v0", "shimmy")):
@@ -465,8 +483,8 @@ def test_a_module_is_imported_for_a_bundle_only_if_the_user_names_it(folder: Pat
 
 def test_swap_crosses_all_members(folder: Path) -> None:
     run("guidance toy.toml --seeds 1,2,3 --out three.pt")
-    command = "swap toy-dql.policy.pt --guidance toy-idql.guidance.pt --guidance three.pt"
-    report, stdout = play(command)
+    result = run("swap toy-dql.policy.pt --guidance toy-idql.guidance.pt --guidance three.pt --workers 1 --json r.json")
+    report, stdout = json.loads(Path("r.json").read_text()), result.stdout
     own, none, same, three, *ensembles = report["cells"]
     assert [cell["guidance"] for cell in report["cells"]] == [
         "its own",
@@ -492,17 +510,19 @@ def test_swap_crosses_all_members(folder: Path) -> None:
         *[(cell["guidance"], "all", 2) for cell in ensembles],
     ]
     for entry in report["summary"]:
-        start = rf"{re.escape(entry['guidance'])} │ +{entry['seeds']} │ +{entry['pairs']} │"
-        (row,) = [line for line in stdout.splitlines() if re.search(start, line)]
-        assert all(f" {cli.number(entry['summary'][key])} " in row for key in ("median", "iqr", "iqm", "mean")), row
-    assert "…" not in stdout
+        name, summary = rf"│ {re.escape(entry['guidance'])} +│ +{entry['seeds']} +│ +", entry["summary"]
+        first, second = (
+            " │ +".join(cli.number(summary[key]) for key in keys) for keys in (("median", "iqr"), ("iqm",))
+        )
+        assert re.search(rf"{name}{first} │ +{entry['length']:.0f} │", stdout) and re.search(name + second, stdout)
+    assert re.search(rf"│ data mean +│ +│ +{own['dataset']['mean_score']:.1f} │", stdout)
     scores = np.array(pair_scores(three)).reshape(2, 3)
     parts, best = report["components"][1], int(scores.mean(0).argmax())
     assert parts["best_guidance"] == {"seed": best + 1, "mean": pytest.approx(scores[:, best].mean())}
     assert f"guidance {best + 1} is best over all policies: mean {scores[:, best].mean():.1f} (online" in stdout
     assert f"{parts['std']['guidance']['std']:.1f} from the guidance" in stdout
     assert "an ensemble is shared by all members" in stdout
-    assert "7 of 7 cells to play, members paired each with each: 60 rollouts\n" in run(f"{command} --workers 1").stderr
+    assert "7 of 7 cells to play, members paired each with each: 60 rollouts\n" in result.stderr
 
 
 def test_swap_compares_with_the_guidance_of_training(folder: Path) -> None:
@@ -526,36 +546,42 @@ def test_swap_compares_with_the_guidance_of_training(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("members", "said"), [(3, "no intervals below 5 members"), (5, "intervals resample members and start states")]
 )
-def test_few_members_have_a_range_and_five_have_intervals(
-    folder: Path, members: int, said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_few_members_have_a_range_and_five_have_intervals(folder: Path, members: int, said: str) -> None:
     cell = cli.read_cell(Path("toy-dql.policy.pt"), None, [])
-    result = cli.make_result(cell, np.zeros(6), np.ones(6, dtype=int), "default")
+    played = data.Played(np.zeros(6), np.ones(6), np.full(6, np.nan))
+    result = cli.make_result(cell, played, "default")
     scores = np.random.default_rng(0).normal(50, 20, (2, 5, 1)) + [-5.0, 5.0]
     results = []
     for name, rows in (("its own", scores[0, :members]), ("g.pt", scores[1, :members])):
-        pairs = [cli.Pair(i, i, i, 0.0, row.mean(), 1.0, row.tolist(), [1, 1]) for i, row in enumerate(rows)]
+        pairs = [
+            cli.Pair(i, i, i, 0.0, row.mean(), 1.0, row.tolist(), [1, 1], None, None) for i, row in enumerate(rows)
+        ]
         protocol = replace(result.protocol, reference=(0.0, 100.0), episodes=2)
         results.append(replace(result, guidance=name, pairs=pairs, protocol=protocol))
     comparisons = cli.compare_results(results)
     change = comparisons[1].change
     assert change is not None and change.iqr_percent_by_chance is not None
     assert (comparisons[1].summary.iqm_interval is None) == (change.intervals is None) == (members < 5)
-    for table in cli.swap_tables(comparisons):
-        cli.show_table(table)
-    (row,) = [line for line in capsys.readouterr().out.splitlines() if "by chance" in line]
+    *_, row = cli.swap_tables(results, comparisons)
+    assert isinstance(row, str)
     low, high = change.iqr_percent_by_chance
-    assert f"{change.iqr_percent:+.0f} % (by chance {low:+.0f} .. {high:+.0f}) " in row
-    assert f" {change.spread_p:.3f} " in row and "{:+.1f} .. {:+.1f}".format(*change.range) in row
+    assert f"{change.iqr_percent:+.0f} % (by chance {low:+.0f} .. {high:+.0f})" in row
+    assert f" {change.spread_p:.3f}," in row and "{:+.1f} .. {:+.1f}".format(*change.range) in row
     assert len(re.findall(r"\(\S+ \.\. \S+\)", row)) == (0 if members < 5 else 4)
     assert cli.swap_line(results).endswith(f", {said}; under none 1 candidate")
 
 
 def test_swap_pairs_members_by_position(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     twice = "toy-dql.policy.pt toy-dql.policy.pt"
-    report, _ = play(f"swap {twice} --guidance toy-idql.guidance.pt@10 --pairs matched {APART}")
+    report, _ = play(f"swap {twice} --guidance toy-idql.guidance.pt@10 --pairs matched --episodes 1 {APART}")
     assert [cell["guidance"] for cell in report["cells"]] == ["its own", "none", "toy-idql.guidance.pt@10"]
     assert [(p["policy_seed"], p["guidance_seed"]) for p in report["cells"][2]["pairs"]] == [(0, 0), (1, 1)]
+    for options in ("--pairs matched", "--guidance none"):
+        cells = play(f"swap toy-dql.policy.pt {options} --episodes 1 {APART}")[0]["cells"]
+        assert [cell["guidance"] for cell in cells] == ["its own", "none"]  # each result once
+    (cell,) = play("swap toy-bc-unguided.policy.pt --guidance none --episodes 1")[0]["cells"]
+    assert cell["pairs"] == evaluate("toy-bc-unguided.policy.pt --infer-guidance none --episodes 1")["pairs"]
+    fail("swap toy-dql.policy.pt --guidance none --guidance toy-idql.guidance.pt", "none cannot be combined")
     monkeypatch.setattr(cli, "MANY_ROLLOUTS", 7)  # 2 + 2 + 4 pairs are more
     command = f"swap toy-dql.policy.pt --episodes 1 --workers 1 {APART} --guidance"
     assert "each with each: 8 rollouts" in run(f"{command} toy-idql.guidance.pt --pairs all").stderr
@@ -586,6 +612,52 @@ def test_several_guidances_act_as_one(folder: Path) -> None:
     assert returns(alone) == returns(part) != returns(two)
     fail("policy toy.toml --guidance toy-idql.guidance.pt#7 --out p.pt", "#7", "the seeds are 0, 1")
     fail("evaluate toy-dql.policy.pt --infer-guidance toy-idql.guidance.pt#1@10", "#1@10", "FILE@STEP#SEED")
+
+
+def test_eighty_columns_hold_every_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shutil.copy("toy-dql.guidance.pt", f"{'antmaze-large-diverse-' * 2}dql.guidance.pt")
+    for command in (
+        f"swap toy-dql.policy.pt toy-cfg.policy.pt --guidance {'antmaze-large-diverse-' * 2}dql.guidance.pt",
+        "evaluate toy-dql.policy.pt toy-bc-unguided.policy.pt",
+        "evaluate toy-dql.policy.pt",
+        "evaluate toy-dql.policy.pt --data toy.hdf5",
+        "evaluate toy-dql.policy.pt --describe",
+    ):
+        options = " --episodes 1 --workers 1" if "data" not in command and "describe" not in command else ""
+        lines = run(command + options).stdout.splitlines()
+        assert max(map(len, lines)) <= 80 and "…" not in "".join(lines), command
+
+
+def test_without_a_reference_scores_are_returns_and_success_is_counted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Success is told where an episode lasts six steps; what is never told is a failure."""
+    step = conftest.Gentle.step
+
+    def tell(environment: conftest.Gentle, action: Any) -> Any:
+        *rest, info = step(environment, action)
+        return *rest, info | ({"is_success": True} if environment.state[1] == 6 else {})
+
+    monkeypatch.setattr(conftest.Gentle, "step", tell)
+    Path("toy.toml").write_text(TOY.replace("reference = [10, 110]", "").replace('source = "hdf5"', ""))
+    run("guidance toy.toml --overwrite")
+    run("policy toy.toml --guidance toy-idql.guidance.pt --out p.pt")
+    matplotlib.rcParams["svg.fonttype"] = "none"
+    report, stdout = play("evaluate p.pt --episodes 4 --plot a.svg")
+    for cell, entry in zip(report["cells"], report["summary"], strict=True):
+        for pair in cell["pairs"]:
+            assert pair["score"] == pair["return"] == pytest.approx(np.mean(pair["returns"]))
+            assert pair["successes"] == [float(length == 6) for length in pair["lengths"]]
+            assert pair["success"] == pytest.approx(np.mean(pair["successes"]))
+        assert entry["success"] == pytest.approx(np.mean([pair["success"] for pair in cell["pairs"]]))
+    acts, one = (cell["pairs"][0] for cell in report["cells"])
+    figures = rf"{acts['score']:.1f} │ +{one['score']:.1f} │ +{acts['length']:.0f} │ +{acts['success']:.0%} │"
+    assert stdout.startswith("return\n") and re.search(rf"│ 0 +│ +{figures}", stdout)
+    assert ">return<" in Path("a.svg").read_text() and "score" not in Path("a.svg").read_text()
+    told = run("evaluate p.pt --curve --episodes 1 --workers 1 --plot c.svg").stdout
+    assert "success" in told and ">success<" in Path("c.svg").read_text()
+    assert "scores" not in run("guidance toy.toml --describe-data").stdout
 
 
 def test_values_of_two_scales_are_ranked(folder: Path) -> None:
@@ -620,10 +692,8 @@ def test_several_guidances_teach_as_one(folder: Path, monkeypatch: pytest.Monkey
     assert equal(read("taught.pt").guidances, [in_lineage(each) for each in teachers])
     cell = evaluate("taught.pt")
     assert cell["protocol"]["guidance"].startswith("the mean of all 4 members of its own dql + idql")
-    both = "--infer-guidance toy-idql.guidance.pt --infer-guidance toy-dql.guidance.pt"
-    assert returns(evaluate(f"taught.pt {both} --set evaluation.ensemble=mean")) == returns(cell)
-    report, _ = play("swap toy-dql.policy.pt taught.pt --episodes 1")  # the second holds the first's guidance, too
-    assert ("toy-dql.policy.pt", "taught.pt (mean of 4)") in {(c["policy"], c["guidance"]) for c in report["cells"]}
+    report, _ = play("swap taught.pt --guidance taught.pt --episodes 1")  # which it acts by anyhow
+    assert [cell["guidance"] for cell in report["cells"]] == ["its own", "none"]
     described = run("evaluate taught.pt --describe").stdout
     assert "idql guidance, step 20, seeds 0, 1" in described and "dql guidance, step 20" in described
 
@@ -674,7 +744,7 @@ def test_swap_judges_a_foreign_algorithm_by_the_stronger_of_the_two(folder: Path
 
 
 CUT = [
-    "evaluate toy-dql.policy.pt toy-dql.policy.pt@10 toy-bc.policy.pt toy-bc-unguided.policy.pt --candidates 2",
+    "evaluate toy-dql.policy.pt toy-dql.policy.pt@10 toy-bc-unguided.policy.pt --candidates 2",
     f"swap toy-dql.policy.pt toy-bc.policy.pt --guidance toy-idql.guidance.pt {APART} --candidates 2",
 ]
 
@@ -697,7 +767,7 @@ def test_what_getting_data_tells(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_playing_goes_on_where_it_was_cut_short(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command, count = f"{CUT[0]} --episodes 2 --workers 1", 4
+    command, count = f"{CUT[0]} --episodes 1 --workers 1", 5
     run(f"{command} --json whole.json")
     make, played = cli.make_result, []
 
@@ -720,19 +790,20 @@ def test_playing_goes_on_where_it_was_cut_short(folder: Path, monkeypatch: pytes
     ).stderr  # replaces the picture, plays nothing again
     assert f"0 of {count} cells to play" in said and Path("part.json").read_bytes() == Path("whole.json").read_bytes()
     fail(f"{command} --json part.json --seed 5", "part.json", "other evaluation", "--overwrite")
-    run(f"{UNDER_IDQL} --seeds 5,6 --overwrite")
+    write("toy-dql.policy.pt", read("toy-dql.policy.pt"), seeds=[5, 6])
     fail(f"{command} --json part.json", "part.json", "other bundles", "--overwrite")
     assert f"{count} of {count} cells" in run(f"{command} --json part.json --overwrite").stderr
 
 
 def edits(report: dict[str, Any]) -> Iterator[str]:
     """Trim and edit a report in many ways, one at a time; says which is on."""
-    (cell,), pair = report["cells"], report["cells"][0]["pairs"][0]
+    cell, pair = report["cells"][0], report["cells"][0]["pairs"][0]
     parts = (report, report["settings"], cell, cell["protocol"], pair, cell["dataset"], cell["accounting"])
-    wrong = [(part, key, value) for part in parts for key in part for value in (None, "x", [], -1, float("nan"))]
+    values = (None, "x", float("nan"))
+    wrong = [(part, key, value) for part in parts for key in part for value in values]
     wrong += [(pair, "policy_seed", 7), (pair, "guidance_seed", 1), (pair, "score", 99.0), (cell, "policy", "q.pt")]
     wrong += [(pair, "returns", [*pair["returns"], 1.0]), (cell, "pairs", cell["pairs"][:1]), (cell, "colour", "red")]
-    wrong += [(cell, "pairs", [*cell["pairs"], pair]), (report, "cells", [cell, cell])]
+    wrong += [(cell, "pairs", [*cell["pairs"], pair]), (report, "cells", [cell] * 3)]
     for part, key, value in wrong:
         before, late = dict(part), key in ("summary", "rivalry")  # which are not there while cells are played
         part[key] = value
@@ -746,15 +817,16 @@ def edits(report: dict[str, Any]) -> Iterator[str]:
 
 
 def test_a_trimmed_or_edited_report_is_answered_in_one_line(folder: Path) -> None:
-    command = "evaluate toy-bc.policy.pt --candidates 2 --workers 1 --json report.json"
+    command = "evaluate toy-bc.policy.pt --candidates 2 --episodes 1 --workers 1 --json report.json"
     run(command)
     file = Path("report.json")
-    whole, cell = file.read_text(), cli.read_cell(Path("toy-bc.policy.pt"), None, ["evaluation.candidates=2"])
+    whole, settings = file.read_text(), ["evaluation.candidates=2", "evaluation.episodes=1"]
+    cells = [cli.read_cell(Path("toy-bc.policy.pt"), guidance, settings) for guidance in (None, cli.NONE)]
 
     def refused(text: str, edit: str) -> None:
         file.write_text(text, encoding="utf-8", errors="surrogateescape")
         with pytest.raises(data.MdptError) as caught:
-            cli.begin_report([cell], models.choose_products(), file, False)
+            cli.begin_report(cells, models.choose_products(), file, False)
         line = str(caught.value)
         assert line.startswith("report.json: ") and "--overwrite" in line and "\n" not in line and len(line) < 400, edit
 
@@ -798,12 +870,17 @@ def test_playing_that_is_ended_goes_on_to_the_same_file(
 
 
 PICTURES = {
-    "evaluate toy-dql.policy.pt": ("conftest:Gentle-v0, 2 members x 3 episodes", "normalized score", "dataset best"),
+    "evaluate toy-dql.policy.pt": (
+        "conftest:Gentle-v0, 2 members x 3 episodes",
+        "score (0 to 100)",
+        "data best",
+        "one sample",
+    ),
     "evaluate toy-bc.policy.pt --curve": ("2 members x 3 episodes", "gradient steps", "interquartile range"),
     "evaluate toy-dql.policy.pt toy-cfg.policy.pt --curve": (">toy-dql.policy.pt<", ">toy-cfg.policy.pt<"),
     "evaluate toy-idql.guidance.pt --describe": ("training of idql guidance", "q_loss"),
     f"swap toy-dql.policy.pt toy-bc-unguided.policy.pt --guidance toy-idql.guidance.pt {APART}": (
-        *("2 members x 3 episodes", "toy-bc-unguided.policy.pt", "IQR", "score of every pair of members"),
+        *("2 members x 3 episodes", "toy-bc-unguided.policy.pt", "IQR", "every pair"),
     ),
 }
 
@@ -930,7 +1007,8 @@ def test_labels_that_were_not_trained_do_not_act(folder: Path) -> None:
     write("tampered.pt", bundle)
     assert returns(evaluate("tampered.pt")) == returns(cell)
     options = "--set policy.algorithm=cfg --set policy.label_dropout=0 --out all.pt"
-    run(f"{UNDER_IDQL} {options}")
+    said = run(f"{UNDER_IDQL} {options} --set evaluation.w=3")
+    assert "warning: all.pt, its own: evaluation.w = 3" in said.stderr and "wrote all.pt" in said.stdout
     fail("evaluate all.pt --set evaluation.w=3", "all.pt", "w = 3", "label_dropout 0", "only 1")
     run(f"{UNDER_IDQL} --set policy.guidance_from=0.5 {options.replace('all', 'late')}")  # it cloned before
     said = run("evaluate late.pt --curve --set evaluation.w=3 --episodes 1 --workers 1").stdout
@@ -951,8 +1029,7 @@ def test_an_algorithm_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch)
         fail(f"{command}=blocks --set policy.hidden=[8,16]", "toy.toml: [policy] hidden = [8, 16]", "'resnet'", "width")
         run(f"{command}=blocks --set policy.network=mlp --set policy.hidden=[8,16]")
         assert read("toy-blocks.policy.pt").experiment.policy.network == "mlp"
-    for options in ("", " --episodes 2"):  # a bundle from where there is such a line
-        fail(f"evaluate toy-toy.policy.pt{options}", "toy-toy.policy.pt", "[policy] algorithm = 'toy'")
+    fail("evaluate toy-toy.policy.pt", "toy-toy.policy.pt", "[policy] algorithm = 'toy'")  # where there is no such line
 
 
 def test_one_guidance_member_serves_all(folder: Path) -> None:
@@ -1073,39 +1150,27 @@ def test_extend_gives_an_unfinished_run_more_steps(folder: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("expectile", "values", "returns", "told"),
+    ("expectile", "values", "returns", "told"),  # which seeds, their mean V
     [
-        (
-            0.7,
-            [5.0, 9.0, 11.0, -1.0],
-            10.0,
-            "seeds 0, 1, 3 is still near its initial value (mean V 4.3, mean return 10.0)",
-        ),
-        (
-            0.5,
-            [4.0, 9.0, 11.0, -1.0],
-            10.0,
-            "seeds 0, 3 is still near its initial value (mean V 1.5, mean return 10.0)",
-        ),
-        (
-            0.7,
-            [-1.0, -6.0, -11.0, -9.0],
-            -10.0,
-            "seed 0 is still near its initial value (mean V -1.0, mean return -10.0)",
-        ),
-        (0.7, [11.0, 12.0, 11.0, 12.0], 10.0, ""),
+        (0.7, [5.0, 9.0, 11.0, -1.0], 10.0, ("seeds 0, 1, 3", 4.3)),
+        (0.5, [4.0, 9.0, 11.0, -1.0], 10.0, ("seeds 0, 3", 1.5)),
+        (0.7, [-1.0, -6.0, -11.0, -9.0], -10.0, ("seed 0", -1.0)),
+        (0.7, [11.0, 12.0, 11.0, 12.0], 10.0, None),
     ],
 )
 def test_values_near_their_initial_value_are_told(
-    folder: Path, expectile: float, values: list[float], returns: float, told: str
+    folder: Path, expectile: float, values: list[float], returns: float, told: tuple[str, float] | None
 ) -> None:
     bundle = read("toy-idql.guidance.pt")
     section = bundle.experiment.guidance.model_copy(update={"expectile": expectile})
     quality = bundle.quality[-1].model_copy(update={"mean_v": values, "mean_return": [returns] * 4})
     experiment = bundle.experiment.model_copy(update={"guidance": section})
     bundle = bundle.model_copy(update={"seeds": [0, 1, 2, 3], "quality": [quality], "experiment": experiment})
-    remedy = ": train longer, or raise tau or learning_rate"
-    assert cli.value_problem(bundle) == (f"V of {told}{remedy}" if told else "")
+    problem = cli.value_problem(bundle)
+    if told is None:
+        assert problem == ""
+    else:
+        assert problem.startswith(f"V of {told[0]} is") and f"(mean V {told[1]}, mean return {returns})" in problem
 
 
 @pytest.mark.slow
@@ -1162,7 +1227,7 @@ def test_unfinished_bundles_are_told(folder: Path, monkeypatch: pytest.MonkeyPat
         run(f"{UNDER_IDQL} --out cut.pt", code=130)
         run("guidance toy.toml --out short.pt", code=130)
     for command, unfinished in (
-        ("swap cut.pt --episodes 1 --workers 1", "cut.pt: this policy"),
+        ("evaluate cut.pt --episodes 1 --workers 1", "cut.pt: this policy"),
         ("evaluate toy-dql.policy.pt --infer-guidance short.pt --workers 1", "short.pt: this guidance"),
         ("policy toy.toml --guidance short.pt --out under.pt", "short.pt: this guidance"),
     ):
@@ -1170,12 +1235,14 @@ def test_unfinished_bundles_are_told(folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_time_left_counts_from_where_a_run_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    clock = iter([0.0, 10.0])
+    """It is told as soon as a second has shown it, and at each tenth of the way."""
+    clock = iter([0.0, 0.5, 2.0, 4.0, 1000.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    with cli.progress("train", 100, 60) as show:
-        show(65, "")
-        show(70, "loss 1")
-    assert capsys.readouterr().err == "train: 70/100  loss 1  30 s left\n"  # 10 steps in 10 s
+    with cli.progress("train", 1000, 600) as show:
+        for done in (601, 602, 603, 700):
+            show(done, "loss 1")
+    said = "train: 602/1000  loss 1  7 min left\ntrain: 700/1000  loss 1  50 min left\n"
+    assert capsys.readouterr().err == said  # 2 steps in 2 s, 100 in 1,000 s
 
 
 BROKEN = f"{UNDER_IDQL} --set policy.learning_rate=1e30 --out nan.pt"
@@ -1240,16 +1307,13 @@ EXPERIMENT_MISTAKES = [  # what stands in the file, or in --set; what the user l
     ("evaluation.zzz=5", "[evaluation] zzz = 5", "unknown", "episodes", "weight_temperature", "seed"),
     ("source='d4rl'", "source = 'd4rl'", "unknown key; it belongs in [data]"),
     ("data.device='cpu'", "[data] device = 'cpu'", "at the top of the file"),
-    ("policy.steps=2.5", "[policy] steps = 2.5", "integer"),
     ("guidance.algorithm='idq'", "[guidance] algorithm = 'idq'", *models.GUIDANCES, "mean 'idql'"),
     ("policy.algorithm='sac'", "[policy] algorithm = 'sac'", *models.POLICIES, "mean 'dac'"),
     ("policy.hidden=[16, 0]", "[policy] hidden[1] = 0", "equal to 1"),
     ("name='a/b'", "name = 'a/b'", "[A-Za-z0-9]"),
-    ("data=3", "[data] = 3", "table"),
     ("evaluation.temperature=1e300", "[evaluation] temperature = 1e+300", "9.2e18"),
     (f"seeds=[{2**64}]", f"seeds[0] = {2**64}", "9.2e18"),
     (f"policy.hidden=0x{'f' * 5000}", "[policy] hidden = ...", "list"),
-    (f"name='{'a' * 300}'", "name = 'aaa", "aaa...", "at most 100"),
     ("name=a\x1b", "name = 'a\\x1b'", "[A-Za-z0-9]"),
     ("policy.algorithm='idql'\npolicy.hidden=[8, 16]", "[policy] hidden = [8, 16]", "'resnet'", "width"),
     ("policy.sampler='dpm-solver++'\npolicy.sampling_steps=9", "[policy]", "sampling_steps 9", "diffusion_steps 5"),
@@ -1271,7 +1335,6 @@ def mistaken(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         write(str(folder / f"{name}.pt"), bundle, environment=environment)
     old = torch.load(folder / "toy-idql.guidance.pt", weights_only=True) | {"version": 3}
     torch.save(old, folder / "old.pt")
-    (folder / "deep.toml").write_text(f"seeds = {'[' * 5000}{']' * 5000}")
     os.mkfifo(folder / "pipe")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -1299,7 +1362,6 @@ SCHEMES = ("joint", "unguided")
 TRAIN = "guidance toy.toml --out p.pt --set"
 MISTAKES = [  # command, what the user learns
     ("guidance none.toml", "none.toml", "no such", "hopper.toml"),
-    ("guidance .", ".: ", "is a folder", "hopper.toml"),
     ("guidance broken.toml", "broken.toml", "TOML", "line 1"),
     (f"{TRAIN} data.path=bad.hdf5", "bad.hdf5", "'rewards' row 0", "nan"),
     (f"{TRAIN} data.environment=HoperBulletEnv-v0", "HoperBulletEnv-v0", "'HopperBulletEnv-v0'"),
@@ -1307,15 +1369,12 @@ MISTAKES = [  # command, what the user learns
     (f"{TRAIN} data.reference=[5,5]", "reference", "[5.0, 5.0]", "min < max"),
     (f"{TRAIN} guidance.batch_size=1_000_000_000_000", "less than or equal to 1000000", "batch_size"),
     (f"{TRAIN} guidance.batch_size=1000000 --set guidance.hidden=[10000]", "not enough memory", "hidden"),
-    ("guidance deep.toml", "deep.toml", "not TOML"),
     (f"guidance {'a' * 300}.toml", "aaa.toml", "File name too long"),
     ("guidance toy.toml --set 'policy.steps=5\nx=1'", "--set policy.steps: ", "more than one value"),
     (f"guidance toy.toml --set policy.hidden={'[' * 5000}", "--set policy.hidden: ", "not TOML"),
     ("guidance toy.toml --out never.pt --timeout inf", "--timeout inf", "seconds", "a million"),
     ("guidance '\x1b[31mnone\udcff.toml'", "\\x1b[31mnone\\udcff.toml", "no such"),
     ("guidance toy.toml --set steps", "--set steps", "table.key=value"),
-    ("guidance toy.toml --set name.x=1", "--set name.x=1", "name", "not a table"),
-    ("guidance toy.toml --seeds a", "toy.toml", "seeds", "a", "list"),
     ("guidance toy.toml --out . --overwrite", "--out .", "folder", "file"),
     ("guidance toy.toml --out pipe --overwrite", "--out pipe", "a device or pipe", "file"),
     (f"guidance toy.toml --out {'a' * 249}.pt", "--out aaa", "cannot be written", "File name too long"),
@@ -1349,21 +1408,15 @@ MISTAKES = [  # command, what the user learns
     ("evaluate toy-idql.guidance.pt", "toy-idql.guidance.pt", "guidance bundle", "mdpt policy"),
     ("evaluate toy-dql.policy.pt@soon", "toy-dql.policy.pt@soon", "@10", "@20", "@last"),
     ("evaluate toy-dql.policy.pt elsewhere-policy.pt", "elsewhere-policy.pt", "Gentle-v0 against Ant-v9"),
-    ("evaluate toy-dql.policy.pt --episodes 0", "episodes = 0", "equal to 1"),
     ("evaluate toy-dql.policy.pt --set evaluation.guides=up", "guides = 'up'", "unknown", "'guide'"),
     ("evaluate toy-dql.policy.pt --set policy.eta=2", "--set policy.eta=2", "evaluation.KEY=VALUE"),
     ("evaluate toy-dql.policy.pt --describe --json a.json", "--describe", "--plot", "leave out --json"),
-    ("evaluate toy-dql.policy.pt toy-cfg.policy.pt --describe", "--describe", "leave out all bundles but one"),
     ("evaluate toy-dql.policy.pt --plot a.jpg", "--plot a.jpg", ".png", ".svg", ".pdf"),
     ("swap toy-idql.guidance.pt", "toy-idql.guidance.pt", "guidance bundle", "mdpt policy"),
     ("swap toy-bc-unguided.policy.pt", "toy-bc-unguided.policy.pt", "no guidance", "--guidance FILE"),
     ("swap toy-dql.policy.pt --guidance elsewhere.pt", "toy-dql.policy.pt, elsewhere.pt", "Gentle-v0 against Ant-v9"),
     ("swap toy-dql.policy.pt --pairs some", "--pairs some", "matched", "all"),
     ("train toy.toml", "train"),  # what follows is the parser's
-    ("guidance", "experiment"),
-    ("guidance toy.toml --workers 0", "--workers"),
-    ("guidance toy.toml --resume", "--resume"),
-    ("evaluate toy-dql.policy.pt --device cpu", "--device"),
 ]
 
 
@@ -1440,6 +1493,18 @@ def test_an_output_that_cannot_be_written_to_ends_in_a_line() -> None:
     found = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (found.returncode, found.stderr) == (1, "")
+
+
+def test_what_lies_under_an_error_is_shown_on_request(tmp_path: Path) -> None:
+    """A deleted working folder is named; MDPT_DEBUG=1 shows the traceback under the line."""
+    gone = "import os, sys, mdpt\nos.mkdir('a'); os.chdir('a'); os.rmdir('../a')\nmdpt.main()"
+    command = [sys.executable, "-c", gone, "guidance", "toy.toml"]
+    for debug in ("", "1"):
+        environment = os.environ | {"MDPT_DEBUG": debug}
+        said = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        line, *rest = said.stderr.splitlines()
+        assert said.returncode == 1 and line.startswith("mdpt: the working folder was deleted")
+        assert any("FileNotFoundError" in text for text in rest) if debug else rest == []
 
 
 def test_ctrl_c_counts_from_the_first_import_on() -> None:
@@ -1571,8 +1636,9 @@ def test_without_an_environment_a_policy_is_judged_offline(folder: Path) -> None
     own, named = found["values"].values()
     assert own == named and all(0 <= share <= 1 for share in own["higher"])
     for i, seed in enumerate((0, 1)):
-        row = next(line for line in result.stdout.splitlines() if line.startswith(f"│ {seed} "))
-        assert f"{found['distance'][i]:.3f}" in row and f"{own['policy'][i]:.2f}" in row
+        figures = [found[key][i] for key in ("distance", "distance_one", "gain")]
+        for row in (figures, [own[key][i] for key in ("policy", "data", "higher")]):
+            assert re.search(rf"│ {seed} +│ +" + " │ +".join(f"{figure:.3f}" for figure in row) + " │", result.stdout)
     by = {"mean": ["its own", "the mean of all 2 members of its own idql guidance"], "rank": ["its own"]}
     for rule, judges in by.items():  # which judged is said, and ranks are no values
         out = run(f"evaluate alone-dql.policy.pt --set evaluation.ensemble={rule} --json {rule}.json").stdout
@@ -1581,8 +1647,6 @@ def test_without_an_environment_a_policy_is_judged_offline(folder: Path) -> None
         assert f"Acts by: max of 4 by the {rule} of all 2 members" in " ".join(out.split())
     fail("evaluate alone-dql.policy.pt --json offline.json", "offline.json", "exists already", "--overwrite")
     fail("evaluate alone-dql.policy.pt --plot a.png", "--plot")
-    write("odd.pt", read("toy-dql.policy.pt"), reference=None)
-    fail("swap odd.pt", "odd.pt: cannot be scored", "no reference")
     fail("evaluate alone-dql.policy.pt --video a.gif", "--video")
     fail("swap alone-dql.policy.pt", "alone-dql.policy.pt", "cannot be scored", "names no environment", "evaluate")
     fail("evaluate alone-dql.policy.pt toy-dql.policy.pt", "environment None against conftest:Gentle-v0")
@@ -1598,19 +1662,19 @@ def test_without_an_environment_a_policy_is_judged_offline(folder: Path) -> None
 
 def test_a_policy_with_an_environment_is_judged_offline_on_request(folder: Path) -> None:
     out = run("evaluate toy-bc.policy.pt --data toy.hdf5 --infer-guidance none").stdout
-    assert "offline" in out and "Q of data (its own)" in out and "Acts by: ranked by none, 1 candidate" in out
+    assert "offline" in out and "mean Q by its own" in out and "Acts by: ranked by none, 1 candidate" in out
 
 
 def test_the_data_are_described_before_anything_is_trained(folder: Path) -> None:
     arrays = {"observations": [[0, 1], [1, 1], [2, 1], [3, 1], [3, 1]], "next_observations": np.ones((5, 2))}
     arrays |= {"actions": [[1, 0], [0, 2], [0.5, 4], [0, 1], [0, 1]], "rewards": [1, 2, 10, 4, 5]}
-    write_toy_data(Path("five.hdf5"), **arrays, terminals=[0, 1, 0, 0, 0], timeouts=[0, 0, 0, 0, 1])
+    write_toy_data(Path("five.hdf5"), **arrays, terminals=[0, 1, 0, 0, 0], timeouts=[0, 1, 0, 0, 1])
     options = "--set data.path=five.hdf5 --set data.held_out=0 --set data.reference=[3,13]"
     out = run(f"guidance toy.toml --describe-data {options} --out never.pt").stdout
     told = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in out.splitlines() if line[0] == "│"}
     assert told["transitions"] == "5 to train on, 0 held out"
     assert told["episodes"].startswith("2 whole, of 2 / 2 / 3 steps")
-    assert told["ends"] == "1 terminals, 1 time limits"
+    assert told["ends"] == "1 terminals, 2 time limits, 1 rows are both"
     assert told["returns"].startswith("worst 3.0,") and told["returns"].endswith(
         "median 11.0, three quarters 15.0, best 19.0"
     )
@@ -1632,23 +1696,41 @@ def test_an_environment_that_changed_since_training_is_named_before_play(folder:
     fail("evaluate b.pt --workers 1", "conftest:Gentle-v0", *told)
 
 
-def test_a_policy_far_below_its_data_is_told_of_eta(folder: Path) -> None:
-    options = "--workers 1 --episodes 1 --set evaluation.candidates=1"
-    for name, mean, told, eta in (
-        ("toy-dql", 1000.0, True, True),
-        ("toy-cfg", 1000.0, True, False),
-        ("toy-bc", 1000.0, False, False),  # which its guidance never taught
-        ("toy-dql", 0.0, False, False),
-    ):
-        bundle = read(f"{name}.policy.pt")
-        write("p.pt", bundle, dataset=bundle.dataset.model_copy(update={"mean_return": mean}))
-        said = run(f"evaluate p.pt {options}").stderr
-        assert ("far below the data's mean" in said, "smaller [policy] eta, now 1" in said) == (told, eta)
+@pytest.mark.parametrize(
+    ("scores", "mean", "changed", "told"),  # of best of N and of one sample, by member; of the data
+    [
+        (
+            ([8.0, 9.0, 10.0], [30.0, 35.0, 41.0]),
+            5.0,
+            {},
+            ("does harm (best of 4 9.0, one sample 35.3", "distance to the data", "support=1"),
+        ),
+        (([8.0, 9.0, 10.0], [30.0, 35.0, 41.0]), 50.0, {}, ("does harm and it is below", "now 20 steps", "eta, now 1")),
+        (([8.0, 9.0, 10.0], [7.0, 9.0, 10.5]), 50.0, {"mismatched": [1]}, ("is below the mean", "columns [1]")),
+        (([8.0, 30.0, 60.0], [30.0, 35.0, 41.0]), 40.0, {}, ()),  # by no more than chance
+        (([50.0, 55.0, 60.0], [30.0, 35.0, 41.0]), 50.0, {}, ()),
+    ],
+)
+def test_harm_beyond_chance_is_told_with_what_helps(
+    folder: Path, scores: tuple[list[float], ...], mean: float, changed: dict[str, Any], told: tuple[str, ...]
+) -> None:
+    bundle = read("toy-dql.policy.pt")
+    old = [each.model_copy(update={"quality": []}) for each in bundle.guidances]  # a young one is told of first
+    facts = bundle.dataset.model_copy(update={"mean_return": mean + 10} | changed)
+    write("p.pt", bundle, dataset=facts, guidances=old, experiment=bundle.experiment)
+    results = []
+    for guidance, means in zip((None, cli.NONE), scores, strict=True):
+        cell = cli.read_cell(Path("p.pt"), guidance, [])
+        played = data.Played(np.array([10.0] * 6), np.ones(6), np.full(6, np.nan))
+        result = cli.make_result(cell, played, "default")
+        results.append(replace(result, pairs=[replace(result.pairs[0], returns=[m + 5, m + 15]) for m in means]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cli.advise(cli.read_cell(Path("p.pt"), None, []), *results)
+    assert len(caught) == bool(told) and all(text in str(caught[0].message) for text in told)
+    assert not told or ("train" in str(caught[0].message)) == ("now 20 steps" in told)
 
 
 def test_a_known_source_fills_in_what_the_file_leaves_out(folder: Path) -> None:
-    known = "[data] reference is missing", "conftest:Gentle-v0"
-    Path("toy.toml").write_text(TOY.replace("reference = [10, 110]", ""))
-    fail("guidance toy.toml --out g.pt", *known)
     Path("toy.toml").write_text('[data]\nsource = "d4rl"\ndataset = "hoper-medium-v2"\n')
     fail("guidance toy.toml --out g.pt", "hoper-medium-v2", "unknown to D4RL", "hopper-medium-v2")

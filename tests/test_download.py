@@ -320,7 +320,7 @@ def test_d4rl_s_server_comes_first_then_the_mirror(tmp_path: Path, monkeypatch: 
 
 
 def test_what_d4rl_knows_of_a_dataset() -> None:
-    facts, reason, warnings = data.d4rl_facts("hopper-medium-v2")
+    facts, reason, warnings, _ = data.d4rl_facts("hopper-medium-v2")
     assert (facts, reason, warnings) == (
         {
             "environment": "Hopper-v4",
@@ -334,7 +334,7 @@ def test_what_d4rl_knows_of_a_dataset() -> None:
     assert data.d4rl_facts("ant-medium-v2")[0]["observation_columns"] == 27
     assert data.d4rl_facts("maze2d-umaze-v1")[0]["reference"] == (23.85, 161.86)
     assert data.d4rl_facts("maze2d-umaze-dense-v1")[0]["reference"] == (68.537689, 193.66285642381482)
-    facts, reason, _ = data.d4rl_facts("maze2d-eval-umaze-v1")
+    facts, reason, *_ = data.d4rl_facts("maze2d-eval-umaze-v1")
     assert facts == {"max_episode_steps": 300, "reward_scale": "none"} and "PointMaze" in reason
     assert data.d4rl_facts("antmaze-umaze-diverse-v2")[0]["reward_scale"] == "minus-one"
 

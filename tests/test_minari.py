@@ -6,6 +6,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from gymnasium.wrappers import FlattenObservation, TransformObservation
 from test_cli import run
 
 from mdpt import models
-from mdpt.data import KEYS, SOURCES, Array, DataSection, Known, MdptError, read_minari
+from mdpt.data import KEYS, SOURCES, Array, DataSection, Known, MdptError, load_dataset, read_minari
 
 ID = "mdpt/test/play-v0"
 BOX = {"type": "Box", "dtype": "float32", "shape": [2], "low": [-9, -9], "high": [9, 9]}
@@ -155,7 +156,7 @@ def test_columns_of_a_box(store: Path) -> None:
     write(store, [stored(steps) for steps in played], *spaces)
     steps = [step for one in played for step in one[:-1]]
     columns = read_minari(ID)
-    assert tuple(columns) == KEYS
+    assert {*columns} == {*KEYS} - {"masks"}
     np.testing.assert_array_equal(columns["observations"], [step[0] for step in steps])
     np.testing.assert_array_equal(columns["actions"], [step[1] for step in steps])
     np.testing.assert_array_equal(columns["rewards"], [step[2] for step in steps])
@@ -252,6 +253,41 @@ def test_arrow_without_spaces_does_not_reach_the_package(store: Path, monkeypatc
         read_minari(ID)
 
 
+@pytest.mark.parametrize("part", [{}, {"observations": {"z": np.zeros((4, 1)), "a": np.ones((4, 2))}}])
+def test_spaces_that_the_metadata_lack_follow_from_the_arrays(store: Path, part: Any) -> None:
+    """As before Minari 0.5, which infers them from the environment; a Dict is in alphabetical order there, too."""
+    write(store, [episode(number, **part) for number in range(2)], observation_space=None, action_space=None)
+    columns = read_minari(ID)
+    np.testing.assert_array_equal(columns["observations"][1], [1, 1, 0] if part else [1, -1])
+    assert columns["actions"].shape == (6, 1) and minari_facts(ID).recorded == (None, None)
+    assert "action_range" not in minari_facts(ID).fields
+
+
+def test_whole_actions_without_a_space_are_refused(store: Path) -> None:
+    write(store, [episode(actions=np.arange(3))], action_space=None)
+    with pytest.raises(MdptError, match="episode_0 'actions' are int64; only floats can be learned"):
+        read_minari(ID)
+
+
+def test_the_older_layout_is_named(store: Path) -> None:
+    folder = write(store, [episode()])
+    (folder / "metadata.json").unlink()
+    with pytest.raises(
+        MdptError, match=r"main_data.hdf5: is there, but no metadata.json: .* before 0.5.*minari download"
+    ):
+        minari_facts(ID)
+
+
+def test_the_parts_of_a_dict_are_chosen_and_ordered(store: Path) -> None:
+    space = {"type": "Dict", "subspaces": {"a": BOX, "z": BOX | {"shape": [1], "low": [-1], "high": [1]}}}
+    write(store, [episode(observations={"z": np.zeros((4, 1)), "a": np.ones((4, 2))})], space)
+    assert read_minari(ID, ["z", "a"])["observations"][0].tolist() == [0, 1, 1]
+    section = DataSection(dataset=ID, observation_keys=["z"])
+    assert SOURCES["minari"].know(section).recorded[0] == ([-1], [1])
+    with pytest.raises(MdptError, match="observation_keys has 'y': expected each once, of a, z, the parts of"):
+        read_minari(ID, ["y"])
+
+
 TUPLE = {"type": "Tuple", "subspaces": [BOX]}
 COUNT = {"type": "Discrete", "n": 3, "start": 0}
 DICT = {"type": "Dict", "subspaces": {"a": BOX}}
@@ -303,7 +339,7 @@ def test_damaged_files(store: Path) -> None:
     with pytest.raises(MdptError, match="incomplete or damaged"):
         read_minari(ID)
     (folder / "main_data.hdf5").unlink()
-    with pytest.raises(MdptError, match="incomplete or damaged"):
+    with pytest.raises(MdptError, match=r"cannot be read \(No such file or directory\)"):
         read_minari(ID)
     for text in ("{", "[1]", "[" * 100_000):
         (folder / "metadata.json").write_text(text)
@@ -353,9 +389,11 @@ def test_facts(store: Path) -> None:
             "environment_kwargs": {"g": 9.0},
             "max_episode_steps": 50,
             "reference": (-1200.5, -150),
+            "action_range": [(-2, 2)],
         },
         "",
         (),
+        (([-9, -9], [9, 9]), ([-2], [2])),
     )
 
 
@@ -371,13 +409,47 @@ def test_facts(store: Path) -> None:
 )
 def test_facts_without_references(store: Path, scores: dict[str, Any]) -> None:
     write(store, [], **scores)
-    assert sorted(minari_facts(ID)[0]) == ["environment", "environment_kwargs", "max_episode_steps"]
+    assert "environment" in minari_facts(ID)[0] and "reference" not in minari_facts(ID)[0]
+
+
+def test_what_was_recorded_under_a_wrapper_is_told(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Actions in [-1, 1] for an environment that takes [-2, 2] would come out half as large."""
+    numbers = gymnasium.make("Pendulum-v1").observation_space
+    state = np.stack([np.ones(4), np.zeros(4), np.arange(4.0)], axis=1)
+
+    def load(number: int, observations: Any, actions: Any, **settings: Any) -> Any:
+        monkeypatch.setenv("MINARI_DATASETS_PATH", str(store / str(number)))
+        episodes = [episode(0, observations=state), episode(1, observations=state, rewards=np.ones(3))]
+        write(store / str(number), episodes, observations, actions)
+        return load_dataset(DataSection(dataset=ID, held_out=0.0, **settings))
+
+    assert load(0, serialize(numbers), ACTIONS).warnings == ()
+    half = ACTIONS | {"low": [-1], "high": [1]}
+    with pytest.raises(
+        MdptError, match=r"within \[-1.0\] and \[1.0\], perhaps under a wrapper, .* \[-2.0\] and \[2.0\]"
+    ):
+        load(1, serialize(numbers), half)
+    (told,) = load(2, BOX | {"shape": [3], "low": [-9] * 3, "high": [9] * 3}, ACTIONS).warnings
+    assert "recorded within other bounds than those of Pendulum-v1" in told
+    clipped = ACTIONS | {"low": [-math.inf], "high": [math.inf]}  # gymnasium's ClipAction, in the environment's unit
+    assert load(3, serialize(numbers), clipped).warnings == ()
+
+
+def test_without_an_environment_each_action_has_its_recorded_bounds(store: Path) -> None:
+    actions = {"actions": np.array([[-1, 0], [0, 50], [1, 100]], dtype=np.float32)}
+    bounds = BOX | {"low": [-1, 0], "high": [1, 100]}
+    write(store, [episode(0, **actions), episode(1, **actions)], BOX, bounds, env_spec=None)
+    dataset = load_dataset(DataSection(dataset=ID, held_out=0.0))
+    assert (dataset.environment.action_low, dataset.environment.action_high) == ((-1, 0), (1, 100))
+    assert dataset.column("actions").tolist() == [[-1, -1], [0, 0], [1, 1]] * 2
+    assert dataset.section.action_range == [(-1, 1), (0, 100)]  # as in bundles
 
 
 def test_the_environment_of_evaluation_comes_first(store: Path) -> None:
     evaluated = env_spec("MountainCarContinuous-v0", max_episode_steps=None, kwargs={"render_mode": "human"})
     write(store, [], eval_env_spec=evaluated)
-    assert minari_facts(ID)[0] == {"environment": "MountainCarContinuous-v0", "environment_kwargs": {}}
+    facts = minari_facts(ID)[0] | {"action_range": None}
+    assert facts == {"environment": "MountainCarContinuous-v0", "environment_kwargs": {}, "action_range": None}
 
 
 @pytest.mark.parametrize(
@@ -408,7 +480,7 @@ def test_environments_of_installed_packages(store: Path, environment: str, needs
 )
 def test_nothing_can_be_played(store: Path, changed: dict[str, Any], reason: str) -> None:
     write(store, [], ref_min_score=0.0, ref_max_score=1.0, **changed)
-    facts, found, warnings = minari_facts(ID)
+    facts, found, warnings, _ = minari_facts(ID)
     assert facts["reference"] == (0, 1) and not {"environment", "environment_kwargs"} & set(facts)
     assert len(found.splitlines()) == 1 and re.search(reason, found) and warnings == ()
 
@@ -424,7 +496,7 @@ def test_no_code_that_a_file_names_is_imported(store: Path, tmp_path: Path, monk
         "additional_wrappers": [wrapper],
     }
     folder = write(store, [episode()], env_spec=env_spec(kwargs=kwargs, **code))
-    facts, reason, warnings = minari_facts(ID)
+    facts, reason, warnings, _ = minari_facts(ID)
     assert facts["environment"] == "Pendulum-v1" and facts["environment_kwargs"] == kwargs and not reason
     assert len(warnings) == 1 and "'Wrap'" in warnings[0] and "not applied" in warnings[0]
     read_minari(ID)

@@ -13,7 +13,9 @@ from mdpt.data import Array
 
 
 def test_normalized_score() -> None:
-    assert cli.normalized_score(np.array([[-5.0, 10.0], [2.5, 25.0]]), (-5.0, 10.0)).tolist() == [[0, 100], [50, 200]]
+    returns = np.array([[-5.0, 10.0], [2.5, 25.0]])
+    assert cli.normalized_score(returns, (-5.0, 10.0)).tolist() == [[0, 100], [50, 200]]
+    assert cli.normalized_score(returns, None).tolist() == returns.tolist()
 
 
 # --- statistics
@@ -168,6 +170,19 @@ def test_chance_changes_an_iqr_as_far_as_it_says(members: int, correlation: floa
     )
 
 
+def test_falling_short_is_a_one_sided_test_over_members() -> None:
+    random = np.random.default_rng(7)
+    for gap in (0.0, 0.5, 1.5):
+        ours, theirs = random.normal(-gap, 1, (5, 4)), random.normal(0, 1, (5, 4))
+        tests = [(ours, ours.mean(1), theirs, theirs.mean(1)), (ours[:1], ours[0], theirs[:1], theirs[0])]
+        for some, mine, others, yours in tests:  # of a single member: over its episodes
+            p = stats.ttest_rel(mine, yours, alternative="less").pvalue
+            assert cli.falls_short(some, others) == (p < 0.05)
+            assert cli.falls_short(some, 1.0) == (stats.ttest_1samp(mine, 1.0, alternative="less").pvalue < 0.05)
+    assert not cli.falls_short(np.zeros((1, 1)), 9.0) and not cli.falls_short(ours, ours)
+    assert cli.falls_short(np.zeros((2, 3)), 1.0)  # without any variance
+
+
 def test_probability_of_improvement_against_a_loop() -> None:
     random = np.random.default_rng(3)
     first, second = random.integers(0, 8, 11).astype(np.float64), random.integers(0, 6, 10).astype(np.float64)
@@ -193,7 +208,7 @@ def test_probability_of_improvement_against_a_loop() -> None:
 
 def test_scores_in_a_table() -> None:
     def pair(member: int, seed: int, *returns: float) -> cli.Pair:
-        return cli.Pair(member, 10 + member, seed, 0.0, 0.0, 0.0, list(returns), [])
+        return cli.Pair(member, 10 + member, seed, 0.0, 0.0, 0.0, list(returns), [], None, None)
 
     crossed = cli.tabulate([pair(0, 7, 1.0, 3.0), pair(0, 3, 2.0, 2.0), pair(1, 3, 4.0, 0.0)], 3, (0, 100))
     none = [np.nan, np.nan]

@@ -58,6 +58,11 @@ class Flawed(Toy):
         raise OSError("no licence")
 
 
+class Optional(Toy):
+    def __init__(self, continuous: bool = False) -> None:
+        super().__init__(None if continuous else Discrete(2))
+
+
 class Parted(Toy):
     observation_space = Dict({"drawn": Box(3, 8, (1, 1)), "count": Box(0, 6, (1,))})
     shown: ClassVar[list[dict[str, Any]]] = []
@@ -77,6 +82,7 @@ class Parted(Toy):
 for name, toy, limit, settings in (
     ("Toy", "Toy", 6, {}),
     ("ToyParted", "Parted", 6, {}),
+    ("ToyOptional", "Optional", 6, {}),
     ("ToyEndless", "Toy", None, {}),
     ("ToyFlawed", "Flawed", 6, {}),
     ("ToyDiscrete", "Toy", 6, {"action_space": Discrete(2)}),
