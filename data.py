@@ -2433,8 +2433,8 @@ def prepare(
 ) -> Dataset:
     """Build the dataset of these columns, which are read once, some rows at a time.
 
-    spec: None where there is no environment. resets: gives `first_observations`, to compare the data with; None: they are
-    not compared. Raises: MdptError that names what is at fault in the columns.
+    spec: None where there is no environment. resets: gives `first_observations`, to compare the data with; None: nothing
+    is compared. Raises: MdptError that names what is at fault in the columns.
     """
     where, dims = columns.where, check_shapes(columns, spec, section.observation_columns)
     limit = section.max_episode_steps if spec is None or spec.id is None else spec.max_episode_steps
@@ -2806,8 +2806,8 @@ def _compare(
     """Observation columns that do not match the environment, and what to warn of.
 
     starts: first observations in the data (E, O). recorded: bounds in the data. seen, bounds: `first_observations`.
-    A column does not match where more than half of those seen lie outside of the range of `starts`, widened on both sides
-    by its width, or by 1 % of its size where it has none.
+    A column does not match where more than half of those seen lie outside of the range of `starts`, widened on both
+    sides by its width, or by 1 % of its size where it has none.
     """
     mismatched, texts = [], []
     low, high = starts.min(axis=0).astype(np.float64), starts.max(axis=0).astype(np.float64)
