@@ -1964,6 +1964,7 @@ def plot_scores(path: Path, results: Sequence[Result], comparisons: Sequence[Com
             draw_pairs(axes, place, result, each.summary.median)
         labels = [f"{textwrap.fill(result.policy, 24)}\n{acting(result.protocol)}" for result in results]
         axes.set_xticks(range(len(results)), labels, fontsize=8)
+        axes.set_xlabel("diamonds: members; dots: their episodes")
         finish_axes(axes, results)
         add_legend(figure)
 
@@ -2036,7 +2037,7 @@ def plot_swap(path: Path, results: Sequence[Result], comparisons: Sequence[Compa
         star = "; *: other data" if any(result.warnings for result in results) else ""
         matrix.set_title(f"median (IQR) by policy and guidance{star}", fontsize=8)
         for policy, axes in zip(policies, panels, strict=True):
-            axes.set_title(f"{policy}: every pair of members", fontsize=8)
+            axes.set_title(f"{policy}: pairs of members; dots: their episodes", fontsize=8)
             finish_axes(axes, [result for result in results if result.policy == policy])
         for axes in figure.axes:
             axes.set_xticks(range(len(guidances)), columns, fontsize=8)
