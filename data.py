@@ -364,10 +364,13 @@ class DataSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _source_follows(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or "source" in given or not given.keys() & {"path", "dataset"}:
+        if not isinstance(given, dict) or "source" in given:
             return given
-        by_name = "minari" if "/" in str(given.get("dataset")) else "d4rl"
-        return given | {"source": "hdf5" if "path" in given else by_name}
+        if given.get("path") is not None:
+            return given | {"source": "hdf5"}
+        if (dataset := given.get("dataset")) is not None:
+            return given | {"source": "minari" if "/" in str(dataset) else "d4rl"}
+        return given
 
     @model_validator(mode="after")
     def _source_is_complete(self) -> DataSection:

@@ -2195,7 +2195,7 @@ Settings = Annotated[Texts, option(SET.format("[evaluation]"), "evaluation.KEY=V
 Seeds = Annotated[Text, option("one member for each seed, trained side by side", "0,1,2")]
 Device = Annotated[Text, option("auto, cpu or cuda", "NAME")]
 Out = Annotated[File, option("bundle to write; by default named after experiment, algorithm and scheme", "FILE")]
-AGAIN = "begin anew, and replace files that exist; results of the same bundles and settings are kept"
+AGAIN = "replace files that exist; results of the same cells are kept"
 Overwrite = Annotated[bool, option(AGAIN, name="--overwrite")]
 Extend = Annotated[bool, option("let an unfinished run have more steps than it was begun with", name="--extend")]
 BOARD = "write the training history for TensorBoard"

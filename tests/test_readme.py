@@ -129,7 +129,10 @@ def test_the_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     write_toy_data(Path("toy.hdf5"))
     run("guidance toy.toml")
     run("policy toy.toml --guidance toy-idql.guidance.pt --out hopper-dql.policy.pt")
-    arrays_code, code = re.findall(r"```python\n(.*?)```", FILE.read_text(encoding="utf-8"), re.DOTALL)
+    recipes = (ROOT / "experiments" / "RECIPES.md").read_text(encoding="utf-8")
+    code, arrays_code = (
+        re.findall(r"```python\n(.*?)```", t, re.DOTALL)[0] for t in (FILE.read_text("utf-8"), recipes)
+    )
     for observation, shape in ((np.zeros(2), (2,)), (np.zeros((3, 2)), (3, 2))):
         names = {"observation": observation}
         exec(code, names)  # noqa: S102

@@ -16,7 +16,11 @@ import pytest
 from mdpt.data import Array, DataSection, Dataset, load_dataset
 
 TEXT = (Path(__file__).parent.parent / "experiments" / "RECIPES.md").read_text(encoding="utf-8")
-RECIPES = dict(re.findall(r"^## (.+?)\n.*?```python\n(.*?)```", TEXT, re.MULTILINE | re.DOTALL))
+RECIPES = dict(
+    re.findall(
+        r"^## (.+?)\n.*?```python\n(.*?)```", TEXT.partition("# Other libraries' files")[2], re.MULTILINE | re.DOTALL
+    )
+)
 ENDS = np.array([0, 0, 1, 0, 0, 0, 1], dtype=bool)  # two episodes, the first of which ends in a success
 SUCCESS = np.array([0, 0, 1, 0, 0, 0, 0], dtype=bool)
 PLACES, SPEEDS = np.arange(7.0)[:, None], np.arange(14.0).reshape(7, 2) / 10
