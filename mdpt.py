@@ -1692,7 +1692,7 @@ def advise(cell: Cell, acts: Result, one: Result) -> None:
                 far = (
                     f"distance to the data {np.mean(each.distance):.3f}, of one sample {np.mean(each.distance_one):.3f}"
                 )
-        remedies += young or [f"{far}: --set evaluation.support=1, fewer --candidates or a guidance with conservatism"]
+        remedies += young or [f"{far}: take a guidance with more conservatism, or fewer --candidates"]
     if all(falls_short(each, mean) for each in scores):
         found.append("it is below the mean of its data")
         remedies.append(f"train the policy longer, now {bundle.step} steps")

@@ -1708,7 +1708,7 @@ def test_an_environment_that_changed_since_training_is_named_before_play(folder:
             ([8.0, 9.0, 10.0], [30.0, 35.0, 41.0]),
             5.0,
             {},
-            ("does harm (best of 4 9.0, one sample 35.3", "distance to the data", "support=1"),
+            ("does harm (best of 4 9.0, one sample 35.3", "distance to the data", "conservatism"),
         ),
         (([8.0, 9.0, 10.0], [30.0, 35.0, 41.0]), 50.0, {}, ("does harm and it is below", "now 20 steps", "eta, now 1")),
         (([8.0, 9.0, 10.0], [7.0, 9.0, 10.5]), 50.0, {"mismatched": [1]}, ("is below the mean", "columns [1]")),
