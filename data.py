@@ -2442,14 +2442,7 @@ def prepare(
     where, dims = columns.where, check_shapes(columns, spec, section.observation_columns)
     limit = section.max_episode_steps if spec is None or spec.id is None else spec.max_episode_steps
     episodes, told = read_episodes(columns, limit)
-    if spec is None:
-        steps = section.max_episode_steps or int(episodes.lengths.max())
-        given = section.action_range or (-1.0, 1.0)
-        pairs = given if isinstance(given, list) else [given] * dims[1]
-        if len(pairs) != dims[1]:
-            raise MdptError(f"[data] action_range has {len(pairs)} pairs of bounds for {dims[1]} actions.")
-        low, high = zip(*pairs, strict=True)
-        spec = EnvironmentSpec(None, *dims, low, high, steps)
+    spec = spec or _spec_of_data(section, dims, int(episodes.lengths.max()))
     if spec.id is not None and known.recorded[1] is not None:
         _check_recorded_actions(*known.recorded[1], spec, where)
     has_next = "next_observations" in columns.arrays
@@ -2498,6 +2491,16 @@ def prepare(
         timeouts_counted=episodes.counted,
         warnings=known.warnings + told,
     )
+
+
+def _spec_of_data(section: DataSection, dims: tuple[int, int], longest: int) -> EnvironmentSpec:
+    """What stands for an environment where there is none; longest: length of the longest episode."""
+    given = section.action_range or (-1.0, 1.0)
+    pairs = given if isinstance(given, list) else [given] * dims[1]
+    if len(pairs) != dims[1]:
+        raise MdptError(f"[data] action_range has {len(pairs)} pairs of bounds for {dims[1]} actions.")
+    low, high = zip(*pairs, strict=True)
+    return EnvironmentSpec(None, *dims, low, high, section.max_episode_steps or longest)
 
 
 @dataclass(frozen=True, eq=False)
