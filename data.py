@@ -1245,6 +1245,7 @@ def rollout(
     episodes: Sequence[int],
     *,
     seed: int,
+    name: str = "the policy",
     watch: Watch | None = None,
     look: Callable[[int, float, Array], None] | None = None,
     every: int = 1,
@@ -1252,7 +1253,7 @@ def rollout(
     """Play numbered episodes side by side; an episode starts from the state that `seed` and its number decide.
 
     act: observations (R, O) float32 and places (R,) in `episodes` of those that still run -> actions (R, A) in [-1, 1].
-    look: called for the first episode with steps, return so far and a frame (height, width, 3) uint8, at the start, every
+    name: of the policy, for messages. look: called for the first episode with steps, return so far and a frame (height, width, 3) uint8, at the start, every
     `every` steps and at the end.
     Raises: MdptError for actions that are not finite or of a wrong shape, and for an environment that fails or cannot be
     filmed.
@@ -1278,7 +1279,7 @@ def rollout(
             observations[place] = reset(environments[place], spec, start)
         show(place)
     while len(running):
-        actions = _checked_actions(act(observations[running], running), spec, len(running))
+        actions = _checked_actions(act(observations[running], running), spec, len(running), name)
         ended = np.zeros(len(running), dtype=np.bool_)
         for i, (place, action) in enumerate(zip(running.tolist(), actions, strict=True)):
             with watch.over(f"{spec.id}: episode {episodes[place]}, step {lengths[place] + 1}"):
@@ -1296,13 +1297,13 @@ def rollout(
     return Played(returns, lengths, successes)
 
 
-def _checked_actions(given: Any, spec: EnvironmentSpec, count: int) -> Array:
+def _checked_actions(given: Any, spec: EnvironmentSpec, count: int, name: str) -> Array:
     """Actions (count, A) of a policy, in the environment's bounds."""
     actions = np.asarray(given)
     if actions.shape != (count, spec.action_dim):
         raise MdptError(f"act: actions of shape {actions.shape}, expected {(count, spec.action_dim)}.")
     if not np.isfinite(actions).all():
-        raise MdptError("the policy chose an action that is not finite; its training has diverged.")
+        raise MdptError(f"{name} chose an action that is not finite; its training has diverged.")
     return unscale_actions(actions, spec)
 
 

@@ -521,6 +521,7 @@ def cut_into_tasks(cell: Cell, products: models.Products) -> Iterator[Play]:
         judges = sorted({j for j, _ in rollouts if j is not None})
         bundles = cell.guidance.bundles
         yield models.Play(
+            name=cell.policy,
             policy=models.select_members(cell.bundle, [i]),
             guidances=tuple(models.select_members(each, judges or range(len(each.seeds))) for each in bundles),
             judges=tuple(judges.index(j) for j, _ in rollouts if j is not None),

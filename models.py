@@ -2077,8 +2077,9 @@ class Agent:
 
 @dataclass(frozen=True)
 class Play:
-    """A task for a worker: rollouts of a policy of one member, with the arguments of `Agent`."""
+    """A task for a worker: rollouts of a policy of one member, with the arguments of `Agent`. name: the policy's file."""
 
+    name: str
     policy: Bundle
     guidances: tuple[Bundle, ...]
     judges: tuple[int, ...]
@@ -2098,7 +2099,8 @@ def play(task: Play, watch: Watch, **film: Any) -> Played:
     try:
         choose_products(task.products)
         agent = Agent(task.policy, task.guidances, task.how, seed=task.seed, episodes=task.episodes, judges=task.judges)
-        return data.rollout(agent, task.policy.environment, task.episodes, seed=task.seed, watch=watch, **film)
+        environment, name = task.policy.environment, f"{task.name}: the member of seed {task.policy.seeds[0]}"
+        return data.rollout(agent, environment, task.episodes, seed=task.seed, name=name, watch=watch, **film)
     finally:
         torch.set_num_threads(threads)
 

@@ -1276,6 +1276,15 @@ def test_what_is_not_finite_is_never_kept(folder: Path) -> None:
         assert not Path("nan.pt").exists()
 
 
+def test_an_action_that_is_not_finite_names_file_and_member(folder: Path) -> None:
+    content = torch.load("toy-bc-unguided.policy.pt", weights_only=True)
+    for weight in content["weights"].values():  # finite numbers whose products are not
+        weight[1:] = torch.where(torch.arange(weight[1:].numel()).view_as(weight[1:]) % 2 == 0, 3e38, -3e38)
+    torch.save(content, "diverged.pt")
+    last = run("evaluate diverged.pt --episodes 1 --workers 1", code=1).stderr.splitlines()[-1]
+    assert last.startswith("mdpt: diverged.pt: the member of seed 1 chose an action that is not finite")
+
+
 def test_nothing_is_overwritten_unasked(folder: Path) -> None:
     Path("report.json").write_text("mine")
     Path("curve.png").write_text("mine")
