@@ -1687,12 +1687,12 @@ def advise(cell: Cell, acts: Result, one: Result) -> None:
         found.append("its guidance does harm")
         young = [problem for each in cell.guidance.bundles if each.quality and (problem := value_problem(each))]
         far = "its actions may be far from the data"
-        with suppress(data.MdptError), warnings.catch_warnings():  # where its data lie in a file
-            warnings.simplefilter("ignore")
-            for each in evaluate_offline([cell] if bundle.experiment.data.path and not young else [], None).cells:
-                far = (
-                    f"distance to the data {np.mean(each.distance):.3f}, of one sample {np.mean(each.distance_one):.3f}"
-                )
+        if bundle.experiment.data.path and not young:  # else the data would be collected or downloaded for this
+            with suppress(data.MdptError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                (each,) = evaluate_offline([cell], None).cells
+                ours, others = np.mean(each.distance), np.mean(each.distance_one)
+                far = f"distance to the data {ours:.3f}, of one sample {others:.3f}"
         remedies += young or [f"{far}: take a guidance with more conservatism, or fewer --candidates"]
     if all(falls_short(each, mean) for each in scores):
         found.append("it is below the mean of its data")

@@ -1035,9 +1035,8 @@ class Guidance(nn.Module):
         self.online_q = ValueNetwork(random, "q", observation_dim + action_dim, *shape, copies=2)
         self.target_q = self.online_q.frozen_copy()
         self.value = ValueNetwork(random, "v", observation_dim, *shape)
-        self.learning: list[
-            Stack
-        ] = []  # the online critics in a run that trains them; in a list, so that no name repeats
+        # the online critics in a run that trains them; in a list, so that torch does not register them twice
+        self.learning: list[Stack] = []
         self.actor: Policy | None = None
         if companion and self.algorithm.has_actor:
             table = {
