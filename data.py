@@ -2786,7 +2786,7 @@ def _check_next(
 ) -> tuple[str, ...]:
     """A warning where next_observations never differ from observations.
 
-    Raises: MdptError where those at time limits are of other episodes.
+    Raises: MdptError where those at time limits are of other episodes; where these limits are only counted, a warning.
     """
     own, following = rows[:, : spec.observation_dim], rows[:, -1 - spec.observation_dim : -1]
     parts = (slice(start, start + CHUNK) for start in range(0, len(rows), CHUNK))
@@ -2797,13 +2797,15 @@ def _check_next(
     cut = (episodes.timeouts & ~episodes.terminals)[use.last[:-1]] & use.train[use.last[:-1] + 1]
     begin = use.ends[:-1][cut]
     begin = begin[(own[begin] != own[begin - 1]).any(axis=1)]  # else nothing can be told
-    known = source != "minari" and not episodes.counted  # Minari's episodes hold their own next observations
-    if known and len(begin) > 1 and np.array_equal(own[begin], following[begin - 1]):
-        raise MdptError(
+    if source != "minari" and len(begin) > 1 and np.array_equal(own[begin], following[begin - 1]):
+        problem = (
             f"{where}: 'next_observations' at all time limits are the observations of the next rows, where other "
             "episodes begin, as environments store them that reset themselves. Leave 'next_observations' out (rows at "
             "time limits are then dropped); or, where one recording goes on across the cut, set 'timeouts' to 0 there."
         )
+        if not episodes.counted:
+            raise MdptError(problem)
+        return (problem,)
     return ()
 
 

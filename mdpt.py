@@ -2106,6 +2106,7 @@ class Commands(TyperGroup):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         if "OMP_WAIT_POLICY" not in os.environ:  # read when torch loads
             os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+        open_closed_streams()
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # characters that its encoding lacks
@@ -2125,6 +2126,20 @@ class Commands(TyperGroup):
                 if os.environ.get("MDPT_DEBUG") == "1":
                     traceback.print_exception(error)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def open_closed_streams() -> None:
+    """Open the standard streams that the caller closed, else an output file would take their number.
+
+    stdout is opened for reading, so that results which nobody can see are still an error; stderr loses what it is told.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_WRONLY if name == "stderr" else os.O_RDONLY)  # the lowest free number
+            os.set_inheritable(opened, True)  # by worker processes
+            setattr(sys, name, open(opened, mode, encoding="utf-8"))  # noqa: SIM115 (open to the end)
 
 
 def explain(error: BaseException, caught: Sequence[int]) -> Exception:
@@ -2158,8 +2173,8 @@ def fail(error: Exception) -> int:
         print(f"mdpt: {data.printable(text)}", file=sys.stderr)
     try:
         sys.stdout.flush()
-    except (AttributeError, OSError, ValueError):  # Python would try again at its end, and complain
-        with suppress(AttributeError, OSError, ValueError), open(os.devnull, "wb") as sink:
+    except (OSError, ValueError):  # Python would try again at its end, and complain
+        with suppress(OSError, ValueError), open(os.devnull, "wb") as sink:
             os.dup2(sink.fileno(), sys.stdout.fileno())
     return getattr(error, "code", 1)
 

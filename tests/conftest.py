@@ -14,7 +14,9 @@ import torch
 from toy_environment import Toy
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses"):  # tests in several processes, whose threads would wait for each other
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.fsync = lambda _: None  # tests do not outlive a power cut
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which `nohup` ignores, and commands would then, too
 

@@ -1509,6 +1509,18 @@ def test_an_output_that_cannot_be_written_to_ends_in_a_line() -> None:
     assert (found.returncode, found.stderr) == (1, "")
 
 
+@pytest.mark.slow
+def test_streams_that_are_closed(folder: Path) -> None:
+    """A closed stdout is an error, as nobody can see the results; without stdin and stderr nothing is lost."""
+    options = ["evaluate", "toy-dql.policy.pt", "--episodes", "1", "--import", "conftest", "--workers", "2"]
+    command = shlex.join([sys.executable, "-c", "import mdpt; mdpt.main()", *options])
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}
+    for closed, code, said in ((">&-", 1, "mdpt: the output: Bad file descriptor"), ("2>&-", 0, "data best")):
+        closing = ["sh", "-c", f"exec {command} <&- {closed}"]
+        found = subprocess.run(closing, env=environment, capture_output=True, text=True, check=False)
+        assert found.returncode == code and said in found.stdout + found.stderr, found
+
+
 def test_what_lies_under_an_error_is_shown_on_request(tmp_path: Path) -> None:
     """A deleted working folder is named; MDPT_DEBUG=1 shows the traceback under the line."""
     gone = "import os, sys, mdpt\nos.mkdir('a'); os.chdir('a'); os.rmdir('../a')\nmdpt.main()"

@@ -1352,6 +1352,8 @@ def test_next_observations_of_other_episodes_are_refused() -> None:
     one = load_arrays(foreign | {"timeouts": np.zeros(120)})  # the second, for one recording
     assert values(one)[4] == pytest.approx(values_of_the_circle())
     assert load_arrays(foreign | {"terminals": foreign["timeouts"], "timeouts": np.zeros(120)}).warnings == ()
+    counted = {key: array for key, array in foreign.items() if key != "timeouts"}
+    assert "Leave 'next_observations' out" in load_arrays(counted, max_episode_steps=10).warnings[-1]
     true = foreign["next_observations"].copy()
     true[9] += 0.5
     assert load_arrays(foreign | {"next_observations": true}).warnings == ()  # not in all such rows

@@ -56,7 +56,7 @@ def test_recipes_are_short() -> None:
     assert lines == {
         "robomimic": 5,
         "OGBench": 3,
-        "LeRobot": 4,
+        "LeRobot": 3,
         "d3rlpy": 1,
         "CSV": 4,
         "Several environments side by side": 3,
@@ -98,7 +98,7 @@ def test_lerobot(monkeypatch: pytest.MonkeyPatch) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         table = {"observation.state": SPEEDS[part], "action": ACTIONS[part], "next.reward": SUCCESS[part] * 1.0}
         with path.open("wb") as file:
-            np.savez(file, **table, **{"next.success": SUCCESS[part], "episode_index": SUCCESS[part] * 0 + number})  # type: ignore[arg-type]
+            np.savez(file, **table, **{"next.success": SUCCESS[part], "next.done": ENDS[part]})  # type: ignore[arg-type]
     module: Any = ModuleType("pandas")
     module.read_parquet = lambda path: dict(np.load(path))
     module.concat = concat
