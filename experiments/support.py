@@ -4,8 +4,9 @@
     python experiments/support.py --table                                        prints the tables of experiments/README.md
 
 For each task: a `bc` policy, and for each conservatism a guidance, young (a fifth of its steps) and old; the policy is
-played with one sample, and ranked. Bundles and JSON of mdpt go to FOLDER; the scores of each member go to
-experiments/support/TASK.json.
+played with one sample, and ranked; beside the scores stand the offline figures of `mdpt policy`. With --training also
+policies trained under these guidances, steering by their gradient, and guidances of `dql`. Bundles and JSON of mdpt go
+to FOLDER; the scores of each member go to experiments/support/TASK.json.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from mdpt import models
+from mdpt.data import load_dataset
+
 ROOT = Path(__file__).resolve().parent.parent
 STORE = ROOT / "experiments" / "support"
-CONSERVATISM = (0, 1, 5, 20)
+CONSERVATISM = (0, 0.1, 1, 5)
 STEPS, YOUNG = 5000, 1000
-CHOICES = [(10, 0.0), (10, 0.3), (50, 0.0)]  # candidates, support
+CHOICES = [(10, 0.0), (50, 0.0), (10, 0.3)]  # candidates, support
 TRAINING = f"""
 [guidance]
 steps = {STEPS}
@@ -103,7 +107,16 @@ def score(folder: Path, name: str, *arguments: object) -> list[float]:
     return [round(pair["score"], 1) for pair in json.loads(file.read_text())["cells"][0]["pairs"]]
 
 
-def run(folder: Path, task: str, data: str | Path) -> None:
+def figures(folder: Path, file: str, policy: str, guidance: str) -> dict[str, list[float] | None]:
+    """What `mdpt policy` would show of this policy under this guidance, of each member, from held-out data."""
+    held_out = load_dataset(models.load_experiment(folder / file).data).held_out
+    guidances, bundle = models.read_guidances(folder / guidance), models.read_policy(folder / policy)
+    how, _ = models.pick_inference(bundle.experiment, guided=True, step=bundle.step)
+    found = models.judge_offline(bundle, guidances, how, held_out, 0, {})
+    return {"gain": found.gain, "distance": found.distance, "distance_one": found.distance_one}
+
+
+def run(folder: Path, task: str, data: str | Path, training: bool) -> None:
     """All cells of a task; each is stored as soon as it is played."""
     recipes = {
         "pendulum": ("Pendulum-v1", pendulum, (0.3, 0.6, 1.0, 2.0), 40_000),
@@ -114,7 +127,7 @@ def run(folder: Path, task: str, data: str | Path) -> None:
     seeds = "seeds = [0, 1, 2, 3, 4]\n"
     top, table = (f'extends = "{data}"\n', "") if isinstance(data, Path) else ("", f"\n[data]{data}")
     (folder / f"{task}.toml").write_text(f'{top}name = "{task}"\ndevice = "cpu"\n{seeds}{table}{TRAINING}')
-    policy, cells, costs = f"{task}-bc.pt", {}, {}
+    policy, cells, told = f"{task}-bc.pt", {}, {}
     if not (folder / policy).exists():
         mdpt(folder, "policy", f"{task}.toml", "--out", policy)
     cells["one sample"] = score(folder, f"{task}-one", policy)
@@ -128,8 +141,31 @@ def run(folder: Path, task: str, data: str | Path) -> None:
                 options = ("--infer-guidance", f"{guidance}@{step}", "--candidates", candidates)
                 options += ("--set", f"evaluation.support={support}")
                 cells[name] = score(folder, f"{task}-{alpha}-{age}-{candidates}-{support}", policy, *options)
-                STORE.mkdir(exist_ok=True)
-                (STORE / f"{task}.json").write_text(json.dumps({"cells": cells, "costs": costs}, indent=1) + "\n")
+            told[f"{age}, conservatism {alpha}"] = figures(folder, f"{task}.toml", policy, f"{guidance}@{step}")
+            store(task, cells, told)
+    for alpha in (0, 1) if training else ():
+        taught, other, guidance = f"{task}-{alpha}-dql.pt", f"{task}-{alpha}-other.pt", f"{task}-{alpha}.pt"
+        if not (folder / taught).exists():
+            options = ("--set", "policy.algorithm=dql", "--set", "policy.scheme=guidance-first")
+            mdpt(folder, "policy", f"{task}.toml", *options, "--guidance", guidance, "--out", taught)
+        cells[f"dql under conservatism {alpha}, one sample"] = score(
+            folder, f"{task}-{alpha}-dql-one", taught, "--infer-guidance", "none"
+        )
+        cells[f"dql under conservatism {alpha}, best of 10"] = score(folder, f"{task}-{alpha}-dql-best", taught)
+        steered = ("--infer-guidance", guidance, "--set", "evaluation.guide=gradient")
+        cells[f"by gradient, conservatism {alpha}"] = score(folder, f"{task}-{alpha}-gradient", policy, *steered)
+        store(task, cells, told)
+        if not (folder / other).exists():
+            options = ("--set", "guidance.algorithm=dql", "--set", f"guidance.conservatism={alpha}")
+            mdpt(folder, "guidance", f"{task}.toml", *options, "--out", other)
+        name = f"by dql guidance, conservatism {alpha}, best of 10"
+        cells[name] = score(folder, f"{task}-{alpha}-other-10", policy, "--infer-guidance", other)
+        store(task, cells, told)
+
+
+def store(task: str, cells: dict[str, list[float]], told: dict[str, dict[str, list[float] | None]]) -> None:
+    STORE.mkdir(exist_ok=True)
+    (STORE / f"{task}.json").write_text(json.dumps({"cells": cells, "figures": told}, indent=1) + "\n")
 
 
 def rows() -> Iterator[str]:
@@ -150,6 +186,7 @@ if __name__ == "__main__":
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("tasks", nargs="*")
     parser.add_argument("--file", action="append", default=[], metavar="NAME=FILE", help="a PyBullet file, NAME-...")
+    parser.add_argument("--training", action="store_true", help="also policies trained under these guidances")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     if given.table:
@@ -162,4 +199,4 @@ if __name__ == "__main__":
         TASKS[name] += f'reference = "bullet-{kind}"\n'
     given.folder.mkdir(parents=True, exist_ok=True)
     for each in given.tasks or TASKS:
-        run(given.folder, each, TASKS[each])
+        run(given.folder, each, TASKS[each], given.training)
