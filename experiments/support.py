@@ -56,6 +56,15 @@ TASKS: dict[str, str | Path] = {  # [data], or the experiment file that has it
 }
 
 
+def of_file(text: str) -> tuple[str, str]:
+    """The name of a task and its [data], from NAME=FILE, where NAME begins with one of PyBullet's environments."""
+    name, _, file = text.partition("=")
+    kind = name.partition("-")[0]
+    environment = {"hopper": "Hopper", "halfcheetah": "HalfCheetah", "ant": "Ant", "walker2d": "Walker2D"}[kind]
+    path = f'\nsource = "hdf5"\npath = "{Path(file).resolve()}"\nenvironment = "{environment}BulletEnv-v0"\n'
+    return name, f'{path}reference = "bullet-{kind}"\n'
+
+
 def pendulum(observation: np.ndarray, random: np.random.Generator, noise: float) -> float:
     """Pump energy until the pendulum is near the top, then balance it; torque in [-2, 2]."""
     cosine, sine, speed = observation
@@ -192,11 +201,7 @@ if __name__ == "__main__":
     if given.table:
         print("\n".join(rows()))
         sys.exit()
-    names = {"hopper": "Hopper", "halfcheetah": "HalfCheetah", "ant": "Ant", "walker2d": "Walker2D"}
-    for name, file in (text.split("=") for text in given.file):
-        kind = name.partition("-")[0]
-        TASKS[name] = f'\nsource = "hdf5"\npath = "{Path(file).resolve()}"\nenvironment = "{names[kind]}BulletEnv-v0"\n'
-        TASKS[name] += f'reference = "bullet-{kind}"\n'
+    TASKS |= dict(map(of_file, given.file))
     given.folder.mkdir(parents=True, exist_ok=True)
     for each in given.tasks or TASKS:
         run(given.folder, each, TASKS[each], given.training)
