@@ -4,6 +4,7 @@
     python experiments/study.py FOLDER pilot                                  does ranking beat one sample?
     python experiments/study.py --table                                       prints the tables and tests of README.md here
     python experiments/study.py --check                                       compares README.md with these tables
+    python experiments/study.py --plot                                        draws experiments/study/*.png
 
 Bundles and JSON of mdpt go to FOLDER; each episode's return goes to experiments/study/PART.json as soon as its cell is
 played. All parts come from one commit: run the script from a clean checkout, with mdpt installed from it.
@@ -34,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import integrate, stats
 from support import mdpt, of_file
 
 from mdpt import models
@@ -349,7 +350,7 @@ def area(scores: np.ndarray, late: bool = False) -> np.ndarray:
     if late:
         times = np.append(0, np.linspace(0.5, 1, SNAPSHOTS + 1))
     heights = np.vstack([np.zeros((len(times) - SNAPSHOTS, scores.shape[1])), scores])
-    return np.trapezoid(heights, times, axis=0)
+    return integrate.trapezoid(heights, times, axis=0)
 
 
 def table(parts: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -395,6 +396,57 @@ def check(page: str) -> bool:
     return page.partition(BEGIN)[2].partition(END)[0].strip() == "\n".join(table(read_parts())).strip()
 
 
+# --- pictures -----------------------------------------------------------------------------------------------------
+
+
+def plot(parts: dict[str, dict[str, Any]]) -> None:
+    """Draw what is there: pairs of own and swapped scores with their spreads (S1), and curves over total steps (S2)."""
+    from matplotlib.figure import Figure
+
+    transfers = {name: cells_of(part) for name, part in parts.items() if name.startswith("s1-")}
+    orders = {name: cells_of(part) for name, part in parts.items() if name.startswith("s2-")}
+    for file, panels, draw in (("transfer", transfers, draw_pairs), ("order", orders, draw_curves)):
+        if panels:
+            figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
+            for axes, (name, cells) in zip(
+                figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+            ):
+                axes.set(title=name, ylabel="score (0 to 100)")
+                draw(axes, cells)
+            figure.savefig(STORE / f"{file}.png", dpi=120)
+
+
+def draw_pairs(axes: Any, cells: dict[str, Scores]) -> None:
+    """A line for each member, from judge to judge; below each judge the standard deviation over members.
+
+    In brackets: the range of 95 of 100 such deviations where only chance separates the judge from A, by exchanging the
+    two judges of random members.
+    """
+    judges = [name for name in ("none", "A", "B", "C", "A and B", "A, B and C") if name in cells]
+    scores = np.array([cells[name].mean(1) for name in judges])  # (judges, members)
+    axes.plot(scores, color="0.6", linewidth=0.7)
+    axes.plot(np.median(scores, axis=1), "k_", markersize=24)
+    random, own = np.random.default_rng(0), cells["A"].mean(1)
+    labels = []
+    for name, column in zip(judges, scores, strict=True):
+        mixed = np.where(random.random((2000, len(own))) < 0.5, own, column).std(1, ddof=1)
+        low, high = np.percentile(mixed, (2.5, 97.5))
+        labels.append(f"{name}\n{column.std(ddof=1):.0f}\n({low:.0f} to {high:.0f})")
+    axes.set_xticks(range(len(judges)), labels, fontsize=8)
+    axes.set_xlabel("judge; std over members (its range by chance)")
+
+
+def draw_curves(axes: Any, cells: dict[str, Scores]) -> None:
+    """Median and quartiles over members, over the gradient steps of guidance and policy together."""
+    for name, start, each in (("first", STEPS, 1), ("joint", 0, 2), ("joint 2", 0, 4)):
+        steps = start + each * STEPS / SNAPSHOTS * np.arange(1, SNAPSHOTS + 1)
+        low, median, high = np.percentile(snapshots_of(cells, name), (25, 50, 75), axis=1)
+        (line,) = axes.plot(steps, median, label={"first": "guidance first"}.get(name, name))
+        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set_xlabel("gradient steps of both modules")
+    axes.legend(frameon=False)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path)
@@ -404,9 +456,12 @@ if __name__ == "__main__":
     )
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--plot", action="store_true")
     given = parser.parse_args()
     if given.table:
         print("\n".join(table(read_parts())))
+    elif given.plot:
+        plot(read_parts())
     elif given.check:
         sys.exit(None if check(PAGE.read_text(encoding="utf-8")) else "experiments/README.md: its tables are not these")
     else:
