@@ -429,7 +429,7 @@ def draw_pairs(axes: Any, cells: dict[str, Scores]) -> None:
     random, own = np.random.default_rng(0), cells["A"].mean(1)
     labels = []
     for name, column in zip(judges, scores, strict=True):
-        mixed = np.where(random.random((2000, len(own))) < 0.5, own, column).std(1, ddof=1)
+        mixed = np.where(random.random((2000, len(own))) < 0.5, own - own.mean(), column - column.mean()).std(1, ddof=1)
         low, high = np.percentile(mixed, (2.5, 97.5))
         labels.append(f"{name}\n{column.std(ddof=1):.0f}\n({low:.0f} to {high:.0f})")
     axes.set_xticks(range(len(judges)), labels, fontsize=8)
