@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy import stats
-from support import ROOT, mdpt, score
+from support import ROOT, score, train
 
 STORE = ROOT / "experiments" / "labels"
 TASKS = {"hopper": ROOT / "hopper.toml", "halfcheetah": ROOT / "experiments" / "halfcheetah.toml"}
@@ -40,12 +40,7 @@ snapshots = 1
 def run(folder: Path, task: str) -> None:
     """All cells of a task; each is stored as soon as it is played."""
     (folder / f"{task}.toml").write_text(f'extends = "{TASKS[task]}"\nname = "{task}"\n{TRAINING}')
-    guidance, cells = f"{task}.pt", {}
-
-    def train(kind: str, file: str, *options: str) -> str:
-        if not (folder / file).exists():
-            mdpt(folder, kind, f"{task}.toml", "--out", file, *options)
-        return file
+    guidance, cells = train(folder, "guidance", f"{task}.toml", f"{task}.pt"), {}
 
     def play(name: str, file: str, policy: str, *options: object) -> None:
         cells[name] = score(folder, f"{task}-{file}", policy, *options)
@@ -54,10 +49,9 @@ def run(folder: Path, task: str) -> None:
 
     def policy(file: str, *settings: str) -> str:
         options = [part for setting in settings for part in ("--set", f"policy.{setting}")]
-        return train("policy", f"{task}-{file}.pt", "--guidance", guidance, *options)
+        return train(folder, "policy", f"{task}.toml", f"{task}-{file}.pt", "--guidance", guidance, *options)
 
     alone = ("--infer-guidance", "none")
-    train("guidance", guidance)
     play("bc", "bc", policy("bc", "algorithm=bc"), *alone)
     for share in SHARES:
         learned = policy(f"cfg{share}", "algorithm=cfg", *([f"label_share={share}"] if share else []))
