@@ -823,7 +823,7 @@ def compare(own: Array, swapped: Array) -> Change:
     - range: the lowest and the highest change of a pair.
     - improvement: probability that a swapped score is higher than an own one, ties counting half (arXiv 2108.13264).
     - iqr_percent: 100 (IQR swapped - IQR own) / IQR own; iqr_percent_by_chance: as in `by_chance`.
-    - spread_p: as in `pitman_morgan`.
+    - spread_p: as in `spread_test`.
     - intervals: as in `bootstrap`, which draws a policy member's own and swapped scores together.
     """
     swapped = np.where(np.abs(swapped - own[:, None]) < 1e-3, own[:, None], swapped)  # rounding of other batches
@@ -850,7 +850,7 @@ def compare(own: Array, swapped: Array) -> Change:
         improvement=float(improvement),
         iqr_percent=none_if_nan(100 * iqr / base) if base > 0 else None,
         iqr_percent_by_chance=by_chance(len(own), correlate(mine[:, 0], others)) if base > 0 else None,
-        spread_p=pitman_morgan(mine[:, 0], others),
+        spread_p=spread_test(mine[:, 0], others),
         intervals=None if intervals is None else dict(zip(names, map(ends, intervals.T), strict=True)),
     )
 
@@ -882,22 +882,34 @@ def correlate(own: Array, swapped: Array) -> float:
     return round(float(np.mean([np.corrcoef(*pair)[0, 1] for pair in matches(own, swapped)] or 0)), 2)
 
 
-def pitman_morgan(own: Array, swapped: Array) -> float | None:
+def spread_test(own: Array, swapped: Array) -> float | None:
     """p value of the hypothesis that own (S,) and swapped (S, K) scores have the same spread over members.
 
-    Two-sided test of whether sums and differences of paired scores correlate, by Student's t with S - 2 degrees of
-    freedom: exact for normal scores. For crossed members: twice the mean p over the shifts of `spread` with a change,
-    at most 1, which is valid however these depend on each other. None: below 3 pairs, without variance, or if
-    1 < K < S, where pairs share guidance members and so are not independent.
-    Source: Pitman 1939, Morgan 1939 (Biometrika 31); mean of p: Vovk and Wang, arXiv 1212.4966.
+    Two-sided test of whether the ranks of sums and of differences of paired scores correlate (Spearman): the test of
+    Pitman and Morgan on ranks, since with heavy tails that of scores rejects too often. Exact for up to 7 pairs, above
+    by Student's t with S - 2 degrees of freedom. Crossed members: policy member i with guidance member i + 1. None:
+    below 3 pairs, without variance, or if 1 < K < S, where pairs share guidance members and so are not independent.
+    Source: Pitman 1939, Morgan 1939 (Biometrika 31).
     """
     from scipy import stats
 
     if 1 < swapped.shape[1] < len(own):
         return None
-    moves = [(before + after, after - before) for before, after in matches(own, swapped)]
-    values = [stats.pearsonr(*move).pvalue for move in moves if min(map(np.ptp, move)) > 0]
-    return min(1.0, float(np.mean(values)) * (1 if swapped.shape[1] == 1 else 2)) if values else None
+    other = shift(swapped)[:, min(1, swapped.shape[1] - 1)]
+    before, after = own[~np.isnan(other)], other[~np.isnan(other)]
+    values = (before, after, before + after, after - before)
+    if len(after) < 3 or min(map(np.ptp, values)) < 1e-6:
+        return None
+    sums, differences = (stats.rankdata(each.round(6)) for each in values[2:])
+    exact = stats.PermutationMethod() if len(after) <= 7 else None  # all 7! orders
+    return float(stats.pearsonr(sums, differences, method=exact).pvalue)
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """p values of several hypotheses, corrected for their number. Source: Holm 1979 (Scand. J. Stat. 6)."""
+    corrected, order = np.ones(len(values)), np.argsort(values)
+    corrected[order] = np.maximum.accumulate(np.sort(values) * np.arange(len(values), 0, -1))
+    return [float(value) for value in np.minimum(corrected, 1)]
 
 
 @cache
@@ -1086,6 +1098,25 @@ class Comparison(Part):
 
 
 @dataclass(frozen=True)
+class Spread(Part):
+    """The spread of a policy's scores under a guidance: IQR and standard deviation.
+
+    over: what it is over. Changes are against the baseline of `compare_results`, p is two-sided, and p_holm is p corrected
+    for the number of tests that one table shows of the same kind. None: no such change or test.
+    """
+
+    policy: str
+    guidance: str
+    over: str
+    iqr: float | None
+    std: float | None
+    iqr_change: float | None
+    std_change: float | None
+    p: float | None
+    p_holm: float | None = None
+
+
+@dataclass(frozen=True)
 class Rivalry(Part):
     """The probability that a member of the first policy scores higher than one of the second."""
 
@@ -1132,6 +1163,7 @@ class Report(Part):
     settings: Conditions
     cells: list[Result]
     summary: list[Comparison] | None = None
+    spreads: list[Spread] | None = None
     rivalry: list[Rivalry] | None = None  # of evaluate
     verdicts: list[str] | None = None  # of swap
     components: list[Components] | None = None  # of swap
@@ -1197,7 +1229,8 @@ def play_cells(cells: Sequence[Cell], file: Path | None, overwrite: bool, worker
             columns = zip(*(vars(part).values() for part in parts), strict=True)
             report.cells.append(make_result(cell, data.Played(*map(np.concatenate, columns)), products))
             store_json(file, report)
-    return replace(report, summary=compare_results(report.cells))
+    summary = compare_results(report.cells)
+    return replace(report, summary=summary, spreads=compare_spreads(summary))
 
 
 def make_result(cell: Cell, played: data.Played, products: str) -> Result:
@@ -1365,6 +1398,23 @@ def seed_groups(pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
 def overall(comparisons: Iterable[Comparison]) -> list[Comparison]:
     """Of each cell the comparison of all its pairs, which comes last."""
     return list({(each.policy, each.guidance): each for each in comparisons}.values())
+
+
+def compare_spreads(comparisons: Sequence[Comparison]) -> list[Spread]:
+    """Spreads of each cell, of all its pairs, with their changes; p is corrected over the cells of a policy (Holm)."""
+    spreads = []
+    for each in overall(comparisons):
+        change = each.change
+        changes = (change.iqr, change.std, change.spread_p) if change else (None, None, None)
+        spreads.append(Spread(each.policy, each.guidance, "members", each.summary.iqr, each.summary.std, *changes))
+    families: dict[tuple[str, str], list[int]] = {}
+    for place, spread in enumerate(spreads):
+        if spread.p is not None:
+            families.setdefault((spread.policy, spread.over), []).append(place)
+    for places in families.values():
+        for place, p in zip(places, holm([spreads[place].p or 0.0 for place in places]), strict=True):
+            spreads[place] = replace(spreads[place], p_holm=p)
+    return spreads
 
 
 def split_spread(result: Result) -> Components:
@@ -1568,6 +1618,7 @@ def summary_cells(each: Comparison) -> dict[str, str]:
     }
 
 
+OVER = ("members", "episodes", "snapshots")
 STATISTICS = ("median", "IQR", "IQM", "IQM 95 %", "range", "mean", "std")
 
 
@@ -1609,6 +1660,26 @@ def summary_tables(
     scores = [[name, "", score] for name, score in data_scores(results)]
     yield make_table(title, (*heads, *first), [*lines(*first), None, *scores], caption, left=2)
     yield make_table("more statistics", (*heads, *more), lines(*more), left=2)
+
+
+def spread_table(title: str, spreads: Sequence[Spread]) -> Table:
+    """Spreads of a policy's scores by guidance, with their changes and tests."""
+    rows = [
+        (
+            *(each.guidance, each.over, number(each.iqr), number(each.iqr_change, "+.1f")),
+            *(number(each.std), number(each.std_change, "+.1f"), number(each.p_holm, ".3f")),
+        )
+        for each in spreads
+    ]
+    tests = [f"{sum(each.p is not None and each.over == over for each in spreads)} over {over}" for over in OVER]
+    tests = [text for text in tests if not text.startswith("0")]
+    caption = (
+        f"p: that the spread has not changed, two-sided, by ranks; corrected (Holm) for {', '.join(tests)}"
+        if tests
+        else None
+    )
+    columns = ("guidance", "over", "IQR", "change", "std", "change", "p")
+    return make_table(f"{title}: spread", columns, rows, caption, left=2)
 
 
 def offline_tables(result: OfflineResult) -> Iterator[Table]:
@@ -1727,8 +1798,10 @@ def show_evaluation(report: Report, comparisons: Sequence[Comparison], curve: bo
         say(f"{name}training cost: {account_text(result.accounting)}", wrap=True)
 
 
-def swap_tables(results: Sequence[Result], comparisons: Sequence[Comparison]) -> Iterator[Table | str]:
-    """For each policy its scores over pairs of members, and lines of their changes against its own guidance."""
+def swap_tables(
+    results: Sequence[Result], comparisons: Sequence[Comparison], spreads: Sequence[Spread]
+) -> Iterator[Table | str]:
+    """For each policy its scores over pairs of members, lines of their changes against its own guidance, and spreads."""
     star = "* this guidance learned from other data than the policy: the paper's guarantee does not hold there"
     for policy, group in groupby(comparisons, key=lambda each: each.policy):
         parts, mine = list(group), [result for result in results if result.policy == policy]
@@ -1738,6 +1811,7 @@ def swap_tables(results: Sequence[Result], comparisons: Sequence[Comparison]) ->
         for guidance, seeds, each in rows:
             if each.change is not None:
                 yield f"change under {guidance}, {seeds} ({each.pairs} pairs): {change_text(each.change)}"
+        yield spread_table(policy, [spread for spread in spreads if spread.policy == policy])
 
 
 def change_text(change: Change) -> str:
@@ -1750,8 +1824,8 @@ def change_text(change: Change) -> str:
     gap, chance = interval_text(change.range, "+.1f"), interval_text(change.iqr_percent_by_chance, "+.0f")
     percent = "" if change.iqr_percent is None else f", {change.iqr_percent:+.0f} % (by chance {chance})"
     return (
-        f"median {figure('median')}, range {gap}, IQR {figure('iqr')}{percent}, std {figure('std')}, p of spread "
-        f"{number(change.spread_p, '.3f')}, P(better) {figure('improvement', '.2f')}"
+        f"median {figure('median')}, range {gap}, IQR {figure('iqr')}{percent}, std {figure('std')}, P(better) "
+        f"{figure('improvement', '.2f')}"
     )
 
 
@@ -2519,7 +2593,7 @@ def swap(
             for table in member_tables(result, parts):
                 show_table(table)
         for part in [
-            *swap_tables(report.cells, report.summary or []),
+            *swap_tables(report.cells, report.summary or [], report.spreads or []),
             *(report.verdicts or []),
             swap_line(report.cells),
         ]:
