@@ -430,7 +430,8 @@ class Cell:
             name = f"{OWN} {guidance.algorithm} guidance"
         elif rule != "none":
             name = ", ".join(guidance.files)
-        whole = f"the {rule} of all {len(guidance.seeds)} members of " if rule != "none" else ""
+        whose = f"each position's {len(guidance.bundles)}" if self.how.by_position else f"all {len(guidance.seeds)}"
+        whole = f"the {rule} of {whose} members of " if rule != "none" else ""
         return data.printable(whole + name)
 
 
@@ -450,6 +451,7 @@ def make_cell(policy: str, bundle: Bundle, guidance: Guidance, settings: Sequenc
     try:
         how, acts = models.pick_inference(run, bool(guidance.bundles), bundle.step)
         models.check_ensemble(guidance.bundles, how.ensemble)
+        models.check_positions(guidance.bundles, how, len(members))
         notes = list(dict.fromkeys(text for each in guidance.bundles for text in models.check_fit(bundle, each)))
         if guidance.bundles and how.ensemble == "none":
             count = len(guidance.seeds)
@@ -518,7 +520,7 @@ def check_imports(cells: Sequence[Cell], trusted: Sequence[str]) -> None:
 def cut_into_tasks(cell: Cell, products: models.Products) -> Iterator[Play]:
     """The tasks of a cell for workers, each some rollouts of one policy member."""
     for i, rollouts in cell.shares:
-        judges = sorted({j for j, _ in rollouts if j is not None})
+        judges = [i] if cell.how.by_position else sorted({j for j, _ in rollouts if j is not None})
         bundles = cell.guidance.bundles
         yield models.Play(
             name=cell.policy,
@@ -557,7 +559,10 @@ def plan_swap(policies: Sequence[Path], guidances: Sequence[str], pairs: Text, s
             alone, rule = make_cell(name, bundle, NONE, settings), bundle.experiment.policy.ensemble
             own = make_cell(name, bundle, Guidance(OWN, {OWN: bundle.guidances}, rule), settings)
             single = [Guidance(file, {file: each}, "none", crossed) for file, each in named.items() if len(each) == 1]
-            others = [*single, *ensembles(named, alone.section, rule)]
+            joined = ensembles(named, alone.section, rule)
+            others = [*single, *joined]
+            if joined and not crossed and alone.section.ensemble_over == "all":
+                others += [control for each in single if (control := first_member(each)).name not in named]
             made = [make_cell(name, bundle, guidance, settings) for guidance in others]
             cells += [*[own] * bool(bundle.guidances), alone, *(cell for cell in made if not act_alike(cell, own))]
         return cells
@@ -571,6 +576,13 @@ def plan_swap(policies: Sequence[Path], guidances: Sequence[str], pairs: Text, s
     return cells
 
 
+def first_member(guidance: Guidance) -> Guidance:
+    """The first member of a guidance alone, which all policy members share: the control for an ensemble."""
+    ((file, (bundle,)),) = guidance.files.items()
+    name = file if len(bundle.seeds) == 1 else f"{file}#{bundle.seeds[0]}"
+    return Guidance(name, {name: [models.select_members(bundle, [0])]}, "none")
+
+
 def act_alike(first: Cell, second: Cell) -> bool:
     """Whether two cells of a policy have the same pairs under the same guidance."""
     ours, theirs = first.guidance.bundles, second.guidance.bundles
@@ -579,7 +591,8 @@ def act_alike(first: Cell, second: Cell) -> bool:
 
 
 def ensembles(named: Mapping[str, Sequence[Bundle]], section: data.EvaluationSection, learned: str) -> list[Guidance]:
-    """One ensemble of all members of each named guidance, and one of the members of all.
+    """One ensemble of all members of each named guidance, and one of the members of all; by position, where they have
+    several members there.
 
     The rule is that of [evaluation]; by default the one that the policy learned under, else the mean, or the mean rank
     where values have different scales. Where that rank would need a gradient, there is no such ensemble.
@@ -592,9 +605,10 @@ def ensembles(named: Mapping[str, Sequence[Bundle]], section: data.EvaluationSec
         if scales_differ and not section.ensemble and section.guide != "rank":
             continue
         rule = section.ensemble or ("rank" if scales_differ else "mean" if learned == "none" else learned)
-        name, count = ", ".join(files) if len(files) == 1 else "all", len(guidance.seeds)
+        name, by_position = ", ".join(files) if len(files) == 1 else "all", section.ensemble_over == "position"
+        count = len(guidance.bundles if by_position else guidance.seeds)
         if count > 1:
-            made.append(Guidance(f"{name} ({rule} of {count})", files, rule))
+            made.append(Guidance(f"{name} ({rule} of {count}{' by position' * by_position})", files, rule))
     return made
 
 
@@ -1010,6 +1024,7 @@ class Acting(Part):
     temperature_on: str
     ensemble: str
     support: float
+    ensemble_over: str = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1097,11 +1112,14 @@ class Comparison(Part):
     change: Change | None
 
 
+SHARED = "members, one guidance shared"
+
+
 @dataclass(frozen=True)
 class Spread(Part):
     """The spread of a policy's scores under a guidance: IQR and standard deviation.
 
-    over: what it is over. Changes are against the baseline of `compare_results`, p is two-sided, and p_holm is p corrected
+    over: what it is over; SHARED: over policy members that share a guidance member. Changes are against the baseline of `compare_results`, p is two-sided, and p_holm is p corrected
     for the number of tests that one table shows of the same kind. None: no such change or test.
     """
 
@@ -1230,7 +1248,7 @@ def play_cells(cells: Sequence[Cell], file: Path | None, overwrite: bool, worker
             report.cells.append(make_result(cell, data.Played(*map(np.concatenate, columns)), products))
             store_json(file, report)
     summary = compare_results(report.cells)
-    return replace(report, summary=summary, spreads=compare_spreads(summary))
+    return replace(report, summary=summary, spreads=compare_spreads(report.cells, summary))
 
 
 def make_result(cell: Cell, played: data.Played, products: str) -> Result:
@@ -1346,14 +1364,17 @@ def differing(first: Part, second: Part) -> str:
     return ", ".join(name for name, value in vars(first).items() if value != vars(second)[name])
 
 
-def compare_results(results: Sequence[Result]) -> list[Comparison]:
-    """Statistics of each result over pairs of members, and changes against the baseline.
+def find_baselines(results: Sequence[Result]) -> dict[str, Result]:
+    """For each policy the result under its own guidance; under none if it was not played under its own."""
+    return {result.policy: result for name in ("none", OWN) for result in results if result.guidance == name}
 
-    The baseline of a policy is the policy under its own guidance; under none if it was not played under its own.
+
+def compare_results(results: Sequence[Result]) -> list[Comparison]:
+    """Statistics of each result over pairs of members, and changes against the baseline, see `find_baselines`.
+
     Pairs whose policy and guidance have the same seed, and pairs of different seeds, are groups of their own.
     """
-    baselines = {result.policy: result for name in ("none", OWN) for result in results if result.guidance == name}
-    comparisons = []
+    baselines, comparisons = find_baselines(results), []
     for result in results:
         baseline = baselines.get(result.policy, result)
         own, name = baseline.episode_scores, (result.policy, result.guidance, result.step, result.warnings)
@@ -1400,17 +1421,25 @@ def overall(comparisons: Iterable[Comparison]) -> list[Comparison]:
     return list({(each.policy, each.guidance): each for each in comparisons}.values())
 
 
-def compare_spreads(comparisons: Sequence[Comparison]) -> list[Spread]:
-    """Spreads of each cell, of all its pairs, with their changes; p is corrected over the cells of a policy (Holm)."""
-    spreads = []
-    for each in overall(comparisons):
-        change = each.change
+def compare_spreads(results: Sequence[Result], comparisons: Sequence[Comparison]) -> list[Spread]:
+    """Spreads of each cell with their changes; p is corrected over the cells of a policy (Holm).
+
+    Of crossed members also that of the policies under one guidance member that all share, averaged over these members:
+    the control for an ensemble, which all share, too.
+    """
+    baselines, spreads = find_baselines(results), []
+    for result, each in zip(results, overall(comparisons), strict=True):
+        name, change = (result.policy, result.guidance), each.change
         changes = (change.iqr, change.std, change.spread_p) if change else (None, None, None)
-        spreads.append(Spread(each.policy, each.guidance, "members", each.summary.iqr, each.summary.std, *changes))
+        spreads.append(Spread(*name, "members", each.summary.iqr, each.summary.std, *changes))
+        if len(result.pairs) > result.members > 1:
+            own = spread(baselines[result.policy].scores[:, None])
+            iqr, std = (float(each.mean()) for each in spread(result.scores.reshape(result.members, -1).T[..., None]))
+            spreads.append(Spread(*name, SHARED, iqr, std, iqr - float(own[0]), std - float(own[1]), None))
     families: dict[tuple[str, str], list[int]] = {}
-    for place, spread in enumerate(spreads):
-        if spread.p is not None:
-            families.setdefault((spread.policy, spread.over), []).append(place)
+    for place, found in enumerate(spreads):
+        if found.p is not None:
+            families.setdefault((found.policy, found.over), []).append(place)
     for places in families.values():
         for place, p in zip(places, holm([spreads[place].p or 0.0 for place in places]), strict=True):
             spreads[place] = replace(spreads[place], p_holm=p)
@@ -1482,7 +1511,7 @@ def evaluate_offline(cells: Sequence[Cell], data_file: Path | None, held_out: He
             parts[source] = held_out or find_held_out(cell, data_file)
         rule = bundle.experiment.policy.ensemble
         acting = OWN if (cell.guidance.name, cell.how.ensemble) == (OWN, rule) else cell.guidance_text
-        judges = {OWN: (bundle.guidances, rule), acting: (bundles, cell.how.ensemble)}
+        judges = {OWN: (bundle.guidances, rule, False), acting: (bundles, cell.how.ensemble, cell.how.by_position)}
         judges = {name: judge for name, judge in judges.items() if judge[0] and judge[1] != "rank"}  # ranks: no values
         result = OfflineResult(
             policy=cell.policy,
@@ -1878,7 +1907,7 @@ def protocol_line(how: Protocol, *members: int, weights: bool = True) -> str:
         parts.append("last weights" if how.step == how.steps else early)
     drawn = "members and start states" if how.episodes > 1 else "members"
     parts.append(f"intervals resample {drawn}" if max(members) >= FEWEST else f"no intervals below {FEWEST} members")
-    if how.ensemble != "none":
+    if how.ensemble != "none" and how.ensemble_over == "all":
         parts.append("an ensemble is shared by all members: statistics hold for this ensemble alone")
     if not how.repeatable:
         parts.append("not repeatable: the environment gives different results under one seed")
@@ -1894,9 +1923,9 @@ def swap_line(results: Sequence[Result]) -> str:
     guided = [result for result in results if result.guidance != "none"] or results
     protocols = [result.protocol for result in guided]
     idle = set.intersection(*(set(how.no_effect) for how in protocols))
-    ensemble = next((how.ensemble for how in protocols if how.ensemble != "none"), "none")
+    joined = next((how for how in protocols if how.ensemble != "none"), protocols[0])
     name = protocols[0].guidance and "each guidance"
-    shared = replace(protocols[0], guidance=name, w=0, no_effect=sorted(idle), ensemble=ensemble)
+    shared = replace(joined, guidance=name, w=0, no_effect=sorted(idle))
     line = protocol_line(shared, *(result.members for result in guided), weights=False) + "; under none 1 candidate"
     labels = sorted({result.protocol.w for result in results} - {0})
     return line + (f"; w of policies with labels {' or '.join(f'{w:g}' for w in labels)}" if labels else "")

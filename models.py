@@ -1114,12 +1114,14 @@ class Guidance(nn.Module):
 class Ensemble:
     """Guidances that judge as one: all K members of all of them judge each row, and a rule combines their values.
 
-    rule: of `ENSEMBLES`. candidates: how many consecutive rows belong to one state, for "rank".
+    rule: of `ENSEMBLES`. candidates: how many consecutive rows belong to one state, for "rank". by_position: policy
+    member i is judged by member i of each guidance alone.
     """
 
     guidances: Sequence[Guidance]
     rule: str
     candidates: int = 1
+    by_position: bool = False
 
     @property
     def members(self) -> int:
@@ -1152,6 +1154,8 @@ class Ensemble:
         return ENSEMBLES[self.rule](torch.stack(values), self.candidates)
 
     def _judge(self, ask: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        if self.by_position:
+            return ENSEMBLES[self.rule](torch.stack([ask(each, *inputs) for each in self.guidances]), self.candidates)
         values = [
             torch.cat(
                 [ask(guidance, *(row.expand(guidance.members, -1, -1) for row in rows)) for guidance in self.guidances]
@@ -1781,6 +1785,19 @@ def check_ensemble(guidances: Sequence[Bundle], rule: str) -> None:
         )
 
 
+def check_positions(guidances: Sequence[Bundle], how: Inference, members: int) -> None:
+    """Check that an ensemble over positions has a member of each guidance for each of a policy's members.
+
+    Raises: MdptError naming both numbers where it has not.
+    """
+    for count in [len(each.seeds) for each in guidances] if how.by_position else []:
+        if count != members:
+            raise MdptError(
+                f"{members} policy members cannot be judged by position by a guidance of {count} members; use the same "
+                "number, or evaluation.ensemble_over = 'all'"
+            )
+
+
 def values_scale(guidance: Bundle) -> str:
     """The unit of a guidance's values, in words: only guidances of one unit have a mean."""
     scale, discount = guidance.reward_scale, guidance.experiment.guidance.discount
@@ -1840,12 +1857,14 @@ def build_guidance(bundle: Bundle, device: str, *, new: bool = False, companion:
     return guidance.requires_grad_(False)
 
 
-def build_judge(bundles: Sequence[Bundle], rule: str, members: int, device: str, candidates: int = 1) -> Judge:
-    """The judge of the actions of policy members: one guidance member each, by position, or all members as one."""
+def build_judge(
+    bundles: Sequence[Bundle], rule: str, members: int, device: str, candidates: int = 1, by_position: bool = False
+) -> Judge:
+    """The judge of the actions of policy members: one guidance member each, by position, or an `Ensemble`."""
     if rule == "none":
         (bundle,) = bundles
         return build_guidance(select_members(bundle, pair_members(members, len(bundle.seeds))), device)
-    return Ensemble([build_guidance(bundle, device) for bundle in bundles], rule, candidates)
+    return Ensemble([build_guidance(bundle, device) for bundle in bundles], rule, candidates, by_position)
 
 
 def build_policy(bundle: Bundle, device: str, *, new: bool = False) -> Policy:
@@ -1885,7 +1904,8 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 class Inference:
     """How an action is chosen from N candidates; the fields are those of [evaluation], in effect.
 
-    ensemble: the rule by which all members of all guidances judge as one, or "none": one member judges.
+    ensemble: the rule by which several guidance members judge as one, or "none": one member judges. ensemble_over: "all"
+    members of all guidances, or those at the policy member's "position".
     """
 
     candidates: int = 1
@@ -1898,6 +1918,12 @@ class Inference:
     jacobian: bool = False
     temperature_on: str = "all"
     ensemble: str = "none"
+    ensemble_over: str = "all"
+
+    @property
+    def by_position(self) -> bool:
+        """Whether policy members share no guidance member of an ensemble."""
+        return self.ensemble != "none" and self.ensemble_over == "position"
 
 
 def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference, dict[str, bool]]:
@@ -1929,6 +1955,7 @@ def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference,
         "w": section.w if labels else 0.0,
         "guidance_weight": section.guidance_weight if steered else 0.0,
         "ensemble": ensemble,
+        "ensemble_over": section.ensemble_over if ensemble != "none" else "all",
     }
     how = Inference(**{each.name: getattr(section, each.name) for each in fields(Inference)} | effective)
     return how, {
@@ -1940,6 +1967,7 @@ def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference,
         "guidance_weight": steered,
         "jacobian": steered,
         "ensemble": guided,
+        "ensemble_over": ensemble != "none",
         "temperature": scaled,
         "temperature_on": scaled and section.temperature != 1,
         "w": labels,
@@ -2146,11 +2174,12 @@ def judge_offline(
     how: Inference,
     held_out: HeldOut,
     seed: int,
-    judges: Mapping[str, tuple[Sequence[Bundle], str]],
+    judges: Mapping[str, tuple[Sequence[Bundle], str, bool]],
 ) -> Offline:
     """Compare a policy's actions with the data's on held-out states.
 
-    guidances: by which the policy acts. judges: by name, guidances and the rule by which they judge as one.
+    guidances: by which the policy acts. judges: by name, guidances, the rule by which they judge as one, and whether
+    they do so by position.
     """
     count = len(policy.seeds)
     rows = np.linspace(0, len(held_out.rewards) - 1, min(len(held_out.rewards), OFFLINE_STATES)).astype(np.int64)
@@ -2159,7 +2188,7 @@ def judge_offline(
     actor, random = build_policy(policy, "cpu"), Randomness(policy.seeds, f"evaluate {seed} offline")
     noises = actor.noises(random, "act", len(rows) * how.candidates)
     uniform = random.uniform("selection", len(rows), how.candidates)
-    ranker = build_judge(guidances, how.ensemble, count, "cpu", how.candidates) if guidances else None
+    ranker = build_judge(guidances, how.ensemble, count, "cpu", how.candidates, how.by_position) if guidances else None
     chosen = act(actor, ranker, states, noises, uniform, how).clamp(-1, 1)
     first = noises.view(*noises.shape[:2], len(rows), how.candidates, -1)[..., 0, :]  # (S, T, B, A)
     one = act(actor, ranker, states, first, uniform[..., :1], replace(how, candidates=1)).clamp(-1, 1)
@@ -2167,8 +2196,8 @@ def judge_offline(
     if ranker is not None and how.ensemble != "rank":
         above = (ranker.q(states, chosen) - ranker.q(states, given)).mean(1)
         gain = (above / ranker.v(states).std(1).clamp(min=1e-6)).tolist()
-    for name, (bundles, rule) in judges.items():
-        judge = build_judge(bundles, rule, count, "cpu")
+    for name, (bundles, rule, by_position) in judges.items():
+        judge = build_judge(bundles, rule, count, "cpu", by_position=by_position)
         own, other = judge.q(states, chosen), judge.q(states, given)
         values[name] = Values(own.mean(1).tolist(), other.mean(1).tolist(), (own > other).float().mean(1).tolist())
     distance, distance_one = ((each - given).square().mean((1, 2)).sqrt().tolist() for each in (chosen, one))
@@ -2198,7 +2227,8 @@ def load_agent(
         for warning in check_fit(bundle, each):
             warnings.warn(warning, MdptWarning, stacklevel=2)
     check_ensemble(guidances, how.ensemble)
-    if how.ensemble == "none":
+    check_positions(guidances, how, count)
+    if how.ensemble == "none" or how.by_position:
         guidances = [select_members(each, [pair_members(count, len(each.seeds))[member]]) for each in guidances]
     one, spec, agents = select_members(bundle, [member]), bundle.environment, {}
     choose_products()  # as `mdpt evaluate` does

@@ -523,6 +523,12 @@ def test_swap_crosses_all_members(folder: Path) -> None:
     assert f"guidance {best + 1} is best over all policies: mean {scores[:, best].mean():.1f} (online" in stdout
     assert f"{parts['std']['guidance']['std']:.1f} from the guidance" in stdout
     assert "an ensemble is shared by all members" in stdout
+    shared = {each["guidance"]: each for each in report["spreads"] if each["over"] == cli.SHARED}
+    assert list(shared) == ["toy-idql.guidance.pt", "three.pt"]  # the control: two policies under one guidance member
+    assert shared["three.pt"]["iqr"] == pytest.approx(np.abs(scores[0] - scores[1]).mean() / 2)
+    assert shared["three.pt"]["std_change"] == pytest.approx(
+        np.abs(scores[0] - scores[1]).mean() / 2**0.5 - np.std(pair_scores(own), ddof=1)
+    )
     assert "7 of 7 cells to play, members paired each with each: 60 rollouts\n" in result.stderr
 
 
@@ -611,8 +617,50 @@ def test_several_guidances_act_as_one(folder: Path) -> None:
     assert [cell["guidance"] for cell in (part, whole)] == ["toy-dql.guidance.pt (min of 2)", "all (min of 3)"]
     alone = evaluate("toy-dql.policy.pt --infer-guidance toy-dql.guidance.pt --set evaluation.ensemble=min")
     assert returns(alone) == returns(part) != returns(two)
+    single = "--set evaluation.ensemble=none --pairs matched"  # no ensemble, no control
+    names = [
+        cell["guidance"] for cell in play(f"swap toy-dql.policy.pt --guidance toy-dql.guidance.pt {single}")[0]["cells"]
+    ]
+    assert names == ["its own", "none", "toy-dql.guidance.pt"]
+    report, _ = play("swap toy-dql.policy.pt --guidance toy-dql.guidance.pt --pairs matched")
+    *_, joined, control = report["cells"]
+    assert (joined["guidance"], control["guidance"]) == ("toy-dql.guidance.pt (mean of 2)", "toy-dql.guidance.pt#8")
+    assert [pair["guidance_seed"] for pair in control["pairs"]] == [8, 8]
+    assert returns(control) == returns(evaluate("toy-dql.policy.pt --infer-guidance toy-dql.guidance.pt#8"))
     fail("policy toy.toml --guidance toy-idql.guidance.pt#7 --out p.pt", "#7", "the seeds are 0, 1")
     fail("evaluate toy-dql.policy.pt --infer-guidance toy-idql.guidance.pt#1@10", "#1@10", "FILE@STEP#SEED")
+
+
+def test_an_ensemble_by_position_shares_nothing(folder: Path) -> None:
+    """Member i is judged as by an ensemble of the members i alone: in play, offline, in other programs, in a swap."""
+    rule, files = "--set evaluation.ensemble=min", ("toy-idql.guidance.pt", "toy-dql.guidance.pt")
+    by_position = f"{rule} --set evaluation.ensemble_over=position"
+    whole, *parts = (
+        f"toy-dql.policy.pt --infer-guidance {files[0]}{one} --infer-guidance {files[1]}{other} {options}"
+        for one, other, options in (("", "", by_position), ("#0", "#8", rule), ("#1", "#9", rule))
+    )
+    cell = evaluate(whole)
+    assert cell["protocol"]["guidance"] == f"the min of each position's 2 members of {', '.join(files)}"
+    assert returns(cell) == [returns(evaluate(part))[i] for i, part in enumerate(parts)]
+    assert returns(cell) != returns(evaluate(whole.replace("position", "all")))
+    assert "shared by all" not in run(f"evaluate {whole}").stdout
+    offline, *others = (play(f"evaluate {each} --data toy.hdf5")[0]["cells"][0] for each in (whole, *parts))
+    assert offline["distance"] == [other["distance"][i] for i, other in enumerate(others)]
+    (values,), (theirs, _) = ([list(each["values"].values())[-1] for each in group] for group in ([offline], others))
+    assert values["policy"][0] == pytest.approx(theirs["policy"][0])
+    states = np.random.default_rng(0).normal(size=(5, 2))
+    how = {"ensemble": "min", "ensemble_over": "position"}
+    agent = models.load_agent("toy-dql.policy.pt", files, member=1, **how)
+    names = [f"{file}#{seed}" for file, seed in zip(files, (1, 9), strict=True)]
+    assert (agent(states) == models.load_agent("toy-dql.policy.pt", names, member=1, ensemble="min")(states)).all()
+
+    swap = f"swap toy-dql.policy.pt --guidance {files[0]} --guidance {files[1]} {by_position}"
+    *_, one, two, joined = play(swap)[0]["cells"]
+    assert [each["guidance"] for each in (one, two)] == [*files] and joined["guidance"] == "all (min of 2 by position)"
+    assert returns(joined) == returns(cell)
+    run("guidance toy.toml --seeds 1,2,3 --out three.pt")
+    wrong = f"evaluate toy-dql.policy.pt --infer-guidance three.pt {by_position}"
+    fail(wrong, "2 policy members", "3 members", "evaluation.ensemble_over = 'all'")
 
 
 def test_eighty_columns_hold_every_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

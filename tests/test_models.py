@@ -2272,7 +2272,7 @@ def test_judging_offline_by_hand() -> None:
         toy_dataset(noisy_columns()).held_out,
     )
     found = models.judge_offline(
-        bundle, [teacher], how, held_out, 5, {"own": ([teacher], "none"), "other": ([other], "none")}
+        bundle, [teacher], how, held_out, 5, {"own": ([teacher], "none", False), "other": ([other], "none", False)}
     )
     policy, random = build_policy(bundle, "cpu"), Randomness(SEEDS, "evaluate 5 offline")
     observations, data = torch.from_numpy(held_out.observations), torch.from_numpy(held_out.actions)
