@@ -1,6 +1,6 @@
 """The command line of mdpt: what is played and what came of it, statistics, reports, tables, pictures, commands.
 
-Legend for shapes: S policy members, K guidance members, E episodes, D bootstrap draws.
+Legend for shapes: S policy members, K guidance members, E episodes.
 """
 
 from __future__ import annotations
@@ -662,7 +662,8 @@ def no_environment(cell: Cell) -> str:
 # --- statistics ---------------------------------------------------------------------------------------------------
 
 Ends = tuple[float, float]  # of an interval or a range
-FEWEST = 5  # members: below this, an interval says no more than the range
+FEWEST = 5  # members: below this, an interval says no more than the range, and an IQM is the mean or nearly so
+MANY = 20  # members: below this, no interval of a probability covers what it should
 
 
 class Part:
@@ -678,7 +679,7 @@ class Summary(Part):
     members: int
     median: float
     iqr: float | None
-    iqm: float
+    iqm: float | None
     iqm_interval: Ends | None
     range: Ends
     mean: float
@@ -698,14 +699,16 @@ class Change(Part):
     iqr_percent_by_chance: Ends | None = None
     spread_p: float | None = None
     intervals: dict[str, Ends] | None = None
+    mean: float | None = None
+    std_percent: float | None = None
 
 
 @dataclass(frozen=True)
 class Share(Part):
-    """A component of variance as a standard deviation, and its 95 % interval."""
+    """A component of variance as a standard deviation. interval: in older files."""
 
     std: float
-    interval: Ends | None
+    interval: Ends | None = None
 
 
 def normalized_score(returns: Array, reference: Ends | None) -> Array:
@@ -725,23 +728,23 @@ def summarize(table: Array) -> Summary:
 
     table: (S, K, E), the score of each episode of policy members under guidance members; nan where there is no such
     pair. The score of a pair is the mean over its episodes. IQR and std: as in `spread`; of a single policy member,
-    over the guidance members. Range: the lowest and the highest pair. Interval: as in `bootstrap`.
+    over the guidance members. Range: the lowest and the highest pair. IQM: None below 5 members.
     Source: interquartile mean as in rliable (arXiv 2108.13264).
     """
-    from scipy import stats
-
-    def interquartile_mean(scores: Array) -> Any:
-        return stats.trim_mean(flat(scores), 0.25, axis=-1, nan_policy="omit")
-
     table = table[~np.isnan(table).all((1, 2))]
     scores = table.mean(-1)  # (S, K)
     values = scores[~np.isnan(scores)]
-    interval = bootstrap(interquartile_mean, table)
     iqr, std = spread(scores if len(scores) > 1 else scores.T)
-    iqm, scores_range = float(interquartile_mean(scores)), ends((values.min(), values.max()))
-    median, mean = float(np.median(values)), float(values.mean())
-    iqm_interval = None if interval is None else ends(interval)
-    return Summary(len(table), median, none_if_nan(iqr), iqm, iqm_interval, scores_range, mean, none_if_nan(std))
+    iqm = interquartile_mean(scores) if len(table) >= FEWEST else None
+    scores_range, median, mean = ends((values.min(), values.max())), float(np.median(values)), float(values.mean())
+    interval = None if iqm is None else iqm_interval(table)
+    return Summary(len(table), median, none_if_nan(iqr), iqm, interval, scores_range, mean, none_if_nan(std))
+
+
+def interquartile_mean(scores: Array) -> float:
+    from scipy import stats
+
+    return float(stats.trim_mean(scores[~np.isnan(scores)], 0.25))
 
 
 def none_if_nan(value: Any) -> float | None:
@@ -751,10 +754,6 @@ def none_if_nan(value: Any) -> float | None:
 def ends(pair: Iterable[Any]) -> Ends:
     low, high = pair
     return float(low), float(high)
-
-
-def flat(table: Array) -> Array:
-    return table.reshape(*table.shape[:-2], -1)  # (..., S K)
 
 
 def shift(table: Array) -> Array:
@@ -775,7 +774,7 @@ def spread(table: Array) -> tuple[Any, Any]:
     the result is nan if no other is left.
     """
     ordered = np.sort(shift(table), axis=-2)  # (..., S, K), nan last
-    # numpy's nanpercentile takes a bootstrap's tables one by one, which is twenty times slower than this
+    # numpy's nanpercentile takes tables one by one, which is twenty times slower than this
     last = (~np.isnan(ordered)).sum(axis=-2, keepdims=True) - 1  # (..., 1, K); -1: all nan
 
     def quantile(share: float) -> Any:
@@ -791,40 +790,75 @@ def spread(table: Array) -> tuple[Any, Any]:
         return np.nanmean(between, axis=-1), np.nanmean(deviation, axis=-1)
 
 
-def bootstrap(statistic: Callable[..., Any], *tables: Array) -> Array | None:
-    """95 % interval (2, ...) of statistic(*scores), which returns (..., D) for D draws; None below 5 members.
+def jackknife(left: Iterable[Any]) -> Any:
+    """Variance of a statistic, from its values without each of n members. Source: Efron and Stein 1981 (Ann. Stat. 9)."""
+    values = np.array(list(left))
+    return (len(values) - 1) / len(values) * np.square(values - values.mean(0)).sum(0)
 
-    tables: scores per episode, (S or 1, K or 1, E). Each draw takes policy members (rows), guidance members (columns)
-    and episode numbers (start states) with replacement, the same in all tables; scores (D, S or 1, K or 1) are means
-    over the drawn episodes. Few members make draws vary too little, by the factor sqrt((S - 1) / S), so the percentile
-    interval is expanded: it begins at Phi(sqrt(S / (S - 1)) t) instead of 2.5 %, where t is that quantile of Student's
-    t with S - 1 degrees of freedom. If policy and guidance members are drawn apart, S is the smaller of their numbers.
-    Source: Hesterberg, arXiv 1411.5279.
+
+def without_each(*tables: Array) -> Iterator[list[Array]]:
+    """Tables (S, 1) and (S, S) without policy member i and, where members are crossed, without guidance member i."""
+    for i in range(len(tables[0])):
+        rows = [np.delete(table, i, 0) for table in tables]
+        yield [np.delete(table, i, 1) if table.shape[1] > 1 else table for table in rows]
+
+
+def has_intervals(count: int, width: int) -> bool:
+    """Whether tables (S, K) have intervals: of at least 5 members, paired one to one or crossed with as many."""
+    return count >= FEWEST and width in (1, count)
+
+
+def half_width(variance: Any, freedom: float) -> Any:
+    """Half of a 95 % interval, by Student's t."""
+    from scipy import stats
+
+    return stats.t.ppf(0.975, freedom) * np.sqrt(variance)
+
+
+def location_interval(value: float, variance: float, freedom: float, table: Array) -> Ends:
+    """95 % interval of a location of scores (S, K, E): for new members and, where E > 1, new start states.
+
+    variance, freedom: of the value as it comes from the members, whose scores contain the noise of their episodes. What
+    start states do to all members alike (analysis of variance) comes on top. Degrees of freedom: Satterthwaite 1946.
+    """
+    rows = np.nanmean(table, axis=1)  # (S, E)
+    episodes = rows.shape[1]
+    starts = variance_components(rows)["guidance"] ** 2 / episodes if episodes > 1 else 0.0
+    if starts > 0:
+        parts = variance**2 / freedom + starts**2 / (episodes - 1)
+        variance, freedom = variance + starts, (variance + starts) ** 2 / parts
+    half = half_width(variance, freedom)
+    return ends((value - half, value + half))
+
+
+def iqm_interval(table: Array) -> Ends | None:
+    """95 % interval of the IQM of scores (S, K, E), see `location_interval`; None as `has_intervals` says.
+
+    Matched members: by the winsorized variance of a trimmed mean (Tukey and McLaughlin 1963); crossed: `jackknife`.
     """
     from scipy import stats
 
-    count, width, episodes = (max(sizes) for sizes in zip(*(table.shape for table in tables), strict=True))
-    members = count if width == 1 else min(count, width)
-    if members < FEWEST:
+    count, width, _ = table.shape
+    if not has_intervals(count, width):
         return None
-    random, left, drawn = np.random.default_rng(0), 9_999 if count * width < 100 else 2_000, []
-    batch = max(1, 5_000_000 // max(count * count * width, episodes))  # draws: bounds memory
-    while left > 0:
-        size = min(batch, left)
-        rows, columns = random.integers(count, size=(size, count, 1)), random.integers(width, size=(size, 1, width))
-        shares = random.multinomial(episodes, np.full(episodes, 1 / episodes), size) / episodes  # (D, E)
-        scores = [
-            np.tensordot(shares, table, (1, 2))[np.arange(size)[:, None, None], rows[:, :s] % s, columns[..., :k] % k]
-            for table in tables
-            for s, k in [table.shape[:2]]
-        ]
-        with warnings.catch_warnings():  # of draws without any pair, or with one value
-            warnings.simplefilter("ignore", RuntimeWarning)
-            drawn.append(statistic(*scores))
-        left -= size
-    level = stats.norm.cdf(np.sqrt(members / (members - 1)) * stats.t.ppf(0.025, members - 1))
-    interval: Array = np.nanquantile(np.concatenate(drawn, axis=-1), [level, 1 - level], axis=-1)
-    return interval
+    scores, freedom = table.mean(-1), count - 1
+    if width == 1:
+        kept = count - 2 * (count // 4)
+        winsorized = np.asarray(stats.mstats.winsorize(scores[:, 0], (0.25, 0.25)))
+        variance, freedom = (count - 1) * winsorized.var(ddof=1) / (kept * (kept - 1)), kept - 1
+    else:
+        variance = jackknife(interquartile_mean(each) for (each,) in without_each(scores))
+    return location_interval(interquartile_mean(scores), float(variance), freedom, table)
+
+
+def chance_interval(value: float, variance: float, freedom: float) -> Ends | None:
+    """95 % interval of a probability, symmetric in its logit; None at 0 and 1, where that is infinite."""
+    from scipy import special
+
+    if not 0 < value < 1:
+        return None
+    half = half_width(variance, freedom) / (value * (1 - value))
+    return ends(special.expit(special.logit(value) + np.array([-half, half])))
 
 
 def compare(own: Array, swapped: Array) -> Change:
@@ -833,40 +867,74 @@ def compare(own: Array, swapped: Array) -> Change:
     own: (S, E), the baseline of each policy member. swapped: (S, K, E), the scores of that member under other guidance
     members, nan where there is no such pair. For S > 1, also:
 
-    - median, iqr, std: of swapped minus own, in points of score; IQR and std as in `spread`.
+    - median, mean, iqr, std: of swapped minus own, in points of score; IQR and std as in `spread`.
     - range: the lowest and the highest change of a pair.
     - improvement: probability that a swapped score is higher than an own one, ties counting half (arXiv 2108.13264).
-    - iqr_percent: 100 (IQR swapped - IQR own) / IQR own; iqr_percent_by_chance: as in `by_chance`.
+    - iqr_percent: 100 (IQR swapped - IQR own) / IQR own, and std_percent likewise; None below 5 members.
+    - iqr_percent_by_chance: as in `by_chance`.
     - spread_p: as in `spread_test`.
-    - intervals: as in `bootstrap`, which draws a policy member's own and swapped scores together.
+    - intervals: as in `change_intervals`.
     """
     swapped = np.where(np.abs(swapped - own[:, None]) < 1e-3, own[:, None], swapped)  # rounding of other batches
     mine, others = own.mean(-1)[:, None], swapped.mean(-1)  # (S, 1), (S, K)
-
-    def changes(mine: Array, others: Array) -> Array:
-        other, (iqr, std), (own_iqr, own_std) = flat(others), spread(others), spread(mine)
-        wins = (np.sign(other[..., :, None] - flat(mine)[..., None, :]) + 1) / 2
-        medians = np.nanmedian(other, axis=-1) - np.median(flat(mine), axis=-1)
-        return np.stack([medians, iqr - own_iqr, std - own_std, np.nanmean(wins, axis=(-2, -1))])
-
     gaps = others - mine
     gap_range = float(np.nanmin(gaps)), float(np.nanmax(gaps))
     if len(own) < 2:
         return Change(float(np.nanmedian(gaps)), gap_range)
-    median, iqr, std, improvement = changes(mine, others)
-    base, intervals = float(spread(mine)[0]), bootstrap(changes, own[:, None], swapped)
-    names = ("median", "iqr", "std", "improvement")
+    (own_iqr, own_std), (iqr, std) = spread(mine), spread(others)
+
+    def percent(after: Any, before: Any) -> float | None:
+        return none_if_nan(100 * (after / before - 1)) if len(own) >= FEWEST and before > 0 else None
+
+    by = by_chance(len(own), correlate(mine[:, 0], others)) if len(own) >= FEWEST and own_iqr > 0 else None
     return Change(
-        median=float(median),
+        median=float(np.nanmedian(others) - np.median(mine)),
         range=gap_range,
-        iqr=none_if_nan(iqr),
-        std=none_if_nan(std),
-        improvement=float(improvement),
-        iqr_percent=none_if_nan(100 * iqr / base) if base > 0 else None,
-        iqr_percent_by_chance=by_chance(len(own), correlate(mine[:, 0], others)) if base > 0 else None,
+        iqr=none_if_nan(iqr - own_iqr),
+        std=none_if_nan(std - own_std),
+        improvement=wins(others[~np.isnan(others)], mine),
+        iqr_percent=percent(iqr, own_iqr),
+        iqr_percent_by_chance=by,
         spread_p=spread_test(mine[:, 0], others),
-        intervals=None if intervals is None else dict(zip(names, map(ends, intervals.T), strict=True)),
+        intervals=change_intervals(own, swapped),
+        mean=float(np.nanmean(others) - mine.mean()),
+        std_percent=percent(std, own_std),
     )
+
+
+def wins(first: Array, second: Array) -> float:
+    """The share of pairs in which a score of `first` is higher than one of `second`; ties count half."""
+    return float((np.sign(first.ravel()[:, None] - second.ravel()) + 1).mean() / 2)
+
+
+def change_intervals(own: Array, swapped: Array) -> dict[str, Ends] | None:
+    """95 % intervals of changes from scores (S, E) to (S, K, E), by name; None as `has_intervals` says.
+
+    By `jackknife`, of the mean as in `location_interval`; of std and IQR from the logarithm of their ratio, which is
+    closer to normal, in percent; of the improvement from 20 members on. That of the median covers too little.
+    """
+    count, width, _ = swapped.shape
+    if not has_intervals(count, width):
+        return None
+
+    def figures(mine: Array, others: Array) -> list[float]:
+        (own_iqr, own_std), (iqr, std) = spread(mine), spread(others)
+        with np.errstate(divide="ignore", invalid="ignore"):  # of scores without any spread
+            ratios = [float(np.log(std / own_std)), float(np.log(iqr / own_iqr))]
+        return [float(np.nanmean(others) - mine.mean()), *ratios, wins(others[~np.isnan(others)], mine)]
+
+    scores = own.mean(-1)[:, None], swapped.mean(-1)
+    with np.errstate(invalid="ignore"):
+        mean, *ratios, chance = figures(*scores)
+        variance, *variances, chance_variance = jackknife(figures(*each) for each in without_each(*scores))
+    found = {"mean": location_interval(mean, variance, count - 1, swapped - own[:, None])}
+    for name, ratio, each in zip(("std_percent", "iqr_percent"), ratios, variances, strict=True):
+        if np.isfinite([ratio, each]).all():
+            half = half_width(each, count - 1)
+            found[name] = ends(100 * (np.exp([ratio - half, ratio + half]) - 1))
+    if count >= MANY and (interval := chance_interval(chance, chance_variance, count - 1)):
+        found["improvement"] = interval
+    return found
 
 
 def falls_short(scores: Array, other: Array | float) -> bool:
@@ -939,49 +1007,35 @@ def by_chance(members: int, correlation: float) -> Ends:
     return ends(np.quantile(100 * (spread(after)[0] / spread(before)[0] - 1), [0.025, 0.975]))
 
 
-def variance_components(scores: Array) -> dict[str, Share]:
-    """Components of the variance of crossed scores (S, K): of "guidance", of "policy", and the "rest".
+def variance_components(scores: Array) -> dict[str, float]:
+    """Components of the variance of crossed scores (S, K) as standard deviations: of "guidance", "policy" and "rest".
 
     score = mean + policy's part + guidance's part + rest, by analysis of variance; the rest is what is special to the
-    pair, and the choice of its episodes. A negative variance counts as 0. The 95 % interval is None below 5 members of
-    either. It takes scores as normal: each mean square, divided by its chi-squared variable, is drawn 20,000 times.
-    Source: generalized confidence intervals, Weerahandi 1993 (J. Am. Stat. Assoc. 88).
+    pair, and the choice of its episodes. A negative variance counts as 0. No interval covers them if tails are heavy.
     """
     count, width = scores.shape
     rest = scores - scores.mean(1, keepdims=True) - scores.mean(0) + scores.mean()
-    rest_freedom, rest_sum = (count - 1) * (width - 1), float(np.square(rest).sum())
-    random, draws = np.random.default_rng(0), 20_000
-    rest_draws = rest_sum / random.chisquare(rest_freedom, draws)
-
-    def share(variance: float, drawn: Array) -> Share:
-        value, *interval = np.sqrt(np.maximum(0, [variance, *np.quantile(drawn, [0.025, 0.975])]))
-        return Share(float(value), ends(interval) if min(count, width) >= FEWEST else None)
-
-    def component(means: Array, repeats: int) -> Share:
-        freedom, square = len(means) - 1, repeats * float(means.var(ddof=1))
-        drawn = freedom * square / random.chisquare(freedom, draws)
-        return share((square - rest_sum / rest_freedom) / repeats, (drawn - rest_draws) / repeats)
-
-    return {
-        "guidance": component(scores.mean(0), count),
-        "policy": component(scores.mean(1), width),
-        "rest": share(rest_sum / rest_freedom, rest_draws),
+    rest_variance = float(np.square(rest).sum()) / ((count - 1) * (width - 1))
+    parts = {
+        "guidance": float(scores.mean(0).var(ddof=1)) - rest_variance / count,
+        "policy": float(scores.mean(1).var(ddof=1)) - rest_variance / width,
+        "rest": rest_variance,
     }
+    return {name: math.sqrt(max(0.0, variance)) for name, variance in parts.items()}
 
 
 def probability_of_improvement(first: Array, second: Array) -> tuple[float, Ends | None]:
-    """Probability that a score of `first` (S, E) is higher than one of `second` (K, E), and its 95 % interval.
+    """Probability that a score of `first` (S, E) is higher than one of `second` (K, E), as in `wins`.
 
-    Ties count half. The members of each are drawn apart, the episodes together, as in `bootstrap`.
-    Source: arXiv 2108.13264.
+    Its 95 % interval: None below 20 members, see `chance_interval`. Source: arXiv 2108.13264.
     """
-
-    def wins(ours: Array, theirs: Array) -> Any:
-        return ((np.sign(ours - theirs) + 1) / 2).mean(axis=(-2, -1))
-
-    value = float(wins(first.mean(-1)[:, None], second.mean(-1)[None]))
-    interval = bootstrap(wins, first[:, None], second[None]) if len(second) >= FEWEST else None
-    return value, None if interval is None else ends(interval)
+    ours, theirs = first.mean(-1), second.mean(-1)
+    value, fewest = wins(ours, theirs), min(len(ours), len(theirs))
+    if fewest < MANY:
+        return value, None
+    variance = jackknife(wins(np.delete(ours, i), theirs) for i in range(len(ours)))
+    variance += jackknife(wins(ours, np.delete(theirs, i)) for i in range(len(theirs)))
+    return value, chance_interval(value, variance, fewest - 1)
 
 
 # --- reports: what was found --------------------------------------------------------------------------------------
@@ -1451,7 +1505,7 @@ def split_spread(result: Result) -> Components:
     seeds, scores = result.guidance_seeds, result.scores.reshape(result.members, -1)
     means = scores.mean(0)
     best = BestGuidance(seeds[means.argmax()], float(means.max()))
-    std = variance_components(scores) if len(scores) > 1 else None
+    std = {name: Share(each) for name, each in variance_components(scores).items()} if len(scores) > 1 else None
     return Components(result.policy, result.guidance, result.step, std, best)
 
 
@@ -1667,7 +1721,8 @@ def score_table(results: Sequence[Result], comparisons: Sequence[Comparison]) ->
         scores = [number(pair.score) for pair in (first, *others)]
         rows.append([str(first.policy_seed), *scores, raw, number(first.length, ".0f"), number(first.success, ".0%")])
     figures = [summary_cells(each) for each in comparisons]
-    rows += [None, *([name, *(each[name] for each in figures)] for name in STATISTICS), None]
+    lines = [[name, *(each[name] for each in figures)] for name in STATISTICS]
+    rows += [None, *(line for line in lines if set(line[1:]) != {"-"}), None]
     rows += [[name, *[score] * len(figures)] for name, score in data_scores(results)]
     columns = ("seed", *(acting(result.protocol) for result in results), "return", "length", "success")
     return make_table(unit(results[0]), columns, rows)
@@ -1769,7 +1824,7 @@ def policy_tables(results: Sequence[Result], comparisons: Sequence[Comparison], 
     rows = []
     for result, each in zip(results, comparisons, strict=True):
         points = [other for other in comparisons if policy_of(other.policy, curve) == policy_of(each.policy, curve)]
-        best = max(points, key=lambda point: point.summary.iqm)
+        best = max(points, key=lambda point: point.summary.mean)
         notes = ", ".join(["best"] * (each is best) + ["last"] * (each is points[-1]))
         rows.append((each.policy, notes if curve else acting(result.protocol), each))
     caption = "best: by the scores shown here (online selection)" if curve else None
@@ -1844,18 +1899,29 @@ def swap_tables(
 
 
 def change_text(change: Change) -> str:
-    """A change with its intervals; a single member has no spread, few members have no interval."""
+    """A change with its 95 % intervals; a single member has no spread, few members have no interval."""
 
-    def figure(name: str, form: str = "+.1f") -> str:
+    def figure(name: str, form: str = "+.1f", unit: str = "") -> str:
         value, interval = getattr(change, name), (change.intervals or {}).get(name)
-        return "-" if value is None else f"{value:{form}}" + (f" ({interval_text(interval, form)})" if interval else "")
+        shown = f"{value:{form}}{unit}" if value is not None else ""
+        return shown + (f" ({interval_text(interval, form)})" if shown and interval else "")
 
-    gap, chance = interval_text(change.range, "+.1f"), interval_text(change.iqr_percent_by_chance, "+.0f")
-    percent = "" if change.iqr_percent is None else f", {change.iqr_percent:+.0f} % (by chance {chance})"
-    return (
-        f"median {figure('median')}, range {gap}, IQR {figure('iqr')}{percent}, std {figure('std')}, P(better) "
-        f"{figure('improvement', '.2f')}"
+    spreads = []
+    for name in ("iqr", "std"):
+        percent = figure(f"{name}_percent", "+.0f", " %")
+        spreads.append(figure(name) + f", {percent}" * bool(percent))
+    chance = (
+        f"; by chance {interval_text(change.iqr_percent_by_chance, '+.0f')}" if change.iqr_percent_by_chance else ""
     )
+    parts = {
+        "mean": figure("mean"),
+        "median": figure("median"),
+        "range": interval_text(change.range, "+.1f"),
+        "IQR": spreads[0] + chance,
+        "std": spreads[1],
+        "P(better)": figure("improvement", ".2f"),
+    }
+    return ", ".join(f"{name} {text}" for name, text in parts.items() if text)
 
 
 def member_tables(result: Result, parts: Components) -> Iterator[Table]:
@@ -1865,11 +1931,8 @@ def member_tables(result: Result, parts: Components) -> Iterator[Table]:
     best = parts.best_guidance
     caption = f"guidance {best.seed} is best over all policies: mean {best.mean:.1f} (online selection)"
     if parts.std is not None:
-        shares = [
-            f"{share.std:.1f} from the {name}" + (f" ({interval_text(share.interval)})" if share.interval else "")
-            for name, share in parts.std.items()
-        ]
-        caption = f"spread of scores, as std (95 %): {', '.join(shares)}; {caption}"
+        shares = [f"{share.std:.1f} from the {name}" for name, share in parts.std.items()]
+        caption = f"spread of scores, as std: {', '.join(shares)}; {caption}"
     for start in range(0, width := scores.shape[1], ACROSS):
         part = slice(start, start + ACROSS)
         rows = [(seed, *map(number, row[part])) for seed, row in zip(seeds, scores, strict=True)]
@@ -1905,8 +1968,8 @@ def protocol_line(how: Protocol, *members: int, weights: bool = True) -> str:
     if weights:
         early = f"weights of step {how.step} of {how.steps} (online selection, if chosen by score)"
         parts.append("last weights" if how.step == how.steps else early)
-    drawn = "members and start states" if how.episodes > 1 else "members"
-    parts.append(f"intervals resample {drawn}" if max(members) >= FEWEST else f"no intervals below {FEWEST} members")
+    new = "members and start states" if how.episodes > 1 else "members"
+    parts.append(f"intervals are for new {new}" if max(members) >= FEWEST else f"no intervals below {FEWEST} members")
     if how.ensemble != "none" and how.ensemble_over == "all":
         parts.append("an ensemble is shared by all members: statistics hold for this ensemble alone")
     if not how.repeatable:

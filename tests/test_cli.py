@@ -312,9 +312,10 @@ def test_every_policy_is_evaluated(folder: Path) -> None:
             assert pair["return"] == pytest.approx(row.mean()) and pair["score"] == pytest.approx(row.mean() - 10)
             assert pair["length"] == pytest.approx(np.mean(pair["lengths"])) and max(pair["lengths"]) <= 6
         middle, spread = (low + high) / 2, high - low
-        expected = {"median": middle, "iqr": spread / 2, "iqm": middle, "mean": middle, "std": spread / np.sqrt(2)}
+        expected = {"median": middle, "iqr": spread / 2, "mean": middle, "std": spread / np.sqrt(2)}
         assert {key: entry["summary"][key] for key in expected} == pytest.approx(expected)
-        assert entry["summary"]["range"] == pytest.approx([low, high]) and entry["summary"]["iqm_interval"] is None
+        assert entry["summary"]["range"] == pytest.approx([low, high])
+        assert entry["summary"]["iqm"] is entry["summary"]["iqm_interval"] is None  # of two members it is their mean
         assert (cell["protocol"]["guidance"] is None) == (cell["protocol"]["candidates"] == 1)
         bundle = read(cell["policy"])
         assert cell["accounting"] == bundle.accounting.model_dump()
@@ -329,9 +330,10 @@ def test_the_table_holds_the_figures_of_the_report(folder: Path) -> None:
     for pair, other in zip(acts["pairs"], one["pairs"], strict=True):
         figures = rf"{pair['score']:.1f} │ +{other['score']:.1f} │ +{pair['return']:.1f} │ +{pair['length']:.0f}"
         assert re.search(rf"│ {pair['policy_seed']} +│ +{figures} │", stdout)
-    for name in ("median", "IQR", "IQM", "mean", "std"):
+    for name in ("median", "IQR", "mean", "std"):
         both = " │ +".join(f"{entry['summary'][name.lower()]:.1f}" for entry in report["summary"])
         assert re.search(rf"│ {name} +│ +{both} │", stdout), name
+    assert "IQM" not in stdout
     low, high = report["summary"][0]["summary"]["range"]
     assert re.search(rf"│ range +│ +{low:.1f} \.\. {high:.1f} │", stdout)
     with h5py.File("toy.hdf5") as file:
@@ -433,7 +435,7 @@ def test_curve(folder: Path) -> None:
     assert names == [(f"toy-{name}.policy.pt@{step}", step) for name in ("dql", "cfg") for step in (10, 20)]
     assert returns(report["cells"][1]) == returns(evaluate("toy-dql.policy.pt"))
     for entries in (report["summary"][:2], report["summary"][2:]):
-        best = max(entries, key=lambda entry: float(entry["summary"]["iqm"]))
+        best = max(entries, key=lambda entry: float(entry["summary"]["mean"]))
         for entry in entries:
             notes = ["best"] * (entry is best) + ["last"] * (entry["step"] == 20)
             figures = rf"{entry['summary']['median']:.1f} │ +{entry['summary']['iqr']:.1f} │ +{entry['length']:.0f}"
@@ -512,10 +514,10 @@ def test_swap_crosses_all_members(folder: Path) -> None:
     ]
     for entry in report["summary"]:
         name, summary = rf"│ {re.escape(entry['guidance'])} +│ +{entry['seeds']} +│ +", entry["summary"]
-        first, second = (
-            " │ +".join(cli.number(summary[key]) for key in keys) for keys in (("median", "iqr"), ("iqm",))
-        )
-        assert re.search(rf"{name}{first} │ +{entry['length']:.0f} │", stdout) and re.search(name + second, stdout)
+        first = " │ +".join(cli.number(summary[key]) for key in ("median", "iqr"))
+        assert re.search(rf"{name}{first} │ +{entry['length']:.0f} │", stdout)
+        second = " │ +".join([cli.interval_text(summary["range"]), cli.number(summary["mean"])])
+        assert re.search(name + second, stdout)
     assert re.search(rf"│ data mean +│ +│ +{own['dataset']['mean_score']:.1f} │", stdout)
     scores = np.array(pair_scores(three)).reshape(2, 3)
     parts, best = report["components"][1], int(scores.mean(0).argmax())
@@ -551,7 +553,7 @@ def test_swap_compares_with_the_guidance_of_training(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("members", "said"), [(3, "no intervals below 5 members"), (5, "intervals resample members and start states")]
+    ("members", "said"), [(3, "no intervals below 5 members"), (5, "intervals are for new members and start states")]
 )
 def test_few_members_have_a_range_and_five_have_intervals(folder: Path, members: int, said: str) -> None:
     cell = cli.read_cell(Path("toy-dql.policy.pt"), None, [])
@@ -567,14 +569,17 @@ def test_few_members_have_a_range_and_five_have_intervals(folder: Path, members:
         results.append(replace(result, guidance=name, pairs=pairs, protocol=protocol))
     comparisons = cli.compare_results(results)
     change = comparisons[1].change
-    assert change is not None and change.iqr_percent_by_chance is not None
-    assert (comparisons[1].summary.iqm_interval is None) == (change.intervals is None) == (members < 5)
+    few = members < 5
+    assert change is not None and (change.iqr_percent_by_chance is None) == (change.iqr_percent is None) == few
+    assert (comparisons[1].summary.iqm_interval is None) == (change.intervals is None) == few
     row, _ = list(cli.swap_tables(results, comparisons, []))[-2:]
     assert isinstance(row, str)
-    low, high = change.iqr_percent_by_chance
-    assert f"{change.iqr_percent:+.0f} % (by chance {low:+.0f} .. {high:+.0f})" in row
-    assert "{:+.1f} .. {:+.1f}".format(*change.range) in row
-    assert len(re.findall(r"\(\S+ \.\. \S+\)", row)) == (0 if members < 5 else 4)
+    if change.intervals and change.iqr_percent_by_chance:
+        ranges = change.intervals["iqr_percent"], change.iqr_percent_by_chance
+        texts = ["{:+.0f} .. {:+.0f}".format(*each) for each in ranges]
+        assert f"IQR {change.iqr:+.1f}, {change.iqr_percent:+.0f} % ({texts[0]}); by chance {texts[1]}" in row
+    assert "{:+.1f} .. {:+.1f}".format(*change.range) in row and ("%" in row) == (not few)
+    assert len(re.findall(r"\(\S+ \.\. \S+\)", row)) == (0 if few else 3)
     assert cli.swap_line(results).endswith(f", {said}; under none 1 candidate")
 
 
@@ -854,12 +859,12 @@ def edits(report: dict[str, Any]) -> Iterator[str]:
     wrong += [(pair, "returns", [*pair["returns"], 1.0]), (cell, "pairs", cell["pairs"][:1]), (cell, "colour", "red")]
     wrong += [(cell, "pairs", [*cell["pairs"], pair]), (report, "cells", [cell] * 3)]
     for part, key, value in wrong:
-        before, late = dict(part), key in ("summary", "rivalry")  # which are not there while cells are played
+        before, late = dict(part), key in ("summary", "spreads", "rivalry")  # not there while cells are played
         part[key] = value
         if part != before and not (part is report and (value == [] or (late and value is None))):
             yield f"{key} = {value}"
         part.pop(key)
-        if key in before and not late:
+        if key in before and not late and key != "ensemble_over":  # which older files lack
             yield f"no {key}"
         part.clear()
         part.update(before)
