@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import textwrap
@@ -1173,7 +1174,8 @@ SHARED = "members, one guidance shared"
 class Spread(Part):
     """The spread of a policy's scores under a guidance: IQR and standard deviation.
 
-    over: what it is over; SHARED: over policy members that share a guidance member. Changes are against the baseline of `compare_results`, p is two-sided, and p_holm is p corrected
+    over: "members"; SHARED: policy members that share a guidance member; "episodes" or "snapshots" of a member, of which
+    IQR, std and changes are the median over members. Changes are against the baseline of `compare_results`, p is two-sided, and p_holm is p corrected
     for the number of tests that one table shows of the same kind. None: no such change or test.
     """
 
@@ -1301,8 +1303,7 @@ def play_cells(cells: Sequence[Cell], file: Path | None, overwrite: bool, worker
             columns = zip(*(vars(part).values() for part in parts), strict=True)
             report.cells.append(make_result(cell, data.Played(*map(np.concatenate, columns)), products))
             store_json(file, report)
-    summary = compare_results(report.cells)
-    return replace(report, summary=summary, spreads=compare_spreads(report.cells, summary))
+    return replace(report, summary=compare_results(report.cells))
 
 
 def make_result(cell: Cell, played: data.Played, products: str) -> Result:
@@ -1475,29 +1476,73 @@ def overall(comparisons: Iterable[Comparison]) -> list[Comparison]:
     return list({(each.policy, each.guidance): each for each in comparisons}.values())
 
 
-def compare_spreads(results: Sequence[Result], comparisons: Sequence[Comparison]) -> list[Spread]:
-    """Spreads of each cell with their changes; p is corrected over the cells of a policy (Holm).
+def compare_spreads(results: Sequence[Result], comparisons: Sequence[Comparison], together: bool) -> list[Spread]:
+    """Spreads of each cell over members and over episodes, and over snapshots where several are played, with changes.
 
     Of crossed members also that of the policies under one guidance member that all share, averaged over these members:
-    the control for an ensemble, which all share, too.
+    the control for an ensemble, which all share, too. together: all spreads are shown in one table, else those of a
+    policy; p is corrected for the tests of one kind in a table.
     """
     baselines, spreads = find_baselines(results), []
     for result, each in zip(results, overall(comparisons), strict=True):
-        name, change = (result.policy, result.guidance), each.change
+        name, change, home = (result.policy, result.guidance), each.change, baselines.get(result.policy, result)
         changes = (change.iqr, change.std, change.spread_p) if change else (None, None, None)
         spreads.append(Spread(*name, "members", each.summary.iqr, each.summary.std, *changes))
         if len(result.pairs) > result.members > 1:
-            own = spread(baselines[result.policy].scores[:, None])
-            iqr, std = (float(each.mean()) for each in spread(result.scores.reshape(result.members, -1).T[..., None]))
-            spreads.append(Spread(*name, SHARED, iqr, std, iqr - float(own[0]), std - float(own[1]), None))
+            own_iqr, own_std = map(float, spread(home.scores[:, None]))
+            iqr, std = (float(one.mean()) for one in spread(result.scores.reshape(result.members, -1).T[..., None]))
+            spreads.append(Spread(*name, SHARED, iqr, std, iqr - own_iqr, std - own_std, None))
+        if result.protocol.episodes > 1:
+            before = None if result is home else spreads_within([home])
+            spreads.append(spread_within(*name, "episodes", spreads_within([result]), before))
+    files: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        files.setdefault((file_of(result.policy), file_of(result.guidance)), []).append(result)
+    for (policy, guidance), group in files.items():
+        if len(group) > 1:
+            base = next((files[policy, name] for name in (OWN, "none") if (policy, name) in files), group)
+            before = None if base is group or len(base) < 2 else spreads_within(base)
+            spreads.append(spread_within(policy, guidance, "snapshots", spreads_within(group), before))
     families: dict[tuple[str, str], list[int]] = {}
     for place, found in enumerate(spreads):
         if found.p is not None:
-            families.setdefault((found.policy, found.over), []).append(place)
+            families.setdefault(("" if together else found.policy, found.over), []).append(place)
     for places in families.values():
         for place, p in zip(places, holm([spreads[place].p or 0.0 for place in places]), strict=True):
             spreads[place] = replace(spreads[place], p_holm=p)
     return spreads
+
+
+def file_of(name: str) -> str:
+    """The file that a name such as FILE@STEP or FILE@STEP#SEED belongs to; FILE#SEED counts as a file."""
+    return re.sub(r"@(\d+|last)(?=#\d+$|$)", "", name)
+
+
+def spreads_within(results: Sequence[Result]) -> Array:
+    """IQR and std of each policy member's scores, averaged over its guidance members: (S, 2).
+
+    Over the episodes of a result, or over several results of the same pairs.
+    """
+    result = results[0]
+    table = result.episode_scores if len(results) == 1 else np.stack([each.scores for each in results], 1)
+    each: Array = np.stack(spread(table[..., None]), -1).reshape(result.members, -1, 2).mean(1)
+    return each
+
+
+def spread_within(policy: str, guidance: str, over: str, each: Array, own: Array | None) -> Spread:
+    """The median over members of the spreads (S, 2) that each has, and of their changes against own (S, 2).
+
+    p: of the std, by Wilcoxon's signed ranks of members; None below 3 members, or without a change.
+    """
+    from scipy import stats
+
+    iqr, std = np.median(each, axis=0).tolist()
+    if own is None:
+        return Spread(policy, guidance, over, iqr, std, None, None, None)
+    gaps = (each - own).round(6)
+    p = float(stats.wilcoxon(gaps[:, 1]).pvalue) if len(gaps) > 2 and gaps[:, 1].any() else None
+    iqr_change, std_change = np.median(gaps, axis=0).tolist()
+    return Spread(policy, guidance, over, iqr, std, iqr_change, std_change, p)
 
 
 def split_spread(result: Result) -> Components:
@@ -1701,7 +1746,6 @@ def summary_cells(each: Comparison) -> dict[str, str]:
     }
 
 
-OVER = ("members", "episodes", "snapshots")
 STATISTICS = ("median", "IQR", "IQM", "IQM 95 %", "range", "mean", "std")
 
 
@@ -1746,24 +1790,26 @@ def summary_tables(
     yield make_table("more statistics", (*heads, *more), lines(*more), left=2)
 
 
-def spread_table(title: str, spreads: Sequence[Spread]) -> Table:
-    """Spreads of a policy's scores by guidance, with their changes and tests."""
-    rows = [
-        (
-            *(each.guidance, each.over, number(each.iqr), number(each.iqr_change, "+.1f")),
-            *(number(each.std), number(each.std_change, "+.1f"), number(each.p_holm, ".3f")),
-        )
-        for each in spreads
-    ]
-    tests = [f"{sum(each.p is not None and each.over == over for each in spreads)} over {over}" for over in OVER]
-    tests = [text for text in tests if not text.startswith("0")]
-    caption = (
-        f"p: that the spread has not changed, two-sided, by ranks; corrected (Holm) for {', '.join(tests)}"
-        if tests
-        else None
-    )
-    columns = ("guidance", "over", "IQR", "change", "std", "change", "p")
-    return make_table(f"{title}: spread", columns, rows, caption, left=2)
+def spread_table(title: str, head: str, rows: Sequence[tuple[str, Spread]]) -> Table:
+    """Spreads with their changes and tests, each after a name, one kind after the other."""
+    lines: list[Sequence[str] | None] = []
+    tests = []
+    for over in ("members", SHARED, "episodes", "snapshots"):
+        kind = [(name, each) for name, each in rows if each.over == over]
+        for name, each in kind:
+            figures = (
+                number(each.iqr),
+                number(each.iqr_change, "+.1f"),
+                number(each.std),
+                number(each.std_change, "+.1f"),
+            )
+            lines.append((name, over, *figures, number(each.p_holm, ".3f")))
+        lines += [None] * bool(kind)
+        tests += [f"{count} over {over}"] if (count := sum(each.p is not None for _, each in kind)) else []
+    caption = "over episodes and snapshots: those of a member, median over members"
+    if tests:
+        caption += f"; p: that the spread has not changed, two-sided, by ranks, corrected (Holm) for the tests here: {', '.join(tests)}"
+    return make_table(title, (head, "over", "IQR", "change", "std", "change", "p"), lines, caption, left=2)
 
 
 def offline_tables(result: OfflineResult) -> Iterator[Table]:
@@ -1868,11 +1914,21 @@ def show_evaluation(report: Report, comparisons: Sequence[Comparison], curve: bo
     results, asked = report.cells, asked_for(report.cells)
     for table in policy_tables(results, comparisons, curve) if len(asked) > 1 else [score_table(results, comparisons)]:
         show_table(table)
+    last = {policy_of(result.policy, curve): result for result in asked}
+    shown = {*(result.policy for result in last.values()), *last}  # of a curve, the last step, and all steps together
+    spreads = [each for each in report.spreads or [] if each.policy in shown]
+    if spreads:
+        several = len(last) > 1 or curve
+        how = {
+            (result.policy, result.guidance): f"{result.policy}, " * several + acting(result.protocol)
+            for result in results
+        }
+        lines = [(how.get((each.policy, each.guidance), each.policy), each) for each in spreads]
+        show_table(spread_table(f"spread of {unit(results[0])}", "policy", lines))
     if report.rivalry:
         rows = [(e.first, e.second, f"{e.improvement:.2f}", interval_text(e.interval, ".2f")) for e in report.rivalry]
         title = "probability that a member of the first scores higher than one of the second"
         show_table(make_table(title, ("first", "second", "P", "95 %"), rows, left=2))
-    last = {policy_of(result.policy, curve): result for result in asked}
     for policy, result in last.items():
         name = f"{policy}: " if len(last) > 1 else ""
         points = [other for other in asked if policy_of(other.policy, curve) == policy]
@@ -1885,7 +1941,7 @@ def show_evaluation(report: Report, comparisons: Sequence[Comparison], curve: bo
 def swap_tables(
     results: Sequence[Result], comparisons: Sequence[Comparison], spreads: Sequence[Spread]
 ) -> Iterator[Table | str]:
-    """For each policy its scores over pairs of members, lines of their changes against its own guidance, and spreads."""
+    """For each policy its scores over pairs of members, lines of their changes against its own guidance; then spreads."""
     star = "* this guidance learned from other data than the policy: the paper's guarantee does not hold there"
     for policy, group in groupby(comparisons, key=lambda each: each.policy):
         parts, mine = list(group), [result for result in results if result.policy == policy]
@@ -1895,7 +1951,9 @@ def swap_tables(
         for guidance, seeds, each in rows:
             if each.change is not None:
                 yield f"change under {guidance}, {seeds} ({each.pairs} pairs): {change_text(each.change)}"
-        yield spread_table(policy, [spread for spread in spreads if spread.policy == policy])
+    for policy in dict.fromkeys(each.policy for each in spreads):
+        named = [(each.guidance, each) for each in spreads if each.policy == policy]
+        yield spread_table(f"{policy}: spread of {unit(results[0])}", "guidance", named)
 
 
 def change_text(change: Change) -> str:
@@ -2635,7 +2693,8 @@ def score_policies(
 ) -> None:
     """Play cells and show their scores."""
     report = play_cells(cells, json_file, overwrite, where)
-    report = replace(report, rivalry=compare_policies(report.cells, curve))
+    spreads = compare_spreads(report.cells, report.summary or [], together=True)
+    report = replace(report, spreads=spreads, rivalry=compare_policies(report.cells, curve))
     store_json(json_file, report)
     comparisons = overall(report.summary or [])
     if plot_file is not None:
@@ -2677,7 +2736,8 @@ def swap(
         report = play_cells(cells, json_file, overwrite, data.Workers(workers, timeout, cluster))
         crossed = [result for result in report.cells if len(result.pairs) > result.members]
         components = [split_spread(result) for result in crossed]
-        report = replace(report, verdicts=compare_algorithms(report.cells), components=components)
+        spreads = compare_spreads(report.cells, report.summary or [], together=False)
+        report = replace(report, spreads=spreads, verdicts=compare_algorithms(report.cells), components=components)
         store_json(json_file, report)
         if plot_file is not None:
             plot_swap(plot_file, report.cells, overall(report.summary or []))

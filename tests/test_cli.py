@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -552,27 +552,84 @@ def test_swap_compares_with_the_guidance_of_training(folder: Path) -> None:
             assert change["improvement"] == pytest.approx(wins)
 
 
+def make_results(cells: dict[tuple[str, str], Any]) -> list[cli.Result]:
+    """Results of cells (policy, guidance) with scores (S, E), as if they had been played."""
+    cell = cli.read_cell(Path("toy-dql.policy.pt"), None, [])
+    result = cli.make_result(cell, data.Played(np.zeros(6), np.ones(6), np.full(6, np.nan)), "default")
+    results = []
+    for (policy, guidance), scores in cells.items():
+        pairs = [
+            cli.Pair(i, i, i, row.mean(), row.mean(), 1.0, row.tolist(), [1] * len(row), None, None)
+            for i, row in enumerate(scores)
+        ]
+        protocol = replace(result.protocol, reference=(0.0, 100.0), episodes=scores.shape[1])
+        results.append(replace(result, policy=policy, guidance=guidance, pairs=pairs, protocol=protocol))
+    return results
+
+
+def test_spreads_over_members_episodes_and_snapshots(folder: Path) -> None:
+    random, names = np.random.default_rng(1), ("its own", "none", "g.pt@10", "g.pt@20")
+    scores = {("p.pt", name): random.normal(50, 4 + 3 * i, (6, 5)) for i, name in enumerate(names)}
+    results = make_results(scores)
+    spreads = cli.compare_spreads(results, cli.compare_results(results), together=False)
+    found = {(each.guidance, each.over): each for each in spreads}
+    assert list(found)[-1] == ("g.pt", "snapshots") and len(found) == 9
+    own, tests = scores["p.pt", "its own"], []
+    for name in names:
+        each, (table, by_members) = found[name, "episodes"], (scores["p.pt", name], found[name, "members"])
+        iqr, std = stats.iqr(table, axis=1), table.std(1, ddof=1)
+        assert (each.iqr, each.std) == pytest.approx((np.median(iqr), np.median(std)))
+        assert (by_members.iqr, by_members.std) == pytest.approx((stats.iqr(table.mean(1)), table.mean(1).std(ddof=1)))
+        if name == "its own":
+            assert each.p is each.std_change is by_members.p is None
+            continue
+        before = stats.iqr(own, axis=1), own.std(1, ddof=1)
+        assert each.iqr_change == pytest.approx(np.median(iqr - before[0]), abs=1e-6)
+        assert each.p == pytest.approx(stats.wilcoxon(std, before[1]).pvalue)
+        tests.append((each.p, each.p_holm))
+    least, middle, *_ = sorted(tests)
+    assert [least[1], middle[1]] == pytest.approx([min(1, 3 * least[0]), min(1, max(3 * least[0], 2 * middle[0]))])
+    means = [scores["p.pt", name].mean(1) for name in names[2:]]
+    assert found["g.pt", "snapshots"].std == pytest.approx(np.median(np.abs(means[0] - means[1])) / 2**0.5)
+    *_, table = cli.swap_tables(results, cli.compare_results(results), spreads)
+    assert "corrected (Holm) for the tests here: 3 over members, 3 over episodes" in str(table.caption)
+    one = cli.compare_spreads(results[:1], cli.compare_results(results[:1]), together=False)
+    assert [each.over for each in one] == ["members", "episodes"]
+
+
+def test_changes_over_snapshots_are_paired_by_member(folder: Path) -> None:
+    random = np.random.default_rng(2)
+    cells = product(("p.pt@10", "p.pt", "p.pt@30"), ("its own", "none"))
+    scores = {(policy, name): random.normal(50, 9 if name == "none" else 3, (7, 2)) for policy, name in cells}
+    results = make_results(scores)
+    spreads = cli.compare_spreads(results, cli.compare_results(results), together=True)
+    own, none = [each for each in spreads if each.over == "snapshots"]
+    assert (own.policy, own.guidance, own.p) == ("p.pt", "its own", None) and none.guidance == "none"
+    theirs, ours = (
+        np.std([scores[policy, name].mean(1) for policy, each in scores if each == name], axis=0, ddof=1)
+        for name in ("none", "its own")
+    )
+    assert none.std_change == pytest.approx(np.median(theirs - ours), abs=1e-6)
+    assert none.p == none.p_holm == pytest.approx(stats.wilcoxon(theirs, ours).pvalue)
+    episodes = [each for each in spreads if each.p is not None and each.over == "episodes"]
+    assert [each.p_holm for each in episodes] == cli.holm([each.p or 0 for each in episodes])  # of all, in one table
+    names = {"a@b/p.pt": "a@b/p.pt", "p.pt@3": "p.pt", "p.pt@last": "p.pt", "p.pt@3#7": "p.pt#7", "p.pt#7": "p.pt#7"}
+    assert {name: cli.file_of(name) for name in names} == names
+
+
 @pytest.mark.parametrize(
     ("members", "said"), [(3, "no intervals below 5 members"), (5, "intervals are for new members and start states")]
 )
 def test_few_members_have_a_range_and_five_have_intervals(folder: Path, members: int, said: str) -> None:
-    cell = cli.read_cell(Path("toy-dql.policy.pt"), None, [])
-    played = data.Played(np.zeros(6), np.ones(6), np.full(6, np.nan))
-    result = cli.make_result(cell, played, "default")
     scores = np.random.default_rng(0).normal(50, 20, (2, 5, 1)) + [-5.0, 5.0]
-    results = []
-    for name, rows in (("its own", scores[0, :members]), ("g.pt", scores[1, :members])):
-        pairs = [
-            cli.Pair(i, i, i, 0.0, row.mean(), 1.0, row.tolist(), [1, 1], None, None) for i, row in enumerate(rows)
-        ]
-        protocol = replace(result.protocol, reference=(0.0, 100.0), episodes=2)
-        results.append(replace(result, guidance=name, pairs=pairs, protocol=protocol))
+    cells = zip(("its own", "g.pt"), scores[:, :members], strict=True)
+    results = make_results({("p.pt", name): rows for name, rows in cells})
     comparisons = cli.compare_results(results)
     change = comparisons[1].change
     few = members < 5
     assert change is not None and (change.iqr_percent_by_chance is None) == (change.iqr_percent is None) == few
     assert (comparisons[1].summary.iqm_interval is None) == (change.intervals is None) == few
-    row, _ = list(cli.swap_tables(results, comparisons, []))[-2:]
+    *_, row = cli.swap_tables(results, comparisons, [])
     assert isinstance(row, str)
     if change.intervals and change.iqr_percent_by_chance:
         ranges = change.intervals["iqr_percent"], change.iqr_percent_by_chance
@@ -675,6 +732,7 @@ def test_eighty_columns_hold_every_line(folder: Path, monkeypatch: pytest.Monkey
         f"swap toy-dql.policy.pt toy-cfg.policy.pt --guidance {'antmaze-large-diverse-' * 2}dql.guidance.pt",
         "evaluate toy-dql.policy.pt toy-bc-unguided.policy.pt",
         "evaluate toy-dql.policy.pt",
+        "evaluate toy-dql.policy.pt --curve",
         "evaluate toy-dql.policy.pt --data toy.hdf5",
         "evaluate toy-dql.policy.pt --describe",
     ):
