@@ -1691,6 +1691,11 @@ def quality_table(bundle: Bundle) -> Table:
     returns = "discounted return to the episode's end"
     if last.bootstrapped:
         returns = "discounted return to the time limit, plus V there, since no episode here ends in a terminal state"
+    elif last.left_out:
+        returns += (
+            f", which {last.left_out} more transitions do not reach before a time limit: the correlations leave them out, "
+            "the means cover them, with V at the limit for what came after"
+        )
     return make_table(
         f"guidance on {last.rows} held-out transitions (values in scaled rewards: {scale_text(bundle.reward_scale)})",
         ("seed", "corr(V, return)", "corr(Q gain, return - V)", "mean V", "mean return"),
@@ -1700,16 +1705,28 @@ def quality_table(bundle: Bundle) -> Table:
     )
 
 
-def value_problem(bundle: Bundle) -> str:
-    """Which members' V is still near its initial value, 0, that is closer to 0 than to the mean return; else "".
+def growth_text(section: data.GuidanceSection) -> str:
+    """How far V will have grown, at least; "" for an algorithm whose values do not grow through target networks.
 
-    Where V estimates an upper expectile or maximum, a V between 0 and a positive mean return counts, too.
+    Measured where rewards are dense and episodes long; where they end early, V grows faster.
+    """
+    if not models.GUIDANCES[section.algorithm].bootstraps:
+        return ""
+    share = 1 - math.exp(-(1 - section.discount) * section.tau * section.steps)
+    return f"V will have grown to at least {100 * share:.0f} % of the returns: 1 - exp(-(1 - discount) x tau x steps)"
+
+
+def value_problem(bundle: Bundle) -> str:
+    """Which members' V is still near its initial value, 0, that is closer to 0 than half of the mean return; else "".
+
+    Where V estimates an upper expectile or maximum, a V between 0 and a positive mean return counts, too. A V above 0
+    has left its initial value where the mean return is negative.
     """
     last, section = bundle.quality[-1], bundle.experiment.guidance
     v, mean = (np.array(values, dtype=np.float64) for values in (last.mean_v, last.mean_return))  # (S,), None is nan
     upper = section.value_loss == "gumbel" or section.expectile > 0.5
     above = upper and "value_loss" in models.GUIDANCES[section.algorithm].reads
-    near = (abs(v) < abs(v - mean)) | (above & (v > 0) & (v < mean))
+    near = ((abs(v) < abs(mean) / 2) & ~((v > 0) & (mean < 0))) | (above & (v > 0) & (v < mean))
     if not near.any():
         return ""
     seeds = [str(seed) for seed, each in zip(bundle.seeds, near, strict=True) if each]
@@ -2487,6 +2504,8 @@ def guidance(
     with claimed(overwrite, {"--out": path}, [experiment, run.data.path]):
         begun = unfinished(path, board, overwrite, extend)
         dataset = load_data(run.data, where)
+        if text := growth_text(run.guidance):
+            say(text, stderr=True)
         with training_run("guidance", run, chosen, path, begun, extend, board) as training:
             bundle = models.train_guidance(run, dataset, training)
         if bundle.quality:

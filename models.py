@@ -1277,12 +1277,13 @@ class GuidanceAlgorithm:
 
     loss: gets Q of the online critics at the data's actions, (S, 2, B), with gradient to their weights. reads: fields
     of [guidance] that it reads, beside those that all read. has_actor: whether it needs an actor: the policy of a joint
-    run, or else a companion, which reads the fields in COMPANION.
+    run, or else a companion, which reads the fields in COMPANION. bootstraps: whether values grow through target networks.
     """
 
     loss: Callable[[Guidance, Tensor, Batch, Randomness, Actor | None], Loss]
     reads: tuple[str, ...] = ()
     has_actor: bool = False
+    bootstraps: bool = True
 
 
 COMPANION = ("actor_learning_rate", "actor_hidden", "time_features", "eta", "diffusion_steps", "ema_decay")
@@ -1291,7 +1292,7 @@ GUIDANCES = {
     "idql": GuidanceAlgorithm(implicit_q_loss, ("value_loss",)),
     "dql": GuidanceAlgorithm(diffusion_q_loss, ("bootstrap_candidates", *COMPANION), has_actor=True),
     "sarsa": GuidanceAlgorithm(sarsa_loss),
-    "mc": GuidanceAlgorithm(monte_carlo_loss),
+    "mc": GuidanceAlgorithm(monte_carlo_loss, bootstraps=False),
 }
 
 # --- algorithms and their settings --------------------------------------------------------------------------------
@@ -1522,7 +1523,8 @@ class Entry(Part):
 class Quality(Part):
     """How far to trust a guidance, by `guidance_quality`: lists hold a number per member, None where none is defined.
 
-    step: gradient steps done. rows: held-out rows that count. bootstrapped: their returns end in V at a time limit.
+    step: gradient steps done. rows: held-out rows of the correlations, which leave out `left_out` that the means cover;
+    in older bundles the means leave them out, too. bootstrapped: the correlations are of returns that end in V.
     """
 
     step: Count
@@ -1534,6 +1536,7 @@ class Quality(Part):
     mean_return: list[float | None]
     q_spread_members: float | None
     q_spread_rows: float
+    left_out: Count = 0
 
 
 class Bundle(Part):
@@ -2647,9 +2650,10 @@ QUALITY_ROWS = 8192  # judged at a time
 def guidance_quality(guidance: Guidance, held_out: HeldOut, discount: float, step: int) -> Quality:
     """Compare a guidance with the returns of held-out episodes.
 
-    Rows count whose return is known: the episode ended, or what a time limit cut off weighs at most 5 %. Where there is
-    none, all rows count, and V at the time limit stands for what came after it (bootstrapped). correlation: Pearson's,
-    of V and discounted returns. advantage_correlation: of return - V and the amount by which Q of the row's action
+    Rows are correlated whose return is known: the episode ended, or what a time limit cut off weighs at most 5 %; where
+    there is none, all (bootstrapped). Means cover all rows, since those whose return is known may be successes alone. V at
+    a time limit stands for what came after it, so that such a last row itself has no return. correlation: Pearson's, of
+    V and discounted returns. advantage_correlation: of return - V and the amount by which Q of the row's action
     exceeds the mean Q of OTHER_ACTIONS actions of other rows. (Not of Q - V: an error of V is in return - V, too, and
     would correlate where actions do not matter.) V is an upper expectile, so it lies above the returns once it has left
     its initial values. q_spread: standard deviation of Q, over members, and over rows, averaged over the other.
@@ -2657,14 +2661,14 @@ def guidance_quality(guidance: Guidance, held_out: HeldOut, discount: float, ste
     v, q, theirs = _held_out_values(guidance, held_out)
     gains = q - theirs
     rewards, terminals, timeouts = held_out.rewards, held_out.terminals, held_out.timeouts
-    shared, counts = data.discounted_returns(rewards, terminals, timeouts, discount)
-    returns = np.broadcast_to(shared, v.shape)
-    if bootstrapped := not counts.any():
-        _, stops = data.episode_bounds(terminals, timeouts)
-        cut = np.zeros(len(rewards), dtype=np.bool_)
-        cut[stops - 1] = ~terminals[stops - 1]
-        counts, columns = ~cut, np.where(cut, v, rewards)  # (S, rows): a last V is a last reward
-        returns = np.stack([data.discounted_returns(column, terminals, timeouts, discount)[0] for column in columns])
+    shared, known = data.discounted_returns(rewards, terminals, timeouts, discount)
+    _, stops = data.episode_bounds(terminals, timeouts)
+    cut = np.zeros(len(rewards), dtype=np.bool_)
+    cut[stops - 1] = ~terminals[stops - 1]
+    columns = np.where(cut, v, rewards)  # (S, rows): a last V is a last reward
+    whole = np.stack([data.discounted_returns(column, terminals, timeouts, discount)[0] for column in columns])
+    counts, returns = (known, np.broadcast_to(shared, v.shape)) if known.any() else (~cut, whole)
+    mean_v, mean_return = (each[:, ~cut].mean(1).tolist() if not cut.all() else [None] * len(v) for each in (v, whole))
     v, gains, returns = v[:, counts], gains[:, counts], returns[:, counts]
 
     def correlate(first: Array, second: Array) -> list[float | None]:
@@ -2676,11 +2680,12 @@ def guidance_quality(guidance: Guidance, held_out: HeldOut, discount: float, ste
     return Quality(
         step=step,
         rows=int(counts.sum()),
-        bootstrapped=bootstrapped,
+        left_out=int((~cut & ~counts).sum()),
+        bootstrapped=not known.any(),
         correlation=correlate(v, returns),
         advantage_correlation=correlate(gains, returns - v),
-        mean_v=v.mean(1).tolist() if counts.any() else [None] * len(v),
-        mean_return=returns.mean(1).tolist() if counts.any() else [None] * len(v),
+        mean_v=mean_v,
+        mean_return=mean_return,
         q_spread_members=float(q.std(0).mean()) if len(q) > 1 else None,
         q_spread_rows=float(q.std(1).mean()),
     )

@@ -292,6 +292,7 @@ def test_guidance_tells_its_quality_and_what_comes_next(folder: Path) -> None:
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(folder: Path) -> None:
     lines = [line for line in run("guidance toy.toml --out g.pt").stderr.splitlines() if "warning" not in line]
+    assert lines.pop(0).startswith("V will have grown to at least 0 % of the returns")
     assert len(lines) == 10
     for i, line in enumerate(lines):
         assert re.fullmatch(rf"guidance idql: {2 * i + 2}/20  loss [\d.e+-]+, \d+ steps/s  \d+ s left", line)
@@ -1265,6 +1266,16 @@ def test_extend_gives_an_unfinished_run_more_steps(folder: Path, monkeypatch: py
     assert "--extend" not in told  # which would move the window over steps that are done
 
 
+def test_how_far_values_will_have_grown_is_told_before_training() -> None:
+    def text(**changed: Any) -> str:
+        return cli.growth_text(data.GuidanceSection(**{"steps": 20_000, "tau": 0.005, "discount": 0.99} | changed))
+
+    assert "at least 63 % of the returns" in text() and "at least 98 % of" in text(
+        tau=0.02
+    )  # 1 - 1 / e, 1 - 1 / e ** 4
+    assert text(algorithm="mc") == ""  # which learns returns, without target networks
+
+
 @pytest.mark.parametrize(
     ("expectile", "values", "returns", "told"),  # which seeds, their mean V
     [
@@ -1272,6 +1283,8 @@ def test_extend_gives_an_unfinished_run_more_steps(folder: Path, monkeypatch: py
         (0.5, [4.0, 9.0, 11.0, -1.0], 10.0, ("seeds 0, 3", 1.5)),
         (0.7, [-1.0, -6.0, -11.0, -9.0], -10.0, ("seed 0", -1.0)),
         (0.7, [11.0, 12.0, 11.0, 12.0], 10.0, None),
+        (0.7, [0.1, 3.0, -6.0, -9.0], -10.0, None),  # above 0, which is no way from 0 to the returns
+        (0.5, [-9.0, 6.0, 11.0, 12.0], 10.0, None),
     ],
 )
 def test_values_near_their_initial_value_are_told(
