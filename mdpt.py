@@ -486,6 +486,24 @@ def one_samples(cells: Sequence[Cell], settings: Sequence[str]) -> list[Cell]:
     return [make_cell(cell.policy, cell.bundle, NONE, settings) for cell in acts]
 
 
+def guidance_snapshots(names: Sequence[str]) -> dict[str, list[str]]:
+    """For each name FILE@all the names of all snapshots of the guidance in FILE, for each other name itself.
+
+    Raises: MdptError if there are none: a policy bundle holds only the last of the guidance that it learned under.
+    """
+    found = {}
+    for name in names:
+        file = name.removesuffix("@all")
+        if file == name or Path(name).exists():
+            found[name] = [name]
+            continue
+        bundle = models.read_bundle(Path(file))
+        if not bundle.snapshots or (bundle.kind == "policy" and not bundle.joint):
+            raise data.MdptError(f"{name}: {file} holds no snapshots of a guidance; name a guidance bundle")
+        found[name] = [f"{file}@{step}" for step in bundle.snapshots]
+    return found
+
+
 def snapshots(path: Path) -> list[Path]:
     """The names of all snapshots of a policy bundle, in order. Raises: MdptError if there are none."""
     if (mark := path.name.rfind("@")) > 0 and path.with_name(path.name[:mark]).is_file():
@@ -538,15 +556,18 @@ def cut_into_tasks(cell: Cell, products: models.Products) -> Iterator[Play]:
 def plan_swap(policies: Sequence[Path], guidances: Sequence[str], pairs: Text, settings: Sequence[str]) -> list[Cell]:
     """The cells of a swap: each policy under its own guidance, none, each named guidance, and ensembles of these.
 
-    A file named twice counts once. guidances: empty means those inside the policies. pairs: "all" pairs each policy
+    A file named twice counts once. guidances: empty means those inside the policies; FILE@all is each snapshot of FILE,
+    for which there are no ensembles. pairs: "all" pairs each policy
     member with each member of a named guidance, "matched" pairs them by position; None: "all" up to MANY_ROLLOUTS. What
     acts as the policy's own guidance does is left out.
 
     Raises: MdptError naming the files if they do not fit together or cannot be compared.
     """
     bundles = {str(path): models.read_policy(path) for path in policies}
-    chosen = read_cell_guidance([str(Path(name)) for name in guidances])
+    columns = guidance_snapshots([str(Path(name)) for name in guidances])
+    chosen = read_cell_guidance(list(chain.from_iterable(columns.values())))
     named = dict(chosen.files) if chosen else {}
+    series = {name for names in columns.values() if len(names) > 1 for name in names}
     for name, bundle in bundles.items() if chosen is None else ():
         others = [other for each in named.values() for other in each]
         if not all(any(models.same_weights(inner, other) for other in others) for inner in bundle.guidances):
@@ -560,12 +581,13 @@ def plan_swap(policies: Sequence[Path], guidances: Sequence[str], pairs: Text, s
             alone, rule = make_cell(name, bundle, NONE, settings), bundle.experiment.policy.ensemble
             own = make_cell(name, bundle, Guidance(OWN, {OWN: bundle.guidances}, rule), settings)
             single = [Guidance(file, {file: each}, "none", crossed) for file, each in named.items() if len(each) == 1]
-            joined = ensembles(named, alone.section, rule)
+            joined = ensembles({file: named[file] for file in named if file not in series}, alone.section, rule)
             others = [*single, *joined]
             if joined and not crossed and alone.section.ensemble_over == "all":
                 others += [control for each in single if (control := first_member(each)).name not in named]
             made = [make_cell(name, bundle, guidance, settings) for guidance in others]
-            cells += [*[own] * bool(bundle.guidances), alone, *(cell for cell in made if not act_alike(cell, own))]
+            kept = [cell for cell in made if cell.guidance.name in series or not act_alike(cell, own)]
+            cells += [*[own] * bool(bundle.guidances), alone, *kept]
         return cells
 
     cells = plan(pairs != "matched")
@@ -1201,6 +1223,22 @@ class Rivalry(Part):
 
 
 @dataclass(frozen=True)
+class Choice(Part):
+    """The cell of several snapshots whose mean score over all members is best on the start states of even number.
+
+    snapshots: their number. mean: that score. summary: of the scores on the start states of odd number; last: the mean of
+    the last snapshot there.
+    """
+
+    policy: str
+    guidance: str
+    snapshots: int
+    mean: float
+    summary: Summary
+    last: float
+
+
+@dataclass(frozen=True)
 class BestGuidance(Part):
     """The guidance member with the highest mean score over all policy members."""
 
@@ -1238,6 +1276,7 @@ class Report(Part):
     cells: list[Result]
     summary: list[Comparison] | None = None
     spreads: list[Spread] | None = None
+    choices: list[Choice] | None = None
     rivalry: list[Rivalry] | None = None  # of evaluate
     verdicts: list[str] | None = None  # of swap
     components: list[Components] | None = None  # of swap
@@ -1516,6 +1555,26 @@ def compare_spreads(results: Sequence[Result], comparisons: Sequence[Comparison]
 def file_of(name: str) -> str:
     """The file that a name such as FILE@STEP or FILE@STEP#SEED belongs to; FILE#SEED counts as a file."""
     return re.sub(r"@(\d+|last)(?=#\d+$|$)", "", name)
+
+
+def choose_snapshots(results: Sequence[Result], curve: bool) -> list[Choice]:
+    """Of each policy in a curve, or of each policy and guidance of which several snapshots are played, the best one.
+
+    Chosen and scored by different episodes, since a score that was chosen for being high is too good. Of a single
+    episode nothing is chosen.
+    """
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        name = (file_of(result.policy), result.guidance) if curve else (result.policy, file_of(result.guidance))
+        groups.setdefault(name, []).append(result)
+    choices = []
+    for group in groups.values():
+        if len(group) > 1 and group[0].protocol.episodes > 1:
+            means = [float(result.episode_scores[:, ::2].mean()) for result in group]
+            best, last = group[int(np.argmax(means))], float(group[-1].episode_scores[:, 1::2].mean())
+            table = tabulate(best.pairs, best.members, best.protocol.reference)[..., 1::2]
+            choices.append(Choice(best.policy, best.guidance, len(group), max(means), summarize(table), last))
+    return choices
 
 
 def spreads_within(results: Sequence[Result]) -> Array:
@@ -1882,16 +1941,26 @@ def data_table(dataset: Dataset) -> Table:
     return make_table(f"{dataset.identity.source} {dataset.identity.name}", ("what", "value"), facts.items(), left=2)
 
 
-def policy_tables(results: Sequence[Result], comparisons: Sequence[Comparison], curve: bool) -> Iterator[Table]:
-    """Several policies, or the steps of a curve, whose best step is chosen by the scores shown."""
-    rows = []
+def policy_tables(
+    results: Sequence[Result], comparisons: Sequence[Comparison], curve: bool, choices: Sequence[Choice]
+) -> Iterator[Table]:
+    """Several policies, or the steps of a curve, one of which is chosen."""
+    rows, chosen = [], [choice.policy for choice in choices]
     for result, each in zip(results, comparisons, strict=True):
         points = [other for other in comparisons if policy_of(other.policy, curve) == policy_of(each.policy, curve)]
-        best = max(points, key=lambda point: point.summary.mean)
-        notes = ", ".join(["best"] * (each is best) + ["last"] * (each is points[-1]))
+        notes = ", ".join(["chosen"] * (each.policy in chosen) + ["last"] * (each is points[-1]))
         rows.append((each.policy, notes if curve else acting(result.protocol), each))
-    caption = "best: by the scores shown here (online selection)" if curve else None
-    return summary_tables(unit(results[0]), ("policy", "" if curve else "acting"), rows, results, caption)
+    return summary_tables(unit(results[0]), ("policy", "" if curve else "acting"), rows, results, None)
+
+
+def choice_text(choice: Choice) -> str:
+    """Which snapshot is chosen, and its scores on other start states than it was chosen by."""
+    name, summary = choice.policy + (f" under {choice.guidance}" if choice.guidance != OWN else ""), choice.summary
+    return (
+        f"chosen of {choice.snapshots} snapshots: {name}, which has the best mean ({choice.mean:.1f}) over all members on the "
+        f"start states of even number; on the odd ones mean {summary.mean:.1f}, median {summary.median:.1f}, IQR "
+        f"{number(summary.iqr)}, std {number(summary.std)} (the last snapshot: mean {choice.last:.1f})"
+    )
 
 
 def advise(cell: Cell, acts: Result, one: Result) -> None:
@@ -1929,8 +1998,13 @@ def advise(cell: Cell, acts: Result, one: Result) -> None:
 def show_evaluation(report: Report, comparisons: Sequence[Comparison], curve: bool) -> None:
     """Print the tables of an evaluation, and for each policy its protocol and its training cost."""
     results, asked = report.cells, asked_for(report.cells)
-    for table in policy_tables(results, comparisons, curve) if len(asked) > 1 else [score_table(results, comparisons)]:
+    choices = report.choices or []
+    if len(asked) == 1:
+        show_table(score_table(results, comparisons))
+    for table in policy_tables(results, comparisons, curve, choices) if len(asked) > 1 else ():
         show_table(table)
+    for choice in choices:
+        say(choice_text(choice), wrap=True)
     last = {policy_of(result.policy, curve): result for result in asked}
     shown = {*(result.policy for result in last.values()), *last}  # of a curve, the last step, and all steps together
     spreads = [each for each in report.spreads or [] if each.policy in shown]
@@ -2098,7 +2172,7 @@ def describe(bundle: Bundle, path: Path, joint: bool = False) -> Iterator[Table]
         "trained under": (lineage or "no guidance") if bundle.kind == "policy" else "data alone",
     }
     if bundle.kind == "policy":
-        facts["best snapshot"] = "evaluate --curve finds it (online selection)"
+        facts["best snapshot"] = "evaluate --curve chooses it, and scores it on other start states"
     yield make_table(f"{path}: {bundle.kind}", ("what", "value"), facts.items(), left=2)
     if history := bundle.history:  # of a joint guidance it is in the policy's
         names = metric_names(history)
@@ -2447,7 +2521,7 @@ TEACHERS = "frozen guidance, or a policy that holds one; repeatable for an ensem
 Teachers = Annotated[Files, option(TEACHERS, "FILE", "--guidance")]
 ACTING = "bundle whose guidance acts, or none; by default the one inside the policy; repeatable for an ensemble"
 Acts = Annotated[Texts, option(ACTING, "FILE")]
-SWAPPED = "bundle whose guidance acts, or none; by default those inside the policies; repeatable"
+SWAPPED = "bundle whose guidance acts, FILE@all for each of its snapshots, or none; by default those inside the policies; repeatable"
 Swapped = Annotated[Texts, option(SWAPPED, "FILE", "--guidance")]
 PAIRS = "matched: members by position; all: each with each; by default all, up to 2,000 rollouts"
 Pairs = Annotated[Text, option(PAIRS, "KIND")]
@@ -2461,7 +2535,8 @@ Json = Annotated[
 Episodes = Annotated[Number, option("episodes of each pair of members", "N")]
 Candidates = Annotated[Number, option("actions drawn per state, of which the guidance chooses one", "N")]
 PlaySeed = Annotated[Number, option("seed of start states and sampling noise", "N", "--seed")]
-Curve = Annotated[bool, option("score every snapshot", name="--curve")]
+CURVE = "score every snapshot; choose one by half of the start states, score it on the others"
+Curve = Annotated[bool, option(CURVE, name="--curve")]
 Plot = Annotated[File, option("draw the results: .png, .svg or .pdf", "FILE", "--plot")]
 Video = Annotated[File, option("film one episode, instead of scoring", "FILE.gif")]
 Member = Annotated[Number, option("the member to film; by default the first", "SEED")]
@@ -2713,7 +2788,8 @@ def score_policies(
     """Play cells and show their scores."""
     report = play_cells(cells, json_file, overwrite, where)
     spreads = compare_spreads(report.cells, report.summary or [], together=True)
-    report = replace(report, spreads=spreads, rivalry=compare_policies(report.cells, curve))
+    choices = choose_snapshots(report.cells, curve) if curve else None
+    report = replace(report, spreads=spreads, choices=choices, rivalry=compare_policies(report.cells, curve))
     store_json(json_file, report)
     comparisons = overall(report.summary or [])
     if plot_file is not None:
@@ -2756,7 +2832,8 @@ def swap(
         crossed = [result for result in report.cells if len(result.pairs) > result.members]
         components = [split_spread(result) for result in crossed]
         spreads = compare_spreads(report.cells, report.summary or [], together=False)
-        report = replace(report, spreads=spreads, verdicts=compare_algorithms(report.cells), components=components)
+        choices, verdicts = choose_snapshots(report.cells, curve=False), compare_algorithms(report.cells)
+        report = replace(report, spreads=spreads, choices=choices, verdicts=verdicts, components=components)
         store_json(json_file, report)
         if plot_file is not None:
             plot_swap(plot_file, report.cells, overall(report.summary or []))
@@ -2765,7 +2842,8 @@ def swap(
                 show_table(table)
         for part in [
             *swap_tables(report.cells, report.summary or [], report.spreads or []),
-            *(report.verdicts or []),
+            *map(choice_text, choices),
+            *verdicts,
             swap_line(report.cells),
         ]:
             say(part, wrap=True) if isinstance(part, str) else show_table(part)

@@ -2668,7 +2668,8 @@ def guidance_quality(guidance: Guidance, held_out: HeldOut, discount: float, ste
     columns = np.where(cut, v, rewards)  # (S, rows): a last V is a last reward
     whole = np.stack([data.discounted_returns(column, terminals, timeouts, discount)[0] for column in columns])
     counts, returns = (known, np.broadcast_to(shared, v.shape)) if known.any() else (~cut, whole)
-    mean_v, mean_return = (each[:, ~cut].mean(1).tolist() if not cut.all() else [None] * len(v) for each in (v, whole))
+    mean_v: list[float | None] = v[:, ~cut].mean(1).tolist() if not cut.all() else [None] * len(v)
+    mean_return: list[float | None] = whole[:, ~cut].mean(1).tolist() if not cut.all() else mean_v
     v, gains, returns = v[:, counts], gains[:, counts], returns[:, counts]
 
     def correlate(first: Array, second: Array) -> list[float | None]:

@@ -435,14 +435,31 @@ def test_curve(folder: Path) -> None:
     names = [(cell["policy"], cell["step"]) for cell in report["cells"]]
     assert names == [(f"toy-{name}.policy.pt@{step}", step) for name in ("dql", "cfg") for step in (10, 20)]
     assert returns(report["cells"][1]) == returns(evaluate("toy-dql.policy.pt"))
-    for entries in (report["summary"][:2], report["summary"][2:]):
-        best = max(entries, key=lambda entry: float(entry["summary"]["mean"]))
+    even = [np.mean([row[::2] for row in returns(cell)]) - 10 for cell in report["cells"]]
+    for first, choice in zip((0, 2), report["choices"], strict=True):  # one of two snapshots, by episodes 0 and 2
+        entries, place = report["summary"][first : first + 2], first + int(np.argmax(even[first : first + 2]))
+        chosen, odd = report["cells"][place], [row[1] - 10 for row in returns(report["cells"][place])]
+        assert (choice["policy"], choice["snapshots"], choice["mean"]) == (
+            chosen["policy"],
+            2,
+            pytest.approx(even[place]),
+        )
+        assert choice["summary"]["mean"] == pytest.approx(np.mean(odd)) and choice["summary"]["members"] == 2
+        assert choice["summary"]["std"] == pytest.approx(np.std(odd, ddof=1))
+        last = np.mean([row[1] for row in returns(report["cells"][first + 1])]) - 10
+        assert f"{choice['policy']}, which has the best mean ({even[place]:.1f}) over" in stdout
+        assert (
+            f"on the odd ones mean {np.mean(odd):.1f}, " in stdout and f"(the last snapshot: mean {last:.1f})" in stdout
+        )
         for entry in entries:
-            notes = ["best"] * (entry is best) + ["last"] * (entry["step"] == 20)
+            notes = ["chosen"] * (entry["policy"] == choice["policy"]) + ["last"] * (entry["step"] == 20)
             figures = rf"{entry['summary']['median']:.1f} │ +{entry['summary']['iqr']:.1f} │ +{entry['length']:.0f}"
             assert re.search(rf"│ {entry['policy']} +│ {', '.join(notes)} +│ +{figures} │", stdout)
     mean = report["cells"][0]["dataset"]["mean_score"]
-    assert re.search(rf"│ data mean +│ +│ +{mean:.1f} │", stdout) and "(online selection)" in stdout
+    assert re.search(rf"│ data mean +│ +│ +{mean:.1f} │", stdout)
+    assert (
+        "chosen" not in run("evaluate toy-dql.policy.pt --curve --episodes 1 --workers 1").stdout
+    )  # none is left to score
     assert re.search(r"│ toy-dql.policy.pt@20 +│ toy-cfg.policy.pt@20 +│ +\d", stdout) and "…" not in stdout
 
 
@@ -639,6 +656,27 @@ def test_few_members_have_a_range_and_five_have_intervals(folder: Path, members:
     assert "{:+.1f} .. {:+.1f}".format(*change.range) in row and ("%" in row) == (not few)
     assert len(re.findall(r"\(\S+ \.\. \S+\)", row)) == (0 if few else 3)
     assert cli.swap_line(results).endswith(f", {said}; under none 1 candidate")
+
+
+def test_swap_chooses_a_snapshot_of_a_guidance(folder: Path) -> None:
+    """FILE@all is a column for each snapshot, also for the one that the policy learned under; one is chosen for all."""
+    run("guidance toy.toml --set guidance.learning_rate=1.0 --set guidance.snapshots=4 --out g.pt")
+    run("policy toy.toml --guidance g.pt --out p.pt")
+    report, stdout = play("swap p.pt --guidance g.pt@all --pairs matched")
+    names = ["its own", "none", *(f"g.pt@{step}" for step in (5, 10, 15, 20))]
+    assert [cell["guidance"] for cell in report["cells"]] == names
+    assert returns(report["cells"][0]) == returns(report["cells"][5])
+    even = [np.mean([row[::2] for row in returns(cell)]) for cell in report["cells"][2:]]
+    (choice,), best = report["choices"], 2 + int(np.argmax(even))
+    assert len(set(even)) > 1 and (choice["policy"], choice["guidance"]) == ("p.pt", names[best])
+    assert choice["summary"]["mean"] == pytest.approx(np.mean([row[1] for row in returns(report["cells"][best])]) - 10)
+    assert f"chosen of 4 snapshots: p.pt under {names[best]}, which has" in stdout
+    assert [each["guidance"] for each in report["spreads"] if each["over"] == "snapshots"] == ["g.pt"]
+    crossed, _ = play("swap toy-dql.policy.pt --guidance toy-idql.guidance.pt@all --episodes 1")
+    assert [len(cell["pairs"]) for cell in crossed["cells"]] == [2, 2, 4, 4] and crossed["choices"] == []
+    joint, _ = play("swap toy-dql.policy.pt --guidance toy-dql-joint.policy.pt@all --episodes 1")
+    assert [cell["guidance"] for cell in joint["cells"][2:]] == [f"toy-dql-joint.policy.pt@{step}" for step in (10, 20)]
+    fail("swap toy-dql.policy.pt --guidance toy-dql.policy.pt@all", "toy-dql.policy.pt@all", "name a guidance bundle")
 
 
 def test_swap_pairs_members_by_position(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -908,6 +946,28 @@ def test_playing_goes_on_where_it_was_cut_short(folder: Path, monkeypatch: pytes
     assert f"{count} of {count} cells" in run(f"{command} --json part.json --overwrite").stderr
 
 
+def test_a_report_of_an_older_mdpt_is_read(folder: Path) -> None:
+    """One that lacks what is new, and has what is gone: intervals of the median, of the IQR and of components."""
+    report, _ = play("swap toy-dql.policy.pt --guidance toy-idql.guidance.pt")
+    del report["spreads"], report["choices"]
+    for section in report["settings"]["evaluation"]:
+        del section["ensemble_over"]
+    for cell in report["cells"]:
+        del cell["protocol"]["ensemble_over"]
+    for entry in report["summary"]:
+        entry["summary"] |= {"iqm": 1.0, "iqm_interval": [0.0, 2.0]}
+        if change := entry["change"]:
+            del change["mean"], change["std_percent"]
+            change |= {"intervals": {"median": [0.0, 1.0], "iqr": [0.0, 1.0]}, "iqr_percent": 5.0}
+    report["components"][0]["std"]["guidance"]["interval"] = [0.0, 1.0]
+    found = cli.schema().validate_json(json.dumps(report))
+    assert found.cells[0].protocol.ensemble_over == found.settings.evaluation[0].ensemble_over == "all"
+    assert found.components[0].std["guidance"].interval == (0, 1) and found.spreads is found.choices is None
+    Path("old.json").write_text(json.dumps(report))
+    again = "swap toy-dql.policy.pt --guidance toy-idql.guidance.pt --workers 1 --json old.json"
+    assert "0 of 4 cells to play" in run(again).stderr  # goes on with it
+
+
 def edits(report: dict[str, Any]) -> Iterator[str]:
     """Trim and edit a report in many ways, one at a time; says which is on."""
     cell, pair = report["cells"][0], report["cells"][0]["pairs"][0]
@@ -918,7 +978,10 @@ def edits(report: dict[str, Any]) -> Iterator[str]:
     wrong += [(pair, "returns", [*pair["returns"], 1.0]), (cell, "pairs", cell["pairs"][:1]), (cell, "colour", "red")]
     wrong += [(cell, "pairs", [*cell["pairs"], pair]), (report, "cells", [cell] * 3)]
     for part, key, value in wrong:
-        before, late = dict(part), key in ("summary", "spreads", "rivalry")  # not there while cells are played
+        before, late = (
+            dict(part),
+            key in ("summary", "spreads", "choices", "rivalry"),
+        )  # not there while cells are played
         part[key] = value
         if part != before and not (part is report and (value == [] or (late and value is None))):
             yield f"{key} = {value}"
