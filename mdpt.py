@@ -557,8 +557,8 @@ def plan_swap(policies: Sequence[Path], guidances: Sequence[str], pairs: Text, s
     """The cells of a swap: each policy under its own guidance, none, each named guidance, and ensembles of these.
 
     A file named twice counts once. guidances: empty means those inside the policies; FILE@all is each snapshot of FILE,
-    for which there are no ensembles. pairs: "all" pairs each policy
-    member with each member of a named guidance, "matched" pairs them by position; None: "all" up to MANY_ROLLOUTS. What
+    without ensembles. pairs: "all" pairs each policy member with each member of a named guidance, "matched" pairs them by
+    position; None: "all" up to MANY_ROLLOUTS. Beside ensembles of members that are not crossed, `first_member`. What
     acts as the policy's own guidance does is left out.
 
     Raises: MdptError naming the files if they do not fit together or cannot be compared.
@@ -584,7 +584,8 @@ def plan_swap(policies: Sequence[Path], guidances: Sequence[str], pairs: Text, s
             joined = ensembles({file: named[file] for file in named if file not in series}, alone.section, rule)
             others = [*single, *joined]
             if joined and not crossed and alone.section.ensemble_over == "all":
-                others += [control for each in single if (control := first_member(each)).name not in named]
+                controls = [first_member(each) for each in single if each.name not in series]
+                others += [control for control in controls if control.name not in named]
             made = [make_cell(name, bundle, guidance, settings) for guidance in others]
             kept = [cell for cell in made if cell.guidance.name in series or not act_alike(cell, own)]
             cells += [*[own] * bool(bundle.guidances), alone, *kept]
@@ -614,8 +615,7 @@ def act_alike(first: Cell, second: Cell) -> bool:
 
 
 def ensembles(named: Mapping[str, Sequence[Bundle]], section: data.EvaluationSection, learned: str) -> list[Guidance]:
-    """One ensemble of all members of each named guidance, and one of the members of all; by position, where they have
-    several members there.
+    """An ensemble of each named guidance, and one of all, where they have several members, perhaps by position.
 
     The rule is that of [evaluation]; by default the one that the policy learned under, else the mean, or the mean rank
     where values have different scales. Where that rank would need a gradient, there is no such ensemble.
@@ -909,15 +909,15 @@ def compare(own: Array, swapped: Array) -> Change:
     def percent(after: Any, before: Any) -> float | None:
         return none_if_nan(100 * (after / before - 1)) if len(own) >= FEWEST and before > 0 else None
 
-    by = by_chance(len(own), correlate(mine[:, 0], others)) if len(own) >= FEWEST and own_iqr > 0 else None
+    shown = percent(iqr, own_iqr)
     return Change(
         median=float(np.nanmedian(others) - np.median(mine)),
         range=gap_range,
         iqr=none_if_nan(iqr - own_iqr),
         std=none_if_nan(std - own_std),
         improvement=wins(others[~np.isnan(others)], mine),
-        iqr_percent=percent(iqr, own_iqr),
-        iqr_percent_by_chance=by,
+        iqr_percent=shown,
+        iqr_percent_by_chance=None if shown is None else by_chance(len(own), correlate(mine[:, 0], others)),
         spread_p=spread_test(mine[:, 0], others),
         intervals=change_intervals(own, swapped),
         mean=float(np.nanmean(others) - mine.mean()),
@@ -927,7 +927,9 @@ def compare(own: Array, swapped: Array) -> Change:
 
 def wins(first: Array, second: Array) -> float:
     """The share of pairs in which a score of `first` is higher than one of `second`; ties count half."""
-    return float((np.sign(first.ravel()[:, None] - second.ravel()) + 1).mean() / 2)
+    ordered = np.sort(second.ravel())
+    lower, not_higher = (np.searchsorted(ordered, first.ravel(), side) for side in ("left", "right"))
+    return float((lower + not_higher).mean() / 2 / len(ordered))
 
 
 def change_intervals(own: Array, swapped: Array) -> dict[str, Ends] | None:
@@ -1197,8 +1199,8 @@ class Spread(Part):
     """The spread of a policy's scores under a guidance: IQR and standard deviation.
 
     over: "members"; SHARED: policy members that share a guidance member; "episodes" or "snapshots" of a member, of which
-    IQR, std and changes are the median over members. Changes are against the baseline of `compare_results`, p is two-sided, and p_holm is p corrected
-    for the number of tests that one table shows of the same kind. None: no such change or test.
+    IQR, std and changes are the median over members. Changes are against the policy in `find_baselines`. p is two-sided;
+    p_holm is corrected for the tests of the same kind that one table shows. None: no such change or test.
     """
 
     policy: str
@@ -1873,18 +1875,19 @@ def spread_table(title: str, head: str, rows: Sequence[tuple[str, Spread]]) -> T
     for over in ("members", SHARED, "episodes", "snapshots"):
         kind = [(name, each) for name, each in rows if each.over == over]
         for name, each in kind:
-            figures = (
-                number(each.iqr),
-                number(each.iqr_change, "+.1f"),
-                number(each.std),
-                number(each.std_change, "+.1f"),
+            iqr, std = (
+                (number(each.iqr), number(each.iqr_change, "+.1f")),
+                (number(each.std), number(each.std_change, "+.1f")),
             )
-            lines.append((name, over, *figures, number(each.p_holm, ".3f")))
+            lines.append((name, over, *iqr, *std, number(each.p_holm, ".3f")))
         lines += [None] * bool(kind)
         tests += [f"{count} over {over}"] if (count := sum(each.p is not None for _, each in kind)) else []
     caption = "over episodes and snapshots: those of a member, median over members"
     if tests:
-        caption += f"; p: that the spread has not changed, two-sided, by ranks, corrected (Holm) for the tests here: {', '.join(tests)}"
+        caption += (
+            "; p of the hypothesis that the spread has not changed: two-sided, by ranks, corrected (Holm) for the "
+        )
+        caption += f"tests here: {', '.join(tests)}"
     return make_table(title, (head, "over", "IQR", "change", "std", "change", "p"), lines, caption, left=2)
 
 
@@ -2055,10 +2058,10 @@ def change_text(change: Change) -> str:
         shown = f"{value:{form}}{unit}" if value is not None else ""
         return shown + (f" ({interval_text(interval, form)})" if shown and interval else "")
 
-    spreads = []
-    for name in ("iqr", "std"):
+    def both(name: str) -> str:
         percent = figure(f"{name}_percent", "+.0f", " %")
-        spreads.append(figure(name) + f", {percent}" * bool(percent))
+        return figure(name) + f", {percent}" * bool(percent)
+
     chance = (
         f"; by chance {interval_text(change.iqr_percent_by_chance, '+.0f')}" if change.iqr_percent_by_chance else ""
     )
@@ -2066,8 +2069,8 @@ def change_text(change: Change) -> str:
         "mean": figure("mean"),
         "median": figure("median"),
         "range": interval_text(change.range, "+.1f"),
-        "IQR": spreads[0] + chance,
-        "std": spreads[1],
+        "IQR": both("iqr") + chance,
+        "std": both("std"),
         "P(better)": figure("improvement", ".2f"),
     }
     return ", ".join(f"{name} {text}" for name, text in parts.items() if text)
@@ -2521,7 +2524,10 @@ TEACHERS = "frozen guidance, or a policy that holds one; repeatable for an ensem
 Teachers = Annotated[Files, option(TEACHERS, "FILE", "--guidance")]
 ACTING = "bundle whose guidance acts, or none; by default the one inside the policy; repeatable for an ensemble"
 Acts = Annotated[Texts, option(ACTING, "FILE")]
-SWAPPED = "bundle whose guidance acts, FILE@all for each of its snapshots, or none; by default those inside the policies; repeatable"
+SWAPPED = (
+    "bundle whose guidance acts, FILE@all for each of its snapshots, or none; by default those inside the policies; "
+    "repeatable"
+)
 Swapped = Annotated[Texts, option(SWAPPED, "FILE", "--guidance")]
 PAIRS = "matched: members by position; all: each with each; by default all, up to 2,000 rollouts"
 Pairs = Annotated[Text, option(PAIRS, "KIND")]

@@ -210,11 +210,11 @@ def coverage(tails: str, members: int, draws: int) -> dict[str, list[float]]:
 @pytest.mark.parametrize("tails", ["normal", "heavy"])
 @pytest.mark.parametrize("members", [5, 10, 20])
 def test_intervals_cover_what_they_should(members: int, tails: str) -> None:
-    """95 % of cases, of which a thousand are in a table of experiments/README.md; `draws` leave an error of 1.3 %."""
-    found = coverage(tails, members, draws=300)
+    """As often as a thousand draws for a table of experiments/README.md do, up to the error of fewer draws."""
+    found = coverage(tails, members, draws=240)
     assert ("improvement, matched" in found) == (members >= 20)
-    for name, shares in found.items():
-        assert 0.91 <= min(shares) and max(shares) <= 0.99 and 0.93 <= np.mean(shares) <= 0.975, (name, shares)
+    for name, shares in found.items():  # a share of 0.95 has an error of 0.014, the mean of four of 0.007
+        assert 0.88 < min(shares) and max(shares) < 0.995 and 0.92 < np.mean(shares) < 0.98, (name, shares)
 
 
 @pytest.mark.parametrize("others", ["all", "other seeds"])
