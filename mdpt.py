@@ -711,7 +711,10 @@ class Summary(Part):
 
 @dataclass(frozen=True)
 class Change(Part):
-    """How scores change under another guidance, see `compare`; of a single policy member, median and range alone."""
+    """How scores change under another guidance, see `compare`; of a single policy member, median and range alone.
+
+    iqr_percent_by_chance: in older files.
+    """
 
     median: float
     range: Ends
@@ -894,7 +897,6 @@ def compare(own: Array, swapped: Array) -> Change:
     - range: the lowest and the highest change of a pair.
     - improvement: probability that a swapped score is higher than an own one, ties counting half (arXiv 2108.13264).
     - iqr_percent: 100 (IQR swapped - IQR own) / IQR own, and std_percent likewise; None below 5 members.
-    - iqr_percent_by_chance: as in `by_chance`.
     - spread_p: as in `spread_test`.
     - intervals: as in `change_intervals`.
     """
@@ -909,15 +911,13 @@ def compare(own: Array, swapped: Array) -> Change:
     def percent(after: Any, before: Any) -> float | None:
         return none_if_nan(100 * (after / before - 1)) if len(own) >= FEWEST and before > 0 else None
 
-    shown = percent(iqr, own_iqr)
     return Change(
         median=float(np.nanmedian(others) - np.median(mine)),
         range=gap_range,
         iqr=none_if_nan(iqr - own_iqr),
         std=none_if_nan(std - own_std),
         improvement=wins(others[~np.isnan(others)], mine),
-        iqr_percent=shown,
-        iqr_percent_by_chance=None if shown is None else by_chance(len(own), correlate(mine[:, 0], others)),
+        iqr_percent=percent(iqr, own_iqr),
         spread_p=spread_test(mine[:, 0], others),
         intervals=change_intervals(own, swapped),
         mean=float(np.nanmean(others) - mine.mean()),
@@ -976,19 +976,6 @@ def falls_short(scores: Array, other: Array | float) -> bool:
     return bool(gaps.mean() < stats.t.ppf(0.05, len(gaps) - 1) * gaps.std(ddof=1) / math.sqrt(len(gaps)))
 
 
-def matches(own: Array, swapped: Array) -> Iterator[tuple[Array, Array]]:
-    """Scores (n,) before and after, of own (S,) and swapped (S, K), for each shift where they vary and n > 2."""
-    for other in shift(swapped).T:
-        before, after = own[~np.isnan(other)], other[~np.isnan(other)]
-        if len(after) > 2 and min(np.ptp(before), np.ptp(after)) > 0:
-            yield before, after
-
-
-def correlate(own: Array, swapped: Array) -> float:
-    """Correlation of scores before (S,) and after (S, K), the mean over shifts; 0 if it is unknown."""
-    return round(float(np.mean([np.corrcoef(*pair)[0, 1] for pair in matches(own, swapped)] or 0)), 2)
-
-
 def spread_test(own: Array, swapped: Array) -> float | None:
     """p value of the hypothesis that own (S,) and swapped (S, K) scores have the same spread over members.
 
@@ -1017,19 +1004,6 @@ def holm(values: Sequence[float]) -> list[float]:
     corrected, order = np.ones(len(values)), np.argsort(values)
     corrected[order] = np.maximum.accumulate(np.sort(values) * np.arange(len(values), 0, -1))
     return [float(value) for value in np.minimum(corrected, 1)]
-
-
-@cache
-def by_chance(members: int, correlation: float) -> Ends:
-    """95 % range of 100 (IQR after / IQR before - 1) of paired members if nothing changes, by simulation.
-
-    Scores before and after are drawn from one normal distribution. correlation: between the two, in [-1, 1], taken as at
-    most 0.99. For crossed members, whose IQR is a mean over shifts, the range is wider than necessary.
-    """
-    correlation = min(max(correlation, -0.99), 0.99)
-    before, noise = np.random.default_rng(0).normal(size=(2, 40_000, members, 1))
-    after = correlation * before + np.sqrt(1 - correlation**2) * noise
-    return ends(np.quantile(100 * (spread(after)[0] / spread(before)[0] - 1), [0.025, 0.975]))
 
 
 def variance_components(scores: Array) -> dict[str, float]:
@@ -2062,14 +2036,11 @@ def change_text(change: Change) -> str:
         percent = figure(f"{name}_percent", "+.0f", " %")
         return figure(name) + f", {percent}" * bool(percent)
 
-    chance = (
-        f"; by chance {interval_text(change.iqr_percent_by_chance, '+.0f')}" if change.iqr_percent_by_chance else ""
-    )
     parts = {
         "mean": figure("mean"),
         "median": figure("median"),
         "range": interval_text(change.range, "+.1f"),
-        "IQR": both("iqr") + chance,
+        "IQR": both("iqr"),
         "std": both("std"),
         "P(better)": figure("improvement", ".2f"),
     }

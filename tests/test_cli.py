@@ -645,14 +645,13 @@ def test_few_members_have_a_range_and_five_have_intervals(folder: Path, members:
     comparisons = cli.compare_results(results)
     change = comparisons[1].change
     few = members < 5
-    assert change is not None and (change.iqr_percent_by_chance is None) == (change.iqr_percent is None) == few
+    assert change is not None and (change.iqr_percent is None) == few
     assert (comparisons[1].summary.iqm_interval is None) == (change.intervals is None) == few
     *_, row = cli.swap_tables(results, comparisons, [])
     assert isinstance(row, str)
-    if change.intervals and change.iqr_percent_by_chance:
-        ranges = change.intervals["iqr_percent"], change.iqr_percent_by_chance
-        texts = ["{:+.0f} .. {:+.0f}".format(*each) for each in ranges]
-        assert f"IQR {change.iqr:+.1f}, {change.iqr_percent:+.0f} % ({texts[0]}); by chance {texts[1]}" in row
+    if change.intervals:
+        interval = "{:+.0f} .. {:+.0f}".format(*change.intervals["iqr_percent"])
+        assert f"IQR {change.iqr:+.1f}, {change.iqr_percent:+.0f} % ({interval}), std" in row
     assert "{:+.1f} .. {:+.1f}".format(*change.range) in row and ("%" in row) == (not few)
     assert len(re.findall(r"\(\S+ \.\. \S+\)", row)) == (0 if few else 3)
     assert cli.swap_line(results).endswith(f", {said}; under none 1 candidate")
@@ -772,6 +771,7 @@ def test_eighty_columns_hold_every_line(folder: Path, monkeypatch: pytest.Monkey
         "evaluate toy-dql.policy.pt toy-bc-unguided.policy.pt",
         "evaluate toy-dql.policy.pt",
         "evaluate toy-dql.policy.pt --curve",
+        "swap toy-dql.policy.pt --guidance toy-idql.guidance.pt@all",
         "evaluate toy-dql.policy.pt --data toy.hdf5",
         "evaluate toy-dql.policy.pt --describe",
     ):
@@ -959,6 +959,7 @@ def test_a_report_of_an_older_mdpt_is_read(folder: Path) -> None:
         if change := entry["change"]:
             del change["mean"], change["std_percent"]
             change |= {"intervals": {"median": [0.0, 1.0], "iqr": [0.0, 1.0]}, "iqr_percent": 5.0}
+            change |= {"iqr_percent_by_chance": [-50.0, 90.0]}
     report["components"][0]["std"]["guidance"]["interval"] = [0.0, 1.0]
     found = cli.schema().validate_json(json.dumps(report))
     assert found.cells[0].protocol.ensemble_over == found.settings.evaluation[0].ensemble_over == "all"

@@ -74,7 +74,7 @@ def test_comparisons_agree_with_an_independent_computation() -> None:
     assert found.mean == pytest.approx(table.mean() - own.mean())
     assert found.std_percent == pytest.approx(100 * (spread(table)["std"] / own.std(ddof=1) - 1))
     level = cli.compare(np.full((3, 4), 2.0), after[:3])
-    assert level.iqr_percent is level.iqr_percent_by_chance is level.spread_p is None
+    assert level.iqr_percent is level.spread_p is None
     for width in (1, 6):  # a guidance that changes nothing, crossed or not
         same = cli.compare(before, np.tile(before[:, None], (width, 1)))
         expected = {"median": 0, "improvement": 0.5, "iqr": 0, "std": 0}
@@ -94,8 +94,8 @@ def test_few_members_or_unequal_numbers_have_no_interval(members: int, guidances
     summary, change = cli.summarize(table), cli.compare(table[:, 0], table)
     assert summary.iqm_interval is change.intervals is None
     few = members < 5  # then the IQM is the mean or nearly so, and a percentage is of little
-    shown = (summary.iqm, change.iqr_percent, change.iqr_percent_by_chance, change.std_percent)
-    assert [value is None for value in shown] == [few] * 4 and None not in (change.iqr, change.std, change.mean)
+    shown = (summary.iqm, change.iqr_percent, change.std_percent)
+    assert [value is None for value in shown] == [few] * 3 and None not in (change.iqr, change.std, change.mean)
 
 
 def test_intervals_of_matched_members_by_other_means() -> None:
@@ -275,17 +275,6 @@ def test_the_test_of_spreads_errs_as_rarely_as_it_says(tails: str) -> None:
     table = policies + guidances + 0.7 * pairs  # each policy grew under the guidance of its place
     crossed = [(cli.spread_test(scores.diagonal(), scores) or 1) < 0.05 for scores in table]
     assert np.mean(crossed) < 0.08
-
-
-@pytest.mark.parametrize(("members", "correlation"), [(3, 0.0), (5, 0.5), (10, 0.9)])
-def test_chance_changes_an_iqr_as_far_as_it_says(members: int, correlation: float) -> None:
-    covariance = [[1, correlation], [correlation, 1]]
-    drawn = np.random.default_rng(6).multivariate_normal([50, 50], covariance, (10_000, members))
-    before, after = np.moveaxis(stats.iqr(drawn, axis=1), -1, 0)
-    low, high = cli.by_chance(members, correlation)
-    assert np.mean((low < 100 * (after / before - 1)) & (100 * (after / before - 1) < high)) == pytest.approx(
-        0.95, abs=0.015
-    )
 
 
 def test_falling_short_is_a_one_sided_test_over_members() -> None:
