@@ -529,6 +529,12 @@ class EvaluationSection(Section):
         description="how members of the guidance judge, as in [policy], whose value is the default; rank: mean rank among "
         "the candidates, independent of the scale of Q",
     )
+    ensemble_over: Literal["all", "position"] = Field(
+        "all",
+        description="whose members an ensemble has: all of all guidances given, shared by all policy members; or, for "
+        "policy member i, member i of each guidance given, so that policy members share none",
+        json_schema_extra={"before": "all"},
+    )
     temperature: Amount = Field(1.0, description="scale of the sampling noise")
     temperature_on: Literal["all", "start", "steps"] = Field(
         "all", description="which noise temperature scales: all; start: the initial noise; steps: that of the steps"

@@ -1,6 +1,6 @@
 """The command line of mdpt: what is played and what came of it, statistics, reports, tables, pictures, commands.
 
-Legend for shapes: S policy members, K guidance members, E episodes, D bootstrap draws.
+Legend for shapes: S policy members, K guidance members, E episodes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import textwrap
@@ -430,7 +431,8 @@ class Cell:
             name = f"{OWN} {guidance.algorithm} guidance"
         elif rule != "none":
             name = ", ".join(guidance.files)
-        whole = f"the {rule} of all {len(guidance.seeds)} members of " if rule != "none" else ""
+        whose = f"each position's {len(guidance.bundles)}" if self.how.by_position else f"all {len(guidance.seeds)}"
+        whole = f"the {rule} of {whose} members of " if rule != "none" else ""
         return data.printable(whole + name)
 
 
@@ -450,6 +452,7 @@ def make_cell(policy: str, bundle: Bundle, guidance: Guidance, settings: Sequenc
     try:
         how, acts = models.pick_inference(run, bool(guidance.bundles), bundle.step)
         models.check_ensemble(guidance.bundles, how.ensemble)
+        models.check_positions(guidance.bundles, how, len(members))
         notes = list(dict.fromkeys(text for each in guidance.bundles for text in models.check_fit(bundle, each)))
         if guidance.bundles and how.ensemble == "none":
             count = len(guidance.seeds)
@@ -481,6 +484,24 @@ def one_samples(cells: Sequence[Cell], settings: Sequence[str]) -> list[Cell]:
     """One sample of each policy, for cells in which a guidance acts."""
     acts = [cell for cell in cells if cell.how.candidates > 1 or cell.how.guidance_weight > 0]
     return [make_cell(cell.policy, cell.bundle, NONE, settings) for cell in acts]
+
+
+def guidance_snapshots(names: Sequence[str]) -> dict[str, list[str]]:
+    """For each name FILE@all the names of all snapshots of the guidance in FILE, for each other name itself.
+
+    Raises: MdptError if there are none: a policy bundle holds only the last of the guidance that it learned under.
+    """
+    found = {}
+    for name in names:
+        file = name.removesuffix("@all")
+        if file == name or Path(name).exists():
+            found[name] = [name]
+            continue
+        bundle = models.read_bundle(Path(file))
+        if not bundle.snapshots or (bundle.kind == "policy" and not bundle.joint):
+            raise data.MdptError(f"{name}: {file} holds no snapshots of a guidance; name a guidance bundle")
+        found[name] = [f"{file}@{step}" for step in bundle.snapshots]
+    return found
 
 
 def snapshots(path: Path) -> list[Path]:
@@ -518,7 +539,7 @@ def check_imports(cells: Sequence[Cell], trusted: Sequence[str]) -> None:
 def cut_into_tasks(cell: Cell, products: models.Products) -> Iterator[Play]:
     """The tasks of a cell for workers, each some rollouts of one policy member."""
     for i, rollouts in cell.shares:
-        judges = sorted({j for j, _ in rollouts if j is not None})
+        judges = [i] if cell.how.by_position else sorted({j for j, _ in rollouts if j is not None})
         bundles = cell.guidance.bundles
         yield models.Play(
             name=cell.policy,
@@ -535,15 +556,18 @@ def cut_into_tasks(cell: Cell, products: models.Products) -> Iterator[Play]:
 def plan_swap(policies: Sequence[Path], guidances: Sequence[str], pairs: Text, settings: Sequence[str]) -> list[Cell]:
     """The cells of a swap: each policy under its own guidance, none, each named guidance, and ensembles of these.
 
-    A file named twice counts once. guidances: empty means those inside the policies. pairs: "all" pairs each policy
-    member with each member of a named guidance, "matched" pairs them by position; None: "all" up to MANY_ROLLOUTS. What
+    A file named twice counts once. guidances: empty means those inside the policies; FILE@all is each snapshot of FILE,
+    without ensembles. pairs: "all" pairs each policy member with each member of a named guidance, "matched" pairs them by
+    position; None: "all" up to MANY_ROLLOUTS. Beside ensembles of members that are not crossed, `first_member`. What
     acts as the policy's own guidance does is left out.
 
     Raises: MdptError naming the files if they do not fit together or cannot be compared.
     """
     bundles = {str(path): models.read_policy(path) for path in policies}
-    chosen = read_cell_guidance([str(Path(name)) for name in guidances])
+    columns = guidance_snapshots([str(Path(name)) for name in guidances])
+    chosen = read_cell_guidance(list(chain.from_iterable(columns.values())))
     named = dict(chosen.files) if chosen else {}
+    series = {name for names in columns.values() if len(names) > 1 for name in names}
     for name, bundle in bundles.items() if chosen is None else ():
         others = [other for each in named.values() for other in each]
         if not all(any(models.same_weights(inner, other) for other in others) for inner in bundle.guidances):
@@ -557,9 +581,14 @@ def plan_swap(policies: Sequence[Path], guidances: Sequence[str], pairs: Text, s
             alone, rule = make_cell(name, bundle, NONE, settings), bundle.experiment.policy.ensemble
             own = make_cell(name, bundle, Guidance(OWN, {OWN: bundle.guidances}, rule), settings)
             single = [Guidance(file, {file: each}, "none", crossed) for file, each in named.items() if len(each) == 1]
-            others = [*single, *ensembles(named, alone.section, rule)]
+            joined = ensembles({file: named[file] for file in named if file not in series}, alone.section, rule)
+            others = [*single, *joined]
+            if joined and not crossed and alone.section.ensemble_over == "all":
+                controls = [first_member(each) for each in single if each.name not in series]
+                others += [control for control in controls if control.name not in named]
             made = [make_cell(name, bundle, guidance, settings) for guidance in others]
-            cells += [*[own] * bool(bundle.guidances), alone, *(cell for cell in made if not act_alike(cell, own))]
+            kept = [cell for cell in made if cell.guidance.name in series or not act_alike(cell, own)]
+            cells += [*[own] * bool(bundle.guidances), alone, *kept]
         return cells
 
     cells = plan(pairs != "matched")
@@ -571,6 +600,13 @@ def plan_swap(policies: Sequence[Path], guidances: Sequence[str], pairs: Text, s
     return cells
 
 
+def first_member(guidance: Guidance) -> Guidance:
+    """The first member of a guidance alone, which all policy members share: the control for an ensemble."""
+    ((file, (bundle,)),) = guidance.files.items()
+    name = file if len(bundle.seeds) == 1 else f"{file}#{bundle.seeds[0]}"
+    return Guidance(name, {name: [models.select_members(bundle, [0])]}, "none")
+
+
 def act_alike(first: Cell, second: Cell) -> bool:
     """Whether two cells of a policy have the same pairs under the same guidance."""
     ours, theirs = first.guidance.bundles, second.guidance.bundles
@@ -579,7 +615,7 @@ def act_alike(first: Cell, second: Cell) -> bool:
 
 
 def ensembles(named: Mapping[str, Sequence[Bundle]], section: data.EvaluationSection, learned: str) -> list[Guidance]:
-    """One ensemble of all members of each named guidance, and one of the members of all.
+    """An ensemble of each named guidance, and one of all, where they have several members, perhaps by position.
 
     The rule is that of [evaluation]; by default the one that the policy learned under, else the mean, or the mean rank
     where values have different scales. Where that rank would need a gradient, there is no such ensemble.
@@ -592,9 +628,10 @@ def ensembles(named: Mapping[str, Sequence[Bundle]], section: data.EvaluationSec
         if scales_differ and not section.ensemble and section.guide != "rank":
             continue
         rule = section.ensemble or ("rank" if scales_differ else "mean" if learned == "none" else learned)
-        name, count = ", ".join(files) if len(files) == 1 else "all", len(guidance.seeds)
+        name, by_position = ", ".join(files) if len(files) == 1 else "all", section.ensemble_over == "position"
+        count = len(guidance.bundles if by_position else guidance.seeds)
         if count > 1:
-            made.append(Guidance(f"{name} ({rule} of {count})", files, rule))
+            made.append(Guidance(f"{name} ({rule} of {count}{' by position' * by_position})", files, rule))
     return made
 
 
@@ -648,7 +685,8 @@ def no_environment(cell: Cell) -> str:
 # --- statistics ---------------------------------------------------------------------------------------------------
 
 Ends = tuple[float, float]  # of an interval or a range
-FEWEST = 5  # members: below this, an interval says no more than the range
+FEWEST = 5  # members: below this, an interval says no more than the range, and an IQM is the mean or nearly so
+MANY = 20  # members: below this, no interval of a probability covers what it should
 
 
 class Part:
@@ -664,7 +702,7 @@ class Summary(Part):
     members: int
     median: float
     iqr: float | None
-    iqm: float
+    iqm: float | None
     iqm_interval: Ends | None
     range: Ends
     mean: float
@@ -673,7 +711,10 @@ class Summary(Part):
 
 @dataclass(frozen=True)
 class Change(Part):
-    """How scores change under another guidance, see `compare`; of a single policy member, median and range alone."""
+    """How scores change under another guidance, see `compare`; of a single policy member, median and range alone.
+
+    iqr_percent_by_chance: in older files.
+    """
 
     median: float
     range: Ends
@@ -684,14 +725,16 @@ class Change(Part):
     iqr_percent_by_chance: Ends | None = None
     spread_p: float | None = None
     intervals: dict[str, Ends] | None = None
+    mean: float | None = None
+    std_percent: float | None = None
 
 
 @dataclass(frozen=True)
 class Share(Part):
-    """A component of variance as a standard deviation, and its 95 % interval."""
+    """A component of variance as a standard deviation. interval: in older files."""
 
     std: float
-    interval: Ends | None
+    interval: Ends | None = None
 
 
 def normalized_score(returns: Array, reference: Ends | None) -> Array:
@@ -711,23 +754,23 @@ def summarize(table: Array) -> Summary:
 
     table: (S, K, E), the score of each episode of policy members under guidance members; nan where there is no such
     pair. The score of a pair is the mean over its episodes. IQR and std: as in `spread`; of a single policy member,
-    over the guidance members. Range: the lowest and the highest pair. Interval: as in `bootstrap`.
+    over the guidance members. Range: the lowest and the highest pair. IQM: None below 5 members.
     Source: interquartile mean as in rliable (arXiv 2108.13264).
     """
-    from scipy import stats
-
-    def interquartile_mean(scores: Array) -> Any:
-        return stats.trim_mean(flat(scores), 0.25, axis=-1, nan_policy="omit")
-
     table = table[~np.isnan(table).all((1, 2))]
     scores = table.mean(-1)  # (S, K)
     values = scores[~np.isnan(scores)]
-    interval = bootstrap(interquartile_mean, table)
     iqr, std = spread(scores if len(scores) > 1 else scores.T)
-    iqm, scores_range = float(interquartile_mean(scores)), ends((values.min(), values.max()))
-    median, mean = float(np.median(values)), float(values.mean())
-    iqm_interval = None if interval is None else ends(interval)
-    return Summary(len(table), median, none_if_nan(iqr), iqm, iqm_interval, scores_range, mean, none_if_nan(std))
+    iqm = interquartile_mean(scores) if len(table) >= FEWEST else None
+    scores_range, median, mean = ends((values.min(), values.max())), float(np.median(values)), float(values.mean())
+    interval = None if iqm is None else iqm_interval(table)
+    return Summary(len(table), median, none_if_nan(iqr), iqm, interval, scores_range, mean, none_if_nan(std))
+
+
+def interquartile_mean(scores: Array) -> float:
+    from scipy import stats
+
+    return float(stats.trim_mean(scores[~np.isnan(scores)], 0.25))
 
 
 def none_if_nan(value: Any) -> float | None:
@@ -737,10 +780,6 @@ def none_if_nan(value: Any) -> float | None:
 def ends(pair: Iterable[Any]) -> Ends:
     low, high = pair
     return float(low), float(high)
-
-
-def flat(table: Array) -> Array:
-    return table.reshape(*table.shape[:-2], -1)  # (..., S K)
 
 
 def shift(table: Array) -> Array:
@@ -761,7 +800,7 @@ def spread(table: Array) -> tuple[Any, Any]:
     the result is nan if no other is left.
     """
     ordered = np.sort(shift(table), axis=-2)  # (..., S, K), nan last
-    # numpy's nanpercentile takes a bootstrap's tables one by one, which is twenty times slower than this
+    # numpy's nanpercentile takes tables one by one, which is twenty times slower than this
     last = (~np.isnan(ordered)).sum(axis=-2, keepdims=True) - 1  # (..., 1, K); -1: all nan
 
     def quantile(share: float) -> Any:
@@ -777,40 +816,75 @@ def spread(table: Array) -> tuple[Any, Any]:
         return np.nanmean(between, axis=-1), np.nanmean(deviation, axis=-1)
 
 
-def bootstrap(statistic: Callable[..., Any], *tables: Array) -> Array | None:
-    """95 % interval (2, ...) of statistic(*scores), which returns (..., D) for D draws; None below 5 members.
+def jackknife(left: Iterable[Any]) -> Any:
+    """Variance of a statistic, from its values without each of n members. Source: Efron and Stein 1981 (Ann. Stat. 9)."""
+    values = np.array(list(left))
+    return (len(values) - 1) / len(values) * np.square(values - values.mean(0)).sum(0)
 
-    tables: scores per episode, (S or 1, K or 1, E). Each draw takes policy members (rows), guidance members (columns)
-    and episode numbers (start states) with replacement, the same in all tables; scores (D, S or 1, K or 1) are means
-    over the drawn episodes. Few members make draws vary too little, by the factor sqrt((S - 1) / S), so the percentile
-    interval is expanded: it begins at Phi(sqrt(S / (S - 1)) t) instead of 2.5 %, where t is that quantile of Student's
-    t with S - 1 degrees of freedom. If policy and guidance members are drawn apart, S is the smaller of their numbers.
-    Source: Hesterberg, arXiv 1411.5279.
+
+def without_each(*tables: Array) -> Iterator[list[Array]]:
+    """Tables (S, 1) and (S, S) without policy member i and, where members are crossed, without guidance member i."""
+    for i in range(len(tables[0])):
+        rows = [np.delete(table, i, 0) for table in tables]
+        yield [np.delete(table, i, 1) if table.shape[1] > 1 else table for table in rows]
+
+
+def has_intervals(count: int, width: int) -> bool:
+    """Whether tables (S, K) have intervals: of at least 5 members, paired one to one or crossed with as many."""
+    return count >= FEWEST and width in (1, count)
+
+
+def half_width(variance: Any, freedom: float) -> Any:
+    """Half of a 95 % interval, by Student's t."""
+    from scipy import stats
+
+    return stats.t.ppf(0.975, freedom) * np.sqrt(variance)
+
+
+def location_interval(value: float, variance: float, freedom: float, table: Array) -> Ends:
+    """95 % interval of a location of scores (S, K, E): for new members and, where E > 1, new start states.
+
+    variance, freedom: of the value as it comes from the members, whose scores contain the noise of their episodes. What
+    start states do to all members alike (analysis of variance) comes on top. Degrees of freedom: Satterthwaite 1946.
+    """
+    rows = np.nanmean(table, axis=1)  # (S, E)
+    episodes = rows.shape[1]
+    starts = variance_components(rows)["guidance"] ** 2 / episodes if episodes > 1 else 0.0
+    if starts > 0:
+        parts = variance**2 / freedom + starts**2 / (episodes - 1)
+        variance, freedom = variance + starts, (variance + starts) ** 2 / parts
+    half = half_width(variance, freedom)
+    return ends((value - half, value + half))
+
+
+def iqm_interval(table: Array) -> Ends | None:
+    """95 % interval of the IQM of scores (S, K, E), see `location_interval`; None as `has_intervals` says.
+
+    Matched members: by the winsorized variance of a trimmed mean (Tukey and McLaughlin 1963); crossed: `jackknife`.
     """
     from scipy import stats
 
-    count, width, episodes = (max(sizes) for sizes in zip(*(table.shape for table in tables), strict=True))
-    members = count if width == 1 else min(count, width)
-    if members < FEWEST:
+    count, width, _ = table.shape
+    if not has_intervals(count, width):
         return None
-    random, left, drawn = np.random.default_rng(0), 9_999 if count * width < 100 else 2_000, []
-    batch = max(1, 5_000_000 // max(count * count * width, episodes))  # draws: bounds memory
-    while left > 0:
-        size = min(batch, left)
-        rows, columns = random.integers(count, size=(size, count, 1)), random.integers(width, size=(size, 1, width))
-        shares = random.multinomial(episodes, np.full(episodes, 1 / episodes), size) / episodes  # (D, E)
-        scores = [
-            np.tensordot(shares, table, (1, 2))[np.arange(size)[:, None, None], rows[:, :s] % s, columns[..., :k] % k]
-            for table in tables
-            for s, k in [table.shape[:2]]
-        ]
-        with warnings.catch_warnings():  # of draws without any pair, or with one value
-            warnings.simplefilter("ignore", RuntimeWarning)
-            drawn.append(statistic(*scores))
-        left -= size
-    level = stats.norm.cdf(np.sqrt(members / (members - 1)) * stats.t.ppf(0.025, members - 1))
-    interval: Array = np.nanquantile(np.concatenate(drawn, axis=-1), [level, 1 - level], axis=-1)
-    return interval
+    scores, freedom = table.mean(-1), count - 1
+    if width == 1:
+        kept = count - 2 * (count // 4)
+        winsorized = np.asarray(stats.mstats.winsorize(scores[:, 0], (0.25, 0.25)))
+        variance, freedom = (count - 1) * winsorized.var(ddof=1) / (kept * (kept - 1)), kept - 1
+    else:
+        variance = jackknife(interquartile_mean(each) for (each,) in without_each(scores))
+    return location_interval(interquartile_mean(scores), float(variance), freedom, table)
+
+
+def chance_interval(value: float, variance: float, freedom: float) -> Ends | None:
+    """95 % interval of a probability, symmetric in its logit; None at 0 and 1, where that is infinite."""
+    from scipy import special
+
+    if not 0 < value < 1:
+        return None
+    half = half_width(variance, freedom) / (value * (1 - value))
+    return ends(special.expit(special.logit(value) + np.array([-half, half])))
 
 
 def compare(own: Array, swapped: Array) -> Change:
@@ -819,40 +893,73 @@ def compare(own: Array, swapped: Array) -> Change:
     own: (S, E), the baseline of each policy member. swapped: (S, K, E), the scores of that member under other guidance
     members, nan where there is no such pair. For S > 1, also:
 
-    - median, iqr, std: of swapped minus own, in points of score; IQR and std as in `spread`.
+    - median, mean, iqr, std: of swapped minus own, in points of score; IQR and std as in `spread`.
     - range: the lowest and the highest change of a pair.
     - improvement: probability that a swapped score is higher than an own one, ties counting half (arXiv 2108.13264).
-    - iqr_percent: 100 (IQR swapped - IQR own) / IQR own; iqr_percent_by_chance: as in `by_chance`.
-    - spread_p: as in `pitman_morgan`.
-    - intervals: as in `bootstrap`, which draws a policy member's own and swapped scores together.
+    - iqr_percent: 100 (IQR swapped - IQR own) / IQR own, and std_percent likewise; None below 5 members.
+    - spread_p: as in `spread_test`.
+    - intervals: as in `change_intervals`.
     """
     swapped = np.where(np.abs(swapped - own[:, None]) < 1e-3, own[:, None], swapped)  # rounding of other batches
     mine, others = own.mean(-1)[:, None], swapped.mean(-1)  # (S, 1), (S, K)
-
-    def changes(mine: Array, others: Array) -> Array:
-        other, (iqr, std), (own_iqr, own_std) = flat(others), spread(others), spread(mine)
-        wins = (np.sign(other[..., :, None] - flat(mine)[..., None, :]) + 1) / 2
-        medians = np.nanmedian(other, axis=-1) - np.median(flat(mine), axis=-1)
-        return np.stack([medians, iqr - own_iqr, std - own_std, np.nanmean(wins, axis=(-2, -1))])
-
     gaps = others - mine
     gap_range = float(np.nanmin(gaps)), float(np.nanmax(gaps))
     if len(own) < 2:
         return Change(float(np.nanmedian(gaps)), gap_range)
-    median, iqr, std, improvement = changes(mine, others)
-    base, intervals = float(spread(mine)[0]), bootstrap(changes, own[:, None], swapped)
-    names = ("median", "iqr", "std", "improvement")
+    (own_iqr, own_std), (iqr, std) = spread(mine), spread(others)
+
+    def percent(after: Any, before: Any) -> float | None:
+        return none_if_nan(100 * (after / before - 1)) if len(own) >= FEWEST and before > 0 else None
+
     return Change(
-        median=float(median),
+        median=float(np.nanmedian(others) - np.median(mine)),
         range=gap_range,
-        iqr=none_if_nan(iqr),
-        std=none_if_nan(std),
-        improvement=float(improvement),
-        iqr_percent=none_if_nan(100 * iqr / base) if base > 0 else None,
-        iqr_percent_by_chance=by_chance(len(own), correlate(mine[:, 0], others)) if base > 0 else None,
-        spread_p=pitman_morgan(mine[:, 0], others),
-        intervals=None if intervals is None else dict(zip(names, map(ends, intervals.T), strict=True)),
+        iqr=none_if_nan(iqr - own_iqr),
+        std=none_if_nan(std - own_std),
+        improvement=wins(others[~np.isnan(others)], mine),
+        iqr_percent=percent(iqr, own_iqr),
+        spread_p=spread_test(mine[:, 0], others),
+        intervals=change_intervals(own, swapped),
+        mean=float(np.nanmean(others) - mine.mean()),
+        std_percent=percent(std, own_std),
     )
+
+
+def wins(first: Array, second: Array) -> float:
+    """The share of pairs in which a score of `first` is higher than one of `second`; ties count half."""
+    ordered = np.sort(second.ravel())
+    lower, not_higher = (np.searchsorted(ordered, first.ravel(), side) for side in ("left", "right"))
+    return float((lower + not_higher).mean() / 2 / len(ordered))
+
+
+def change_intervals(own: Array, swapped: Array) -> dict[str, Ends] | None:
+    """95 % intervals of changes from scores (S, E) to (S, K, E), by name; None as `has_intervals` says.
+
+    By `jackknife`, of the mean as in `location_interval`; of std and IQR from the logarithm of their ratio, which is
+    closer to normal, in percent; of the improvement from 20 members on. That of the median covers too little.
+    """
+    count, width, _ = swapped.shape
+    if not has_intervals(count, width):
+        return None
+
+    def figures(mine: Array, others: Array) -> list[float]:
+        (own_iqr, own_std), (iqr, std) = spread(mine), spread(others)
+        with np.errstate(divide="ignore", invalid="ignore"):  # of scores without any spread
+            ratios = [float(np.log(std / own_std)), float(np.log(iqr / own_iqr))]
+        return [float(np.nanmean(others) - mine.mean()), *ratios, wins(others[~np.isnan(others)], mine)]
+
+    scores = own.mean(-1)[:, None], swapped.mean(-1)
+    with np.errstate(invalid="ignore"):
+        mean, *ratios, chance = figures(*scores)
+        variance, *variances, chance_variance = jackknife(figures(*each) for each in without_each(*scores))
+    found = {"mean": location_interval(mean, variance, count - 1, swapped - own[:, None])}
+    for name, ratio, each in zip(("std_percent", "iqr_percent"), ratios, variances, strict=True):
+        if np.isfinite([ratio, each]).all():
+            half = half_width(each, count - 1)
+            found[name] = ends(100 * (np.exp([ratio - half, ratio + half]) - 1))
+    if count >= MANY and (interval := chance_interval(chance, chance_variance, count - 1)):
+        found["improvement"] = interval
+    return found
 
 
 def falls_short(scores: Array, other: Array | float) -> bool:
@@ -869,93 +976,65 @@ def falls_short(scores: Array, other: Array | float) -> bool:
     return bool(gaps.mean() < stats.t.ppf(0.05, len(gaps) - 1) * gaps.std(ddof=1) / math.sqrt(len(gaps)))
 
 
-def matches(own: Array, swapped: Array) -> Iterator[tuple[Array, Array]]:
-    """Scores (n,) before and after, of own (S,) and swapped (S, K), for each shift where they vary and n > 2."""
-    for other in shift(swapped).T:
-        before, after = own[~np.isnan(other)], other[~np.isnan(other)]
-        if len(after) > 2 and min(np.ptp(before), np.ptp(after)) > 0:
-            yield before, after
-
-
-def correlate(own: Array, swapped: Array) -> float:
-    """Correlation of scores before (S,) and after (S, K), the mean over shifts; 0 if it is unknown."""
-    return round(float(np.mean([np.corrcoef(*pair)[0, 1] for pair in matches(own, swapped)] or 0)), 2)
-
-
-def pitman_morgan(own: Array, swapped: Array) -> float | None:
+def spread_test(own: Array, swapped: Array) -> float | None:
     """p value of the hypothesis that own (S,) and swapped (S, K) scores have the same spread over members.
 
-    Two-sided test of whether sums and differences of paired scores correlate, by Student's t with S - 2 degrees of
-    freedom: exact for normal scores. For crossed members: twice the mean p over the shifts of `spread` with a change,
-    at most 1, which is valid however these depend on each other. None: below 3 pairs, without variance, or if
-    1 < K < S, where pairs share guidance members and so are not independent.
-    Source: Pitman 1939, Morgan 1939 (Biometrika 31); mean of p: Vovk and Wang, arXiv 1212.4966.
+    Two-sided test of whether the ranks of sums and of differences of paired scores correlate (Spearman): the test of
+    Pitman and Morgan on ranks, since with heavy tails that of scores rejects too often. Exact for up to 7 pairs, above
+    by Student's t with S - 2 degrees of freedom. Crossed members: policy member i with guidance member i + 1. None:
+    below 3 pairs, without variance, or if 1 < K < S, where pairs share guidance members and so are not independent.
+    Source: Pitman 1939, Morgan 1939 (Biometrika 31).
     """
     from scipy import stats
 
     if 1 < swapped.shape[1] < len(own):
         return None
-    moves = [(before + after, after - before) for before, after in matches(own, swapped)]
-    values = [stats.pearsonr(*move).pvalue for move in moves if min(map(np.ptp, move)) > 0]
-    return min(1.0, float(np.mean(values)) * (1 if swapped.shape[1] == 1 else 2)) if values else None
+    other = shift(swapped)[:, min(1, swapped.shape[1] - 1)]
+    before, after = own[~np.isnan(other)], other[~np.isnan(other)]
+    values = (before, after, before + after, after - before)
+    if len(after) < 3 or min(map(np.ptp, values)) < 1e-6:
+        return None
+    sums, differences = (stats.rankdata(each.round(6)) for each in values[2:])
+    exact = stats.PermutationMethod() if len(after) <= 7 else None  # all 7! orders
+    return float(stats.pearsonr(sums, differences, method=exact).pvalue)
 
 
-@cache
-def by_chance(members: int, correlation: float) -> Ends:
-    """95 % range of 100 (IQR after / IQR before - 1) of paired members if nothing changes, by simulation.
-
-    Scores before and after are drawn from one normal distribution. correlation: between the two, in [-1, 1], taken as at
-    most 0.99. For crossed members, whose IQR is a mean over shifts, the range is wider than necessary.
-    """
-    correlation = min(max(correlation, -0.99), 0.99)
-    before, noise = np.random.default_rng(0).normal(size=(2, 40_000, members, 1))
-    after = correlation * before + np.sqrt(1 - correlation**2) * noise
-    return ends(np.quantile(100 * (spread(after)[0] / spread(before)[0] - 1), [0.025, 0.975]))
+def holm(values: Sequence[float]) -> list[float]:
+    """p values of several hypotheses, corrected for their number. Source: Holm 1979 (Scand. J. Stat. 6)."""
+    corrected, order = np.ones(len(values)), np.argsort(values)
+    corrected[order] = np.maximum.accumulate(np.sort(values) * np.arange(len(values), 0, -1))
+    return [float(value) for value in np.minimum(corrected, 1)]
 
 
-def variance_components(scores: Array) -> dict[str, Share]:
-    """Components of the variance of crossed scores (S, K): of "guidance", of "policy", and the "rest".
+def variance_components(scores: Array) -> dict[str, float]:
+    """Components of the variance of crossed scores (S, K) as standard deviations: of "guidance", "policy" and "rest".
 
     score = mean + policy's part + guidance's part + rest, by analysis of variance; the rest is what is special to the
-    pair, and the choice of its episodes. A negative variance counts as 0. The 95 % interval is None below 5 members of
-    either. It takes scores as normal: each mean square, divided by its chi-squared variable, is drawn 20,000 times.
-    Source: generalized confidence intervals, Weerahandi 1993 (J. Am. Stat. Assoc. 88).
+    pair, and the choice of its episodes. A negative variance counts as 0. No interval covers them if tails are heavy.
     """
     count, width = scores.shape
     rest = scores - scores.mean(1, keepdims=True) - scores.mean(0) + scores.mean()
-    rest_freedom, rest_sum = (count - 1) * (width - 1), float(np.square(rest).sum())
-    random, draws = np.random.default_rng(0), 20_000
-    rest_draws = rest_sum / random.chisquare(rest_freedom, draws)
-
-    def share(variance: float, drawn: Array) -> Share:
-        value, *interval = np.sqrt(np.maximum(0, [variance, *np.quantile(drawn, [0.025, 0.975])]))
-        return Share(float(value), ends(interval) if min(count, width) >= FEWEST else None)
-
-    def component(means: Array, repeats: int) -> Share:
-        freedom, square = len(means) - 1, repeats * float(means.var(ddof=1))
-        drawn = freedom * square / random.chisquare(freedom, draws)
-        return share((square - rest_sum / rest_freedom) / repeats, (drawn - rest_draws) / repeats)
-
-    return {
-        "guidance": component(scores.mean(0), count),
-        "policy": component(scores.mean(1), width),
-        "rest": share(rest_sum / rest_freedom, rest_draws),
+    rest_variance = float(np.square(rest).sum()) / ((count - 1) * (width - 1))
+    parts = {
+        "guidance": float(scores.mean(0).var(ddof=1)) - rest_variance / count,
+        "policy": float(scores.mean(1).var(ddof=1)) - rest_variance / width,
+        "rest": rest_variance,
     }
+    return {name: math.sqrt(max(0.0, variance)) for name, variance in parts.items()}
 
 
 def probability_of_improvement(first: Array, second: Array) -> tuple[float, Ends | None]:
-    """Probability that a score of `first` (S, E) is higher than one of `second` (K, E), and its 95 % interval.
+    """Probability that a score of `first` (S, E) is higher than one of `second` (K, E), as in `wins`.
 
-    Ties count half. The members of each are drawn apart, the episodes together, as in `bootstrap`.
-    Source: arXiv 2108.13264.
+    Its 95 % interval: None below 20 members, see `chance_interval`. Source: arXiv 2108.13264.
     """
-
-    def wins(ours: Array, theirs: Array) -> Any:
-        return ((np.sign(ours - theirs) + 1) / 2).mean(axis=(-2, -1))
-
-    value = float(wins(first.mean(-1)[:, None], second.mean(-1)[None]))
-    interval = bootstrap(wins, first[:, None], second[None]) if len(second) >= FEWEST else None
-    return value, None if interval is None else ends(interval)
+    ours, theirs = first.mean(-1), second.mean(-1)
+    value, fewest = wins(ours, theirs), min(len(ours), len(theirs))
+    if fewest < MANY:
+        return value, None
+    variance = jackknife(wins(np.delete(ours, i), theirs) for i in range(len(ours)))
+    variance += jackknife(wins(ours, np.delete(theirs, i)) for i in range(len(theirs)))
+    return value, chance_interval(value, variance, fewest - 1)
 
 
 # --- reports: what was found --------------------------------------------------------------------------------------
@@ -998,6 +1077,7 @@ class Acting(Part):
     temperature_on: str
     ensemble: str
     support: float
+    ensemble_over: str = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1085,6 +1165,29 @@ class Comparison(Part):
     change: Change | None
 
 
+SHARED = "members, one guidance shared"
+
+
+@dataclass(frozen=True)
+class Spread(Part):
+    """The spread of a policy's scores under a guidance: IQR and standard deviation.
+
+    over: "members"; SHARED: policy members that share a guidance member; "episodes" or "snapshots" of a member, of which
+    IQR, std and changes are the median over members. Changes are against the policy in `find_baselines`. p is two-sided;
+    p_holm is corrected for the tests of the same kind that one table shows. None: no such change or test.
+    """
+
+    policy: str
+    guidance: str
+    over: str
+    iqr: float | None
+    std: float | None
+    iqr_change: float | None
+    std_change: float | None
+    p: float | None
+    p_holm: float | None = None
+
+
 @dataclass(frozen=True)
 class Rivalry(Part):
     """The probability that a member of the first policy scores higher than one of the second."""
@@ -1093,6 +1196,22 @@ class Rivalry(Part):
     second: str
     improvement: float
     interval: Ends | None
+
+
+@dataclass(frozen=True)
+class Choice(Part):
+    """The cell of several snapshots whose mean score over all members is best on the start states of even number.
+
+    snapshots: their number. mean: that score. summary: of the scores on the start states of odd number; last: the mean of
+    the last snapshot there.
+    """
+
+    policy: str
+    guidance: str
+    snapshots: int
+    mean: float
+    summary: Summary
+    last: float
 
 
 @dataclass(frozen=True)
@@ -1132,6 +1251,8 @@ class Report(Part):
     settings: Conditions
     cells: list[Result]
     summary: list[Comparison] | None = None
+    spreads: list[Spread] | None = None
+    choices: list[Choice] | None = None
     rivalry: list[Rivalry] | None = None  # of evaluate
     verdicts: list[str] | None = None  # of swap
     components: list[Components] | None = None  # of swap
@@ -1313,14 +1434,17 @@ def differing(first: Part, second: Part) -> str:
     return ", ".join(name for name, value in vars(first).items() if value != vars(second)[name])
 
 
-def compare_results(results: Sequence[Result]) -> list[Comparison]:
-    """Statistics of each result over pairs of members, and changes against the baseline.
+def find_baselines(results: Sequence[Result]) -> dict[str, Result]:
+    """For each policy the result under its own guidance; under none if it was not played under its own."""
+    return {result.policy: result for name in ("none", OWN) for result in results if result.guidance == name}
 
-    The baseline of a policy is the policy under its own guidance; under none if it was not played under its own.
+
+def compare_results(results: Sequence[Result]) -> list[Comparison]:
+    """Statistics of each result over pairs of members, and changes against the baseline, see `find_baselines`.
+
     Pairs whose policy and guidance have the same seed, and pairs of different seeds, are groups of their own.
     """
-    baselines = {result.policy: result for name in ("none", OWN) for result in results if result.guidance == name}
-    comparisons = []
+    baselines, comparisons = find_baselines(results), []
     for result in results:
         baseline = baselines.get(result.policy, result)
         own, name = baseline.episode_scores, (result.policy, result.guidance, result.step, result.warnings)
@@ -1367,12 +1491,101 @@ def overall(comparisons: Iterable[Comparison]) -> list[Comparison]:
     return list({(each.policy, each.guidance): each for each in comparisons}.values())
 
 
+def compare_spreads(results: Sequence[Result], comparisons: Sequence[Comparison], together: bool) -> list[Spread]:
+    """Spreads of each cell over members and over episodes, and over snapshots where several are played, with changes.
+
+    Of crossed members also that of the policies under one guidance member that all share, averaged over these members:
+    the control for an ensemble, which all share, too. together: all spreads are shown in one table, else those of a
+    policy; p is corrected for the tests of one kind in a table.
+    """
+    baselines, spreads = find_baselines(results), []
+    for result, each in zip(results, overall(comparisons), strict=True):
+        name, change, home = (result.policy, result.guidance), each.change, baselines.get(result.policy, result)
+        changes = (change.iqr, change.std, change.spread_p) if change else (None, None, None)
+        spreads.append(Spread(*name, "members", each.summary.iqr, each.summary.std, *changes))
+        if len(result.pairs) > result.members > 1:
+            own_iqr, own_std = map(float, spread(home.scores[:, None]))
+            iqr, std = (float(one.mean()) for one in spread(result.scores.reshape(result.members, -1).T[..., None]))
+            spreads.append(Spread(*name, SHARED, iqr, std, iqr - own_iqr, std - own_std, None))
+        if result.protocol.episodes > 1:
+            before = None if result is home else spreads_within([home])
+            spreads.append(spread_within(*name, "episodes", spreads_within([result]), before))
+    files: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        files.setdefault((file_of(result.policy), file_of(result.guidance)), []).append(result)
+    for (policy, guidance), group in files.items():
+        if len(group) > 1:
+            base = next((files[policy, name] for name in (OWN, "none") if (policy, name) in files), group)
+            before = None if base is group or len(base) < 2 else spreads_within(base)
+            spreads.append(spread_within(policy, guidance, "snapshots", spreads_within(group), before))
+    families: dict[tuple[str, str], list[int]] = {}
+    for place, found in enumerate(spreads):
+        if found.p is not None:
+            families.setdefault(("" if together else found.policy, found.over), []).append(place)
+    for places in families.values():
+        for place, p in zip(places, holm([spreads[place].p or 0.0 for place in places]), strict=True):
+            spreads[place] = replace(spreads[place], p_holm=p)
+    return spreads
+
+
+def file_of(name: str) -> str:
+    """The file that a name such as FILE@STEP or FILE@STEP#SEED belongs to; FILE#SEED counts as a file."""
+    return re.sub(r"@(\d+|last)(?=#\d+$|$)", "", name)
+
+
+def choose_snapshots(results: Sequence[Result], curve: bool) -> list[Choice]:
+    """Of each policy in a curve, or of each policy and guidance of which several snapshots are played, the best one.
+
+    Chosen and scored by different episodes, since a score that was chosen for being high is too good. Of a single
+    episode nothing is chosen.
+    """
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        name = (file_of(result.policy), result.guidance) if curve else (result.policy, file_of(result.guidance))
+        groups.setdefault(name, []).append(result)
+    choices = []
+    for group in groups.values():
+        if len(group) > 1 and group[0].protocol.episodes > 1:
+            means = [float(result.episode_scores[:, ::2].mean()) for result in group]
+            best, last = group[int(np.argmax(means))], float(group[-1].episode_scores[:, 1::2].mean())
+            table = tabulate(best.pairs, best.members, best.protocol.reference)[..., 1::2]
+            choices.append(Choice(best.policy, best.guidance, len(group), max(means), summarize(table), last))
+    return choices
+
+
+def spreads_within(results: Sequence[Result]) -> Array:
+    """IQR and std of each policy member's scores, averaged over its guidance members: (S, 2).
+
+    Over the episodes of a result, or over several results of the same pairs.
+    """
+    result = results[0]
+    table = result.episode_scores if len(results) == 1 else np.stack([each.scores for each in results], 1)
+    each: Array = np.stack(spread(table[..., None]), -1).reshape(result.members, -1, 2).mean(1)
+    return each
+
+
+def spread_within(policy: str, guidance: str, over: str, each: Array, own: Array | None) -> Spread:
+    """The median over members of the spreads (S, 2) that each has, and of their changes against own (S, 2).
+
+    p: of the std, by Wilcoxon's signed ranks of members; None below 3 members, or without a change.
+    """
+    from scipy import stats
+
+    iqr, std = np.median(each, axis=0).tolist()
+    if own is None:
+        return Spread(policy, guidance, over, iqr, std, None, None, None)
+    gaps = (each - own).round(6)
+    p = float(stats.wilcoxon(gaps[:, 1]).pvalue) if len(gaps) > 2 and gaps[:, 1].any() else None
+    iqr_change, std_change = np.median(gaps, axis=0).tolist()
+    return Spread(policy, guidance, over, iqr, std, iqr_change, std_change, p)
+
+
 def split_spread(result: Result) -> Components:
     """Of a crossed cell: the components of its spread, and the best guidance member."""
     seeds, scores = result.guidance_seeds, result.scores.reshape(result.members, -1)
     means = scores.mean(0)
     best = BestGuidance(seeds[means.argmax()], float(means.max()))
-    std = variance_components(scores) if len(scores) > 1 else None
+    std = {name: Share(each) for name, each in variance_components(scores).items()} if len(scores) > 1 else None
     return Components(result.policy, result.guidance, result.step, std, best)
 
 
@@ -1432,7 +1645,7 @@ def evaluate_offline(cells: Sequence[Cell], data_file: Path | None, held_out: He
             parts[source] = held_out or find_held_out(cell, data_file)
         rule = bundle.experiment.policy.ensemble
         acting = OWN if (cell.guidance.name, cell.how.ensemble) == (OWN, rule) else cell.guidance_text
-        judges = {OWN: (bundle.guidances, rule), acting: (bundles, cell.how.ensemble)}
+        judges = {OWN: (bundle.guidances, rule, False), acting: (bundles, cell.how.ensemble, cell.how.by_position)}
         judges = {name: judge for name, judge in judges.items() if judge[0] and judge[1] != "rank"}  # ranks: no values
         result = OfflineResult(
             policy=cell.policy,
@@ -1513,6 +1726,11 @@ def quality_table(bundle: Bundle) -> Table:
     returns = "discounted return to the episode's end"
     if last.bootstrapped:
         returns = "discounted return to the time limit, plus V there, since no episode here ends in a terminal state"
+    elif last.left_out:
+        returns += (
+            f", which {last.left_out} more transitions do not reach before a time limit: the correlations leave them out, "
+            "the means cover them, with V at the limit for what came after"
+        )
     return make_table(
         f"guidance on {last.rows} held-out transitions (values in scaled rewards: {scale_text(bundle.reward_scale)})",
         ("seed", "corr(V, return)", "corr(Q gain, return - V)", "mean V", "mean return"),
@@ -1522,16 +1740,28 @@ def quality_table(bundle: Bundle) -> Table:
     )
 
 
-def value_problem(bundle: Bundle) -> str:
-    """Which members' V is still near its initial value, 0, that is closer to 0 than to the mean return; else "".
+def growth_text(section: data.GuidanceSection) -> str:
+    """How far V will have grown, at least; "" for an algorithm whose values do not grow through target networks.
 
-    Where V estimates an upper expectile or maximum, a V between 0 and a positive mean return counts, too.
+    Measured where rewards are dense and episodes long; where they end early, V grows faster.
+    """
+    if not models.GUIDANCES[section.algorithm].bootstraps:
+        return ""
+    share = 1 - math.exp(-(1 - section.discount) * section.tau * section.steps)
+    return f"V will have grown to at least {100 * share:.0f} % of the returns: 1 - exp(-(1 - discount) x tau x steps)"
+
+
+def value_problem(bundle: Bundle) -> str:
+    """Which members' V is still near its initial value, 0, that is closer to 0 than half of the mean return; else "".
+
+    Where V estimates an upper expectile or maximum, a V between 0 and a positive mean return counts, too. A V above 0
+    has left its initial value where the mean return is negative.
     """
     last, section = bundle.quality[-1], bundle.experiment.guidance
     v, mean = (np.array(values, dtype=np.float64) for values in (last.mean_v, last.mean_return))  # (S,), None is nan
     upper = section.value_loss == "gumbel" or section.expectile > 0.5
     above = upper and "value_loss" in models.GUIDANCES[section.algorithm].reads
-    near = (abs(v) < abs(v - mean)) | (above & (v > 0) & (v < mean))
+    near = ((abs(v) < abs(mean) / 2) & ~((v > 0) & (mean < 0))) | (above & (v > 0) & (v < mean))
     if not near.any():
         return ""
     seeds = [str(seed) for seed, each in zip(bundle.seeds, near, strict=True) if each]
@@ -1587,7 +1817,8 @@ def score_table(results: Sequence[Result], comparisons: Sequence[Comparison]) ->
         scores = [number(pair.score) for pair in (first, *others)]
         rows.append([str(first.policy_seed), *scores, raw, number(first.length, ".0f"), number(first.success, ".0%")])
     figures = [summary_cells(each) for each in comparisons]
-    rows += [None, *([name, *(each[name] for each in figures)] for name in STATISTICS), None]
+    lines = [[name, *(each[name] for each in figures)] for name in STATISTICS]
+    rows += [None, *(line for line in lines if set(line[1:]) != {"-"}), None]
     rows += [[name, *[score] * len(figures)] for name, score in data_scores(results)]
     columns = ("seed", *(acting(result.protocol) for result in results), "return", "length", "success")
     return make_table(unit(results[0]), columns, rows)
@@ -1609,6 +1840,29 @@ def summary_tables(
     scores = [[name, "", score] for name, score in data_scores(results)]
     yield make_table(title, (*heads, *first), [*lines(*first), None, *scores], caption, left=2)
     yield make_table("more statistics", (*heads, *more), lines(*more), left=2)
+
+
+def spread_table(title: str, head: str, rows: Sequence[tuple[str, Spread]]) -> Table:
+    """Spreads with their changes and tests, each after a name, one kind after the other."""
+    lines: list[Sequence[str] | None] = []
+    tests = []
+    for over in ("members", SHARED, "episodes", "snapshots"):
+        kind = [(name, each) for name, each in rows if each.over == over]
+        for name, each in kind:
+            iqr, std = (
+                (number(each.iqr), number(each.iqr_change, "+.1f")),
+                (number(each.std), number(each.std_change, "+.1f")),
+            )
+            lines.append((name, over, *iqr, *std, number(each.p_holm, ".3f")))
+        lines += [None] * bool(kind)
+        tests += [f"{count} over {over}"] if (count := sum(each.p is not None for _, each in kind)) else []
+    caption = "over episodes and snapshots: those of a member, median over members"
+    if tests:
+        caption += (
+            "; p of the hypothesis that the spread has not changed: two-sided, by ranks, corrected (Holm) for the "
+        )
+        caption += f"tests here: {', '.join(tests)}"
+    return make_table(title, (head, "over", "IQR", "change", "std", "change", "p"), lines, caption, left=2)
 
 
 def offline_tables(result: OfflineResult) -> Iterator[Table]:
@@ -1664,16 +1918,26 @@ def data_table(dataset: Dataset) -> Table:
     return make_table(f"{dataset.identity.source} {dataset.identity.name}", ("what", "value"), facts.items(), left=2)
 
 
-def policy_tables(results: Sequence[Result], comparisons: Sequence[Comparison], curve: bool) -> Iterator[Table]:
-    """Several policies, or the steps of a curve, whose best step is chosen by the scores shown."""
-    rows = []
+def policy_tables(
+    results: Sequence[Result], comparisons: Sequence[Comparison], curve: bool, choices: Sequence[Choice]
+) -> Iterator[Table]:
+    """Several policies, or the steps of a curve, one of which is chosen."""
+    rows, chosen = [], [choice.policy for choice in choices]
     for result, each in zip(results, comparisons, strict=True):
         points = [other for other in comparisons if policy_of(other.policy, curve) == policy_of(each.policy, curve)]
-        best = max(points, key=lambda point: point.summary.iqm)
-        notes = ", ".join(["best"] * (each is best) + ["last"] * (each is points[-1]))
+        notes = ", ".join(["chosen"] * (each.policy in chosen) + ["last"] * (each is points[-1]))
         rows.append((each.policy, notes if curve else acting(result.protocol), each))
-    caption = "best: by the scores shown here (online selection)" if curve else None
-    return summary_tables(unit(results[0]), ("policy", "" if curve else "acting"), rows, results, caption)
+    return summary_tables(unit(results[0]), ("policy", "" if curve else "acting"), rows, results, None)
+
+
+def choice_text(choice: Choice) -> str:
+    """Which snapshot is chosen, and its scores on other start states than it was chosen by."""
+    name, summary = choice.policy + (f" under {choice.guidance}" if choice.guidance != OWN else ""), choice.summary
+    return (
+        f"chosen of {choice.snapshots} snapshots: {name}, which has the best mean ({choice.mean:.1f}) over all members on the "
+        f"start states of even number; on the odd ones mean {summary.mean:.1f}, median {summary.median:.1f}, IQR "
+        f"{number(summary.iqr)}, std {number(summary.std)} (the last snapshot: mean {choice.last:.1f})"
+    )
 
 
 def advise(cell: Cell, acts: Result, one: Result) -> None:
@@ -1711,13 +1975,28 @@ def advise(cell: Cell, acts: Result, one: Result) -> None:
 def show_evaluation(report: Report, comparisons: Sequence[Comparison], curve: bool) -> None:
     """Print the tables of an evaluation, and for each policy its protocol and its training cost."""
     results, asked = report.cells, asked_for(report.cells)
-    for table in policy_tables(results, comparisons, curve) if len(asked) > 1 else [score_table(results, comparisons)]:
+    choices = report.choices or []
+    if len(asked) == 1:
+        show_table(score_table(results, comparisons))
+    for table in policy_tables(results, comparisons, curve, choices) if len(asked) > 1 else ():
         show_table(table)
+    for choice in choices:
+        say(choice_text(choice), wrap=True)
+    last = {policy_of(result.policy, curve): result for result in asked}
+    shown = {*(result.policy for result in last.values()), *last}  # of a curve, the last step, and all steps together
+    spreads = [each for each in report.spreads or [] if each.policy in shown]
+    if spreads:
+        several = len(last) > 1 or curve
+        how = {
+            (result.policy, result.guidance): f"{result.policy}, " * several + acting(result.protocol)
+            for result in results
+        }
+        lines = [(how.get((each.policy, each.guidance), each.policy), each) for each in spreads]
+        show_table(spread_table(f"spread of {unit(results[0])}", "policy", lines))
     if report.rivalry:
         rows = [(e.first, e.second, f"{e.improvement:.2f}", interval_text(e.interval, ".2f")) for e in report.rivalry]
         title = "probability that a member of the first scores higher than one of the second"
         show_table(make_table(title, ("first", "second", "P", "95 %"), rows, left=2))
-    last = {policy_of(result.policy, curve): result for result in asked}
     for policy, result in last.items():
         name = f"{policy}: " if len(last) > 1 else ""
         points = [other for other in asked if policy_of(other.policy, curve) == policy]
@@ -1727,8 +2006,10 @@ def show_evaluation(report: Report, comparisons: Sequence[Comparison], curve: bo
         say(f"{name}training cost: {account_text(result.accounting)}", wrap=True)
 
 
-def swap_tables(results: Sequence[Result], comparisons: Sequence[Comparison]) -> Iterator[Table | str]:
-    """For each policy its scores over pairs of members, and lines of their changes against its own guidance."""
+def swap_tables(
+    results: Sequence[Result], comparisons: Sequence[Comparison], spreads: Sequence[Spread]
+) -> Iterator[Table | str]:
+    """For each policy its scores over pairs of members, lines of their changes against its own guidance; then spreads."""
     star = "* this guidance learned from other data than the policy: the paper's guarantee does not hold there"
     for policy, group in groupby(comparisons, key=lambda each: each.policy):
         parts, mine = list(group), [result for result in results if result.policy == policy]
@@ -1738,21 +2019,32 @@ def swap_tables(results: Sequence[Result], comparisons: Sequence[Comparison]) ->
         for guidance, seeds, each in rows:
             if each.change is not None:
                 yield f"change under {guidance}, {seeds} ({each.pairs} pairs): {change_text(each.change)}"
+    for policy in dict.fromkeys(each.policy for each in spreads):
+        named = [(each.guidance, each) for each in spreads if each.policy == policy]
+        yield spread_table(f"{policy}: spread of {unit(results[0])}", "guidance", named)
 
 
 def change_text(change: Change) -> str:
-    """A change with its intervals; a single member has no spread, few members have no interval."""
+    """A change with its 95 % intervals; a single member has no spread, few members have no interval."""
 
-    def figure(name: str, form: str = "+.1f") -> str:
+    def figure(name: str, form: str = "+.1f", unit: str = "") -> str:
         value, interval = getattr(change, name), (change.intervals or {}).get(name)
-        return "-" if value is None else f"{value:{form}}" + (f" ({interval_text(interval, form)})" if interval else "")
+        shown = f"{value:{form}}{unit}" if value is not None else ""
+        return shown + (f" ({interval_text(interval, form)})" if shown and interval else "")
 
-    gap, chance = interval_text(change.range, "+.1f"), interval_text(change.iqr_percent_by_chance, "+.0f")
-    percent = "" if change.iqr_percent is None else f", {change.iqr_percent:+.0f} % (by chance {chance})"
-    return (
-        f"median {figure('median')}, range {gap}, IQR {figure('iqr')}{percent}, std {figure('std')}, p of spread "
-        f"{number(change.spread_p, '.3f')}, P(better) {figure('improvement', '.2f')}"
-    )
+    def both(name: str) -> str:
+        percent = figure(f"{name}_percent", "+.0f", " %")
+        return figure(name) + f", {percent}" * bool(percent)
+
+    parts = {
+        "mean": figure("mean"),
+        "median": figure("median"),
+        "range": interval_text(change.range, "+.1f"),
+        "IQR": both("iqr"),
+        "std": both("std"),
+        "P(better)": figure("improvement", ".2f"),
+    }
+    return ", ".join(f"{name} {text}" for name, text in parts.items() if text)
 
 
 def member_tables(result: Result, parts: Components) -> Iterator[Table]:
@@ -1762,11 +2054,8 @@ def member_tables(result: Result, parts: Components) -> Iterator[Table]:
     best = parts.best_guidance
     caption = f"guidance {best.seed} is best over all policies: mean {best.mean:.1f} (online selection)"
     if parts.std is not None:
-        shares = [
-            f"{share.std:.1f} from the {name}" + (f" ({interval_text(share.interval)})" if share.interval else "")
-            for name, share in parts.std.items()
-        ]
-        caption = f"spread of scores, as std (95 %): {', '.join(shares)}; {caption}"
+        shares = [f"{share.std:.1f} from the {name}" for name, share in parts.std.items()]
+        caption = f"spread of scores, as std: {', '.join(shares)}; {caption}"
     for start in range(0, width := scores.shape[1], ACROSS):
         part = slice(start, start + ACROSS)
         rows = [(seed, *map(number, row[part])) for seed, row in zip(seeds, scores, strict=True)]
@@ -1802,9 +2091,9 @@ def protocol_line(how: Protocol, *members: int, weights: bool = True) -> str:
     if weights:
         early = f"weights of step {how.step} of {how.steps} (online selection, if chosen by score)"
         parts.append("last weights" if how.step == how.steps else early)
-    drawn = "members and start states" if how.episodes > 1 else "members"
-    parts.append(f"intervals resample {drawn}" if max(members) >= FEWEST else f"no intervals below {FEWEST} members")
-    if how.ensemble != "none":
+    new = "members and start states" if how.episodes > 1 else "members"
+    parts.append(f"intervals are for new {new}" if max(members) >= FEWEST else f"no intervals below {FEWEST} members")
+    if how.ensemble != "none" and how.ensemble_over == "all":
         parts.append("an ensemble is shared by all members: statistics hold for this ensemble alone")
     if not how.repeatable:
         parts.append("not repeatable: the environment gives different results under one seed")
@@ -1820,9 +2109,9 @@ def swap_line(results: Sequence[Result]) -> str:
     guided = [result for result in results if result.guidance != "none"] or results
     protocols = [result.protocol for result in guided]
     idle = set.intersection(*(set(how.no_effect) for how in protocols))
-    ensemble = next((how.ensemble for how in protocols if how.ensemble != "none"), "none")
+    joined = next((how for how in protocols if how.ensemble != "none"), protocols[0])
     name = protocols[0].guidance and "each guidance"
-    shared = replace(protocols[0], guidance=name, w=0, no_effect=sorted(idle), ensemble=ensemble)
+    shared = replace(joined, guidance=name, w=0, no_effect=sorted(idle))
     line = protocol_line(shared, *(result.members for result in guided), weights=False) + "; under none 1 candidate"
     labels = sorted({result.protocol.w for result in results} - {0})
     return line + (f"; w of policies with labels {' or '.join(f'{w:g}' for w in labels)}" if labels else "")
@@ -1857,7 +2146,7 @@ def describe(bundle: Bundle, path: Path, joint: bool = False) -> Iterator[Table]
         "trained under": (lineage or "no guidance") if bundle.kind == "policy" else "data alone",
     }
     if bundle.kind == "policy":
-        facts["best snapshot"] = "evaluate --curve finds it (online selection)"
+        facts["best snapshot"] = "evaluate --curve chooses it, and scores it on other start states"
     yield make_table(f"{path}: {bundle.kind}", ("what", "value"), facts.items(), left=2)
     if history := bundle.history:  # of a joint guidance it is in the policy's
         names = metric_names(history)
@@ -2221,7 +2510,10 @@ TEACHERS = "frozen guidance, or a policy that holds one; repeatable for an ensem
 Teachers = Annotated[Files, option(TEACHERS, "FILE", "--guidance")]
 ACTING = "bundle whose guidance acts, or none; by default the one inside the policy; repeatable for an ensemble"
 Acts = Annotated[Texts, option(ACTING, "FILE")]
-SWAPPED = "bundle whose guidance acts, or none; by default those inside the policies; repeatable"
+SWAPPED = (
+    "bundle whose guidance acts, FILE@all for each of its snapshots, or none; by default those inside the policies; "
+    "repeatable"
+)
 Swapped = Annotated[Texts, option(SWAPPED, "FILE", "--guidance")]
 PAIRS = "matched: members by position; all: each with each; by default all, up to 2,000 rollouts"
 Pairs = Annotated[Text, option(PAIRS, "KIND")]
@@ -2235,7 +2527,8 @@ Json = Annotated[
 Episodes = Annotated[Number, option("episodes of each pair of members", "N")]
 Candidates = Annotated[Number, option("actions drawn per state, of which the guidance chooses one", "N")]
 PlaySeed = Annotated[Number, option("seed of start states and sampling noise", "N", "--seed")]
-Curve = Annotated[bool, option("score every snapshot", name="--curve")]
+CURVE = "score every snapshot; choose one by half of the start states, score it on the others"
+Curve = Annotated[bool, option(CURVE, name="--curve")]
 Plot = Annotated[File, option("draw the results: .png, .svg or .pdf", "FILE", "--plot")]
 Video = Annotated[File, option("film one episode, instead of scoring", "FILE.gif")]
 Member = Annotated[Number, option("the member to film; by default the first", "SEED")]
@@ -2278,6 +2571,8 @@ def guidance(
     with claimed(overwrite, {"--out": path}, [experiment, run.data.path]):
         begun = unfinished(path, board, overwrite, extend)
         dataset = load_data(run.data, where)
+        if text := growth_text(run.guidance):
+            say(text, stderr=True)
         with training_run("guidance", run, chosen, path, begun, extend, board) as training:
             bundle = models.train_guidance(run, dataset, training)
         if bundle.quality:
@@ -2484,7 +2779,9 @@ def score_policies(
 ) -> None:
     """Play cells and show their scores."""
     report = play_cells(cells, json_file, overwrite, where)
-    report = replace(report, rivalry=compare_policies(report.cells, curve))
+    spreads = compare_spreads(report.cells, report.summary or [], together=True)
+    choices = choose_snapshots(report.cells, curve) if curve else None
+    report = replace(report, spreads=spreads, choices=choices, rivalry=compare_policies(report.cells, curve))
     store_json(json_file, report)
     comparisons = overall(report.summary or [])
     if plot_file is not None:
@@ -2526,7 +2823,9 @@ def swap(
         report = play_cells(cells, json_file, overwrite, data.Workers(workers, timeout, cluster))
         crossed = [result for result in report.cells if len(result.pairs) > result.members]
         components = [split_spread(result) for result in crossed]
-        report = replace(report, verdicts=compare_algorithms(report.cells), components=components)
+        spreads = compare_spreads(report.cells, report.summary or [], together=False)
+        choices, verdicts = choose_snapshots(report.cells, curve=False), compare_algorithms(report.cells)
+        report = replace(report, spreads=spreads, choices=choices, verdicts=verdicts, components=components)
         store_json(json_file, report)
         if plot_file is not None:
             plot_swap(plot_file, report.cells, overall(report.summary or []))
@@ -2534,8 +2833,9 @@ def swap(
             for table in member_tables(result, parts):
                 show_table(table)
         for part in [
-            *swap_tables(report.cells, report.summary or []),
-            *(report.verdicts or []),
+            *swap_tables(report.cells, report.summary or [], report.spreads or []),
+            *map(choice_text, choices),
+            *verdicts,
             swap_line(report.cells),
         ]:
             say(part, wrap=True) if isinstance(part, str) else show_table(part)

@@ -1129,12 +1129,14 @@ class Guidance(nn.Module):
 class Ensemble:
     """Guidances that judge as one: all K members of all of them judge each row, and a rule combines their values.
 
-    rule: of `ENSEMBLES`. candidates: how many consecutive rows belong to one state, for "rank".
+    rule: of `ENSEMBLES`. candidates: how many consecutive rows belong to one state, for "rank". by_position: policy
+    member i is judged by member i of each guidance alone.
     """
 
     guidances: Sequence[Guidance]
     rule: str
     candidates: int = 1
+    by_position: bool = False
 
     @property
     def members(self) -> int:
@@ -1167,6 +1169,8 @@ class Ensemble:
         return ENSEMBLES[self.rule](torch.stack(values), self.candidates)
 
     def _judge(self, ask: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        if self.by_position:
+            return ENSEMBLES[self.rule](torch.stack([ask(each, *inputs) for each in self.guidances]), self.candidates)
         values = [
             torch.cat(
                 [ask(guidance, *(row.expand(guidance.members, -1, -1) for row in rows)) for guidance in self.guidances]
@@ -1288,12 +1292,13 @@ class GuidanceAlgorithm:
 
     loss: gets Q of the online critics at the data's actions, (S, 2, B), with gradient to their weights. reads: fields
     of [guidance] that it reads, beside those that all read. has_actor: whether it needs an actor: the policy of a joint
-    run, or else a companion, which reads the fields in COMPANION.
+    run, or else a companion, which reads the fields in COMPANION. bootstraps: whether values grow through target networks.
     """
 
     loss: Callable[[Guidance, Tensor, Batch, Randomness, Actor | None], Loss]
     reads: tuple[str, ...] = ()
     has_actor: bool = False
+    bootstraps: bool = True
 
 
 COMPANION = ("actor_learning_rate", "actor_hidden", "time_features", "eta", "diffusion_steps", "ema_decay")
@@ -1302,7 +1307,7 @@ GUIDANCES = {
     "idql": GuidanceAlgorithm(implicit_q_loss, ("value_loss",)),
     "dql": GuidanceAlgorithm(diffusion_q_loss, ("bootstrap_candidates", *COMPANION), has_actor=True),
     "sarsa": GuidanceAlgorithm(sarsa_loss),
-    "mc": GuidanceAlgorithm(monte_carlo_loss),
+    "mc": GuidanceAlgorithm(monte_carlo_loss, bootstraps=False),
 }
 
 # --- algorithms and their settings --------------------------------------------------------------------------------
@@ -1535,7 +1540,8 @@ class Entry(Part):
 class Quality(Part):
     """How far to trust a guidance, by `guidance_quality`: lists hold a number per member, None where none is defined.
 
-    step: gradient steps done. rows: held-out rows that count. bootstrapped: their returns end in V at a time limit.
+    step: gradient steps done. rows: held-out rows of the correlations, which leave out `left_out` that the means cover;
+    in older bundles the means leave them out, too. bootstrapped: the correlations are of returns that end in V.
     """
 
     step: Count
@@ -1547,6 +1553,7 @@ class Quality(Part):
     mean_return: list[float | None]
     q_spread_members: float | None
     q_spread_rows: float
+    left_out: Count = 0
 
 
 class Bundle(Part):
@@ -1798,6 +1805,19 @@ def check_ensemble(guidances: Sequence[Bundle], rule: str) -> None:
         )
 
 
+def check_positions(guidances: Sequence[Bundle], how: Inference, members: int) -> None:
+    """Check that an ensemble over positions has a member of each guidance for each of a policy's members.
+
+    Raises: MdptError naming both numbers where it has not.
+    """
+    for count in [len(each.seeds) for each in guidances] if how.by_position else []:
+        if count != members:
+            raise MdptError(
+                f"{members} policy members cannot be judged by position by a guidance of {count} members; use the same "
+                "number, or evaluation.ensemble_over = 'all'"
+            )
+
+
 def values_scale(guidance: Bundle) -> str:
     """The unit of a guidance's values, in words: only guidances of one unit have a mean."""
     scale, discount = guidance.reward_scale, guidance.experiment.guidance.discount
@@ -1857,12 +1877,14 @@ def build_guidance(bundle: Bundle, device: str, *, new: bool = False, companion:
     return guidance.requires_grad_(False)
 
 
-def build_judge(bundles: Sequence[Bundle], rule: str, members: int, device: str, candidates: int = 1) -> Judge:
-    """The judge of the actions of policy members: one guidance member each, by position, or all members as one."""
+def build_judge(
+    bundles: Sequence[Bundle], rule: str, members: int, device: str, candidates: int = 1, by_position: bool = False
+) -> Judge:
+    """The judge of the actions of policy members: one guidance member each, by position, or an `Ensemble`."""
     if rule == "none":
         (bundle,) = bundles
         return build_guidance(select_members(bundle, pair_members(members, len(bundle.seeds))), device)
-    return Ensemble([build_guidance(bundle, device) for bundle in bundles], rule, candidates)
+    return Ensemble([build_guidance(bundle, device) for bundle in bundles], rule, candidates, by_position)
 
 
 def build_policy(bundle: Bundle, device: str, *, new: bool = False) -> Policy:
@@ -1902,7 +1924,8 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 class Inference:
     """How an action is chosen from N candidates; the fields are those of [evaluation], in effect.
 
-    ensemble: the rule by which all members of all guidances judge as one, or "none": one member judges.
+    ensemble: the rule by which several guidance members judge as one, or "none": one member judges. ensemble_over: "all"
+    members of all guidances, or those at the policy member's "position".
     """
 
     candidates: int = 1
@@ -1915,6 +1938,12 @@ class Inference:
     jacobian: bool = False
     temperature_on: str = "all"
     ensemble: str = "none"
+    ensemble_over: str = "all"
+
+    @property
+    def by_position(self) -> bool:
+        """Whether policy members share no guidance member of an ensemble."""
+        return self.ensemble != "none" and self.ensemble_over == "position"
 
 
 def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference, dict[str, bool]]:
@@ -1946,6 +1975,7 @@ def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference,
         "w": section.w if labels else 0.0,
         "guidance_weight": section.guidance_weight if steered else 0.0,
         "ensemble": ensemble,
+        "ensemble_over": section.ensemble_over if ensemble != "none" else "all",
     }
     how = Inference(**{each.name: getattr(section, each.name) for each in fields(Inference)} | effective)
     return how, {
@@ -1957,6 +1987,7 @@ def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference,
         "guidance_weight": steered,
         "jacobian": steered,
         "ensemble": guided,
+        "ensemble_over": ensemble != "none",
         "temperature": scaled,
         "temperature_on": scaled and section.temperature != 1,
         "w": labels,
@@ -2163,11 +2194,12 @@ def judge_offline(
     how: Inference,
     held_out: HeldOut,
     seed: int,
-    judges: Mapping[str, tuple[Sequence[Bundle], str]],
+    judges: Mapping[str, tuple[Sequence[Bundle], str, bool]],
 ) -> Offline:
     """Compare a policy's actions with the data's on held-out states.
 
-    guidances: by which the policy acts. judges: by name, guidances and the rule by which they judge as one.
+    guidances: by which the policy acts. judges: by name, guidances, the rule by which they judge as one, and whether
+    they do so by position.
     """
     count = len(policy.seeds)
     rows = np.linspace(0, len(held_out.rewards) - 1, min(len(held_out.rewards), OFFLINE_STATES)).astype(np.int64)
@@ -2176,7 +2208,7 @@ def judge_offline(
     actor, random = build_policy(policy, "cpu"), Randomness(policy.seeds, f"evaluate {seed} offline")
     noises = actor.noises(random, "act", len(rows) * how.candidates)
     uniform = random.uniform("selection", len(rows), how.candidates)
-    ranker = build_judge(guidances, how.ensemble, count, "cpu", how.candidates) if guidances else None
+    ranker = build_judge(guidances, how.ensemble, count, "cpu", how.candidates, how.by_position) if guidances else None
     chosen = act(actor, ranker, states, noises, uniform, how).clamp(-1, 1)
     first = noises.view(*noises.shape[:2], len(rows), how.candidates, -1)[..., 0, :]  # (S, T, B, A)
     one = act(actor, ranker, states, first, uniform[..., :1], replace(how, candidates=1)).clamp(-1, 1)
@@ -2184,8 +2216,8 @@ def judge_offline(
     if ranker is not None and how.ensemble != "rank":
         above = (ranker.q(states, chosen) - ranker.q(states, given)).mean(1)
         gain = (above / ranker.v(states).std(1).clamp(min=1e-6)).tolist()
-    for name, (bundles, rule) in judges.items():
-        judge = build_judge(bundles, rule, count, "cpu")
+    for name, (bundles, rule, by_position) in judges.items():
+        judge = build_judge(bundles, rule, count, "cpu", by_position=by_position)
         own, other = judge.q(states, chosen), judge.q(states, given)
         values[name] = Values(own.mean(1).tolist(), other.mean(1).tolist(), (own > other).float().mean(1).tolist())
     distance, distance_one = ((each - given).square().mean((1, 2)).sqrt().tolist() for each in (chosen, one))
@@ -2215,7 +2247,8 @@ def load_agent(
         for warning in check_fit(bundle, each):
             warnings.warn(warning, MdptWarning, stacklevel=2)
     check_ensemble(guidances, how.ensemble)
-    if how.ensemble == "none":
+    check_positions(guidances, how, count)
+    if how.ensemble == "none" or how.by_position:
         guidances = [select_members(each, [pair_members(count, len(each.seeds))[member]]) for each in guidances]
     one, spec, agents = select_members(bundle, [member]), bundle.environment, {}
     choose_products()  # as `mdpt evaluate` does
@@ -2636,9 +2669,10 @@ QUALITY_ROWS = 8192  # judged at a time
 def guidance_quality(guidance: Guidance, held_out: HeldOut, discount: float, step: int) -> Quality:
     """Compare a guidance with the returns of held-out episodes.
 
-    Rows count whose return is known: the episode ended, or what a time limit cut off weighs at most 5 %. Where there is
-    none, all rows count, and V at the time limit stands for what came after it (bootstrapped). correlation: Pearson's,
-    of V and discounted returns. advantage_correlation: of return - V and the amount by which Q of the row's action
+    Rows are correlated whose return is known: the episode ended, or what a time limit cut off weighs at most 5 %; where
+    there is none, all (bootstrapped). Means cover all rows, since those whose return is known may be successes alone. V at
+    a time limit stands for what came after it, so that such a last row itself has no return. correlation: Pearson's, of
+    V and discounted returns. advantage_correlation: of return - V and the amount by which Q of the row's action
     exceeds the mean Q of OTHER_ACTIONS actions of other rows. (Not of Q - V: an error of V is in return - V, too, and
     would correlate where actions do not matter.) V is an upper expectile, so it lies above the returns once it has left
     its initial values. q_spread: standard deviation of Q, over members, and over rows, averaged over the other.
@@ -2646,14 +2680,15 @@ def guidance_quality(guidance: Guidance, held_out: HeldOut, discount: float, ste
     v, q, theirs = _held_out_values(guidance, held_out)
     gains = q - theirs
     rewards, terminals, timeouts = held_out.rewards, held_out.terminals, held_out.timeouts
-    shared, counts = data.discounted_returns(rewards, terminals, timeouts, discount)
-    returns = np.broadcast_to(shared, v.shape)
-    if bootstrapped := not counts.any():
-        _, stops = data.episode_bounds(terminals, timeouts)
-        cut = np.zeros(len(rewards), dtype=np.bool_)
-        cut[stops - 1] = ~terminals[stops - 1]
-        counts, columns = ~cut, np.where(cut, v, rewards)  # (S, rows): a last V is a last reward
-        returns = np.stack([data.discounted_returns(column, terminals, timeouts, discount)[0] for column in columns])
+    shared, known = data.discounted_returns(rewards, terminals, timeouts, discount)
+    _, stops = data.episode_bounds(terminals, timeouts)
+    cut = np.zeros(len(rewards), dtype=np.bool_)
+    cut[stops - 1] = ~terminals[stops - 1]
+    columns = np.where(cut, v, rewards)  # (S, rows): a last V is a last reward
+    whole = np.stack([data.discounted_returns(column, terminals, timeouts, discount)[0] for column in columns])
+    counts, returns = (known, np.broadcast_to(shared, v.shape)) if known.any() else (~cut, whole)
+    mean_v: list[float | None] = v[:, ~cut].mean(1).tolist() if not cut.all() else [None] * len(v)
+    mean_return: list[float | None] = whole[:, ~cut].mean(1).tolist() if not cut.all() else mean_v
     v, gains, returns = v[:, counts], gains[:, counts], returns[:, counts]
 
     def correlate(first: Array, second: Array) -> list[float | None]:
@@ -2665,11 +2700,12 @@ def guidance_quality(guidance: Guidance, held_out: HeldOut, discount: float, ste
     return Quality(
         step=step,
         rows=int(counts.sum()),
-        bootstrapped=bootstrapped,
+        left_out=int((~cut & ~counts).sum()),
+        bootstrapped=not known.any(),
         correlation=correlate(v, returns),
         advantage_correlation=correlate(gains, returns - v),
-        mean_v=v.mean(1).tolist() if counts.any() else [None] * len(v),
-        mean_return=returns.mean(1).tolist() if counts.any() else [None] * len(v),
+        mean_v=mean_v,
+        mean_return=mean_return,
         q_spread_members=float(q.std(0).mean()) if len(q) > 1 else None,
         q_spread_rows=float(q.std(1).mean()),
     )

@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +292,7 @@ def test_guidance_tells_its_quality_and_what_comes_next(folder: Path) -> None:
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(folder: Path) -> None:
     lines = [line for line in run("guidance toy.toml --out g.pt").stderr.splitlines() if "warning" not in line]
+    assert lines.pop(0).startswith("V will have grown to at least 0 % of the returns")
     assert len(lines) == 10
     for i, line in enumerate(lines):
         assert re.fullmatch(rf"guidance idql: {2 * i + 2}/20  loss [\d.e+-]+, \d+ steps/s  \d+ s left", line)
@@ -312,9 +313,10 @@ def test_every_policy_is_evaluated(folder: Path) -> None:
             assert pair["return"] == pytest.approx(row.mean()) and pair["score"] == pytest.approx(row.mean() - 10)
             assert pair["length"] == pytest.approx(np.mean(pair["lengths"])) and max(pair["lengths"]) <= 6
         middle, spread = (low + high) / 2, high - low
-        expected = {"median": middle, "iqr": spread / 2, "iqm": middle, "mean": middle, "std": spread / np.sqrt(2)}
+        expected = {"median": middle, "iqr": spread / 2, "mean": middle, "std": spread / np.sqrt(2)}
         assert {key: entry["summary"][key] for key in expected} == pytest.approx(expected)
-        assert entry["summary"]["range"] == pytest.approx([low, high]) and entry["summary"]["iqm_interval"] is None
+        assert entry["summary"]["range"] == pytest.approx([low, high])
+        assert entry["summary"]["iqm"] is entry["summary"]["iqm_interval"] is None  # of two members it is their mean
         assert (cell["protocol"]["guidance"] is None) == (cell["protocol"]["candidates"] == 1)
         bundle = read(cell["policy"])
         assert cell["accounting"] == bundle.accounting.model_dump()
@@ -329,9 +331,10 @@ def test_the_table_holds_the_figures_of_the_report(folder: Path) -> None:
     for pair, other in zip(acts["pairs"], one["pairs"], strict=True):
         figures = rf"{pair['score']:.1f} │ +{other['score']:.1f} │ +{pair['return']:.1f} │ +{pair['length']:.0f}"
         assert re.search(rf"│ {pair['policy_seed']} +│ +{figures} │", stdout)
-    for name in ("median", "IQR", "IQM", "mean", "std"):
+    for name in ("median", "IQR", "mean", "std"):
         both = " │ +".join(f"{entry['summary'][name.lower()]:.1f}" for entry in report["summary"])
         assert re.search(rf"│ {name} +│ +{both} │", stdout), name
+    assert "IQM" not in stdout
     low, high = report["summary"][0]["summary"]["range"]
     assert re.search(rf"│ range +│ +{low:.1f} \.\. {high:.1f} │", stdout)
     with h5py.File("toy.hdf5") as file:
@@ -432,14 +435,31 @@ def test_curve(folder: Path) -> None:
     names = [(cell["policy"], cell["step"]) for cell in report["cells"]]
     assert names == [(f"toy-{name}.policy.pt@{step}", step) for name in ("dql", "cfg") for step in (10, 20)]
     assert returns(report["cells"][1]) == returns(evaluate("toy-dql.policy.pt"))
-    for entries in (report["summary"][:2], report["summary"][2:]):
-        best = max(entries, key=lambda entry: float(entry["summary"]["iqm"]))
+    even = [np.mean([row[::2] for row in returns(cell)]) - 10 for cell in report["cells"]]
+    for first, choice in zip((0, 2), report["choices"], strict=True):  # one of two snapshots, by episodes 0 and 2
+        entries, place = report["summary"][first : first + 2], first + int(np.argmax(even[first : first + 2]))
+        chosen, odd = report["cells"][place], [row[1] - 10 for row in returns(report["cells"][place])]
+        assert (choice["policy"], choice["snapshots"], choice["mean"]) == (
+            chosen["policy"],
+            2,
+            pytest.approx(even[place]),
+        )
+        assert choice["summary"]["mean"] == pytest.approx(np.mean(odd)) and choice["summary"]["members"] == 2
+        assert choice["summary"]["std"] == pytest.approx(np.std(odd, ddof=1))
+        last = np.mean([row[1] for row in returns(report["cells"][first + 1])]) - 10
+        assert f"{choice['policy']}, which has the best mean ({even[place]:.1f}) over" in stdout
+        assert (
+            f"on the odd ones mean {np.mean(odd):.1f}, " in stdout and f"(the last snapshot: mean {last:.1f})" in stdout
+        )
         for entry in entries:
-            notes = ["best"] * (entry is best) + ["last"] * (entry["step"] == 20)
+            notes = ["chosen"] * (entry["policy"] == choice["policy"]) + ["last"] * (entry["step"] == 20)
             figures = rf"{entry['summary']['median']:.1f} │ +{entry['summary']['iqr']:.1f} │ +{entry['length']:.0f}"
             assert re.search(rf"│ {entry['policy']} +│ {', '.join(notes)} +│ +{figures} │", stdout)
     mean = report["cells"][0]["dataset"]["mean_score"]
-    assert re.search(rf"│ data mean +│ +│ +{mean:.1f} │", stdout) and "(online selection)" in stdout
+    assert re.search(rf"│ data mean +│ +│ +{mean:.1f} │", stdout)
+    assert (
+        "chosen" not in run("evaluate toy-dql.policy.pt --curve --episodes 1 --workers 1").stdout
+    )  # none is left to score
     assert re.search(r"│ toy-dql.policy.pt@20 +│ toy-cfg.policy.pt@20 +│ +\d", stdout) and "…" not in stdout
 
 
@@ -512,10 +532,10 @@ def test_swap_crosses_all_members(folder: Path) -> None:
     ]
     for entry in report["summary"]:
         name, summary = rf"│ {re.escape(entry['guidance'])} +│ +{entry['seeds']} +│ +", entry["summary"]
-        first, second = (
-            " │ +".join(cli.number(summary[key]) for key in keys) for keys in (("median", "iqr"), ("iqm",))
-        )
-        assert re.search(rf"{name}{first} │ +{entry['length']:.0f} │", stdout) and re.search(name + second, stdout)
+        first = " │ +".join(cli.number(summary[key]) for key in ("median", "iqr"))
+        assert re.search(rf"{name}{first} │ +{entry['length']:.0f} │", stdout)
+        second = " │ +".join([cli.interval_text(summary["range"]), cli.number(summary["mean"])])
+        assert re.search(name + second, stdout)
     assert re.search(rf"│ data mean +│ +│ +{own['dataset']['mean_score']:.1f} │", stdout)
     scores = np.array(pair_scores(three)).reshape(2, 3)
     parts, best = report["components"][1], int(scores.mean(0).argmax())
@@ -523,6 +543,12 @@ def test_swap_crosses_all_members(folder: Path) -> None:
     assert f"guidance {best + 1} is best over all policies: mean {scores[:, best].mean():.1f} (online" in stdout
     assert f"{parts['std']['guidance']['std']:.1f} from the guidance" in stdout
     assert "an ensemble is shared by all members" in stdout
+    shared = {each["guidance"]: each for each in report["spreads"] if each["over"] == cli.SHARED}
+    assert list(shared) == ["toy-idql.guidance.pt", "three.pt"]  # the control: two policies under one guidance member
+    assert shared["three.pt"]["iqr"] == pytest.approx(np.abs(scores[0] - scores[1]).mean() / 2)
+    assert shared["three.pt"]["std_change"] == pytest.approx(
+        np.abs(scores[0] - scores[1]).mean() / 2**0.5 - np.std(pair_scores(own), ddof=1)
+    )
     assert "7 of 7 cells to play, members paired each with each: 60 rollouts\n" in result.stderr
 
 
@@ -544,32 +570,112 @@ def test_swap_compares_with_the_guidance_of_training(folder: Path) -> None:
             assert change["improvement"] == pytest.approx(wins)
 
 
+def make_results(cells: dict[tuple[str, str], Any]) -> list[cli.Result]:
+    """Results of cells (policy, guidance) with scores (S, E), as if they had been played."""
+    cell = cli.read_cell(Path("toy-dql.policy.pt"), None, [])
+    result = cli.make_result(cell, data.Played(np.zeros(6), np.ones(6), np.full(6, np.nan)), "default")
+    results = []
+    for (policy, guidance), scores in cells.items():
+        pairs = [
+            cli.Pair(i, i, i, row.mean(), row.mean(), 1.0, row.tolist(), [1] * len(row), None, None)
+            for i, row in enumerate(scores)
+        ]
+        protocol = replace(result.protocol, reference=(0.0, 100.0), episodes=scores.shape[1])
+        results.append(replace(result, policy=policy, guidance=guidance, pairs=pairs, protocol=protocol))
+    return results
+
+
+def test_spreads_over_members_episodes_and_snapshots(folder: Path) -> None:
+    random, names = np.random.default_rng(1), ("its own", "none", "g.pt@10", "g.pt@20")
+    scores = {("p.pt", name): random.normal(50, 4 + 3 * i, (6, 5)) for i, name in enumerate(names)}
+    results = make_results(scores)
+    spreads = cli.compare_spreads(results, cli.compare_results(results), together=False)
+    found = {(each.guidance, each.over): each for each in spreads}
+    assert list(found)[-1] == ("g.pt", "snapshots") and len(found) == 9
+    own, tests = scores["p.pt", "its own"], []
+    for name in names:
+        each, (table, by_members) = found[name, "episodes"], (scores["p.pt", name], found[name, "members"])
+        iqr, std = stats.iqr(table, axis=1), table.std(1, ddof=1)
+        assert (each.iqr, each.std) == pytest.approx((np.median(iqr), np.median(std)))
+        assert (by_members.iqr, by_members.std) == pytest.approx((stats.iqr(table.mean(1)), table.mean(1).std(ddof=1)))
+        if name == "its own":
+            assert each.p is each.std_change is by_members.p is None
+            continue
+        before = stats.iqr(own, axis=1), own.std(1, ddof=1)
+        assert each.iqr_change == pytest.approx(np.median(iqr - before[0]), abs=1e-6)
+        assert each.p == pytest.approx(stats.wilcoxon(std, before[1]).pvalue)
+        tests.append((each.p, each.p_holm))
+    least, middle, *_ = sorted(tests)
+    assert [least[1], middle[1]] == pytest.approx([min(1, 3 * least[0]), min(1, max(3 * least[0], 2 * middle[0]))])
+    means = [scores["p.pt", name].mean(1) for name in names[2:]]
+    assert found["g.pt", "snapshots"].std == pytest.approx(np.median(np.abs(means[0] - means[1])) / 2**0.5)
+    *_, table = cli.swap_tables(results, cli.compare_results(results), spreads)
+    assert "corrected (Holm) for the tests here: 3 over members, 3 over episodes" in str(table.caption)
+    one = cli.compare_spreads(results[:1], cli.compare_results(results[:1]), together=False)
+    assert [each.over for each in one] == ["members", "episodes"]
+
+
+def test_changes_over_snapshots_are_paired_by_member(folder: Path) -> None:
+    random = np.random.default_rng(2)
+    cells = product(("p.pt@10", "p.pt", "p.pt@30"), ("its own", "none"))
+    scores = {(policy, name): random.normal(50, 9 if name == "none" else 3, (7, 2)) for policy, name in cells}
+    results = make_results(scores)
+    spreads = cli.compare_spreads(results, cli.compare_results(results), together=True)
+    own, none = [each for each in spreads if each.over == "snapshots"]
+    assert (own.policy, own.guidance, own.p) == ("p.pt", "its own", None) and none.guidance == "none"
+    theirs, ours = (
+        np.std([scores[policy, name].mean(1) for policy, each in scores if each == name], axis=0, ddof=1)
+        for name in ("none", "its own")
+    )
+    assert none.std_change == pytest.approx(np.median(theirs - ours), abs=1e-6)
+    assert none.p == none.p_holm == pytest.approx(stats.wilcoxon(theirs, ours).pvalue)
+    episodes = [each for each in spreads if each.p is not None and each.over == "episodes"]
+    assert [each.p_holm for each in episodes] == cli.holm([each.p or 0 for each in episodes])  # of all, in one table
+    names = {"a@b/p.pt": "a@b/p.pt", "p.pt@3": "p.pt", "p.pt@last": "p.pt", "p.pt@3#7": "p.pt#7", "p.pt#7": "p.pt#7"}
+    assert {name: cli.file_of(name) for name in names} == names
+
+
 @pytest.mark.parametrize(
-    ("members", "said"), [(3, "no intervals below 5 members"), (5, "intervals resample members and start states")]
+    ("members", "said"), [(3, "no intervals below 5 members"), (5, "intervals are for new members and start states")]
 )
 def test_few_members_have_a_range_and_five_have_intervals(folder: Path, members: int, said: str) -> None:
-    cell = cli.read_cell(Path("toy-dql.policy.pt"), None, [])
-    played = data.Played(np.zeros(6), np.ones(6), np.full(6, np.nan))
-    result = cli.make_result(cell, played, "default")
     scores = np.random.default_rng(0).normal(50, 20, (2, 5, 1)) + [-5.0, 5.0]
-    results = []
-    for name, rows in (("its own", scores[0, :members]), ("g.pt", scores[1, :members])):
-        pairs = [
-            cli.Pair(i, i, i, 0.0, row.mean(), 1.0, row.tolist(), [1, 1], None, None) for i, row in enumerate(rows)
-        ]
-        protocol = replace(result.protocol, reference=(0.0, 100.0), episodes=2)
-        results.append(replace(result, guidance=name, pairs=pairs, protocol=protocol))
+    cells = zip(("its own", "g.pt"), scores[:, :members], strict=True)
+    results = make_results({("p.pt", name): rows for name, rows in cells})
     comparisons = cli.compare_results(results)
     change = comparisons[1].change
-    assert change is not None and change.iqr_percent_by_chance is not None
-    assert (comparisons[1].summary.iqm_interval is None) == (change.intervals is None) == (members < 5)
-    *_, row = cli.swap_tables(results, comparisons)
+    few = members < 5
+    assert change is not None and (change.iqr_percent is None) == few
+    assert (comparisons[1].summary.iqm_interval is None) == (change.intervals is None) == few
+    *_, row = cli.swap_tables(results, comparisons, [])
     assert isinstance(row, str)
-    low, high = change.iqr_percent_by_chance
-    assert f"{change.iqr_percent:+.0f} % (by chance {low:+.0f} .. {high:+.0f})" in row
-    assert f" {change.spread_p:.3f}," in row and "{:+.1f} .. {:+.1f}".format(*change.range) in row
-    assert len(re.findall(r"\(\S+ \.\. \S+\)", row)) == (0 if members < 5 else 4)
+    if change.intervals:
+        interval = "{:+.0f} .. {:+.0f}".format(*change.intervals["iqr_percent"])
+        assert f"IQR {change.iqr:+.1f}, {change.iqr_percent:+.0f} % ({interval}), std" in row
+    assert "{:+.1f} .. {:+.1f}".format(*change.range) in row and ("%" in row) == (not few)
+    assert len(re.findall(r"\(\S+ \.\. \S+\)", row)) == (0 if few else 3)
     assert cli.swap_line(results).endswith(f", {said}; under none 1 candidate")
+
+
+def test_swap_chooses_a_snapshot_of_a_guidance(folder: Path) -> None:
+    """FILE@all is a column for each snapshot, also for the one that the policy learned under; one is chosen for all."""
+    run("guidance toy.toml --set guidance.learning_rate=1.0 --set guidance.snapshots=4 --out g.pt")
+    run("policy toy.toml --guidance g.pt --out p.pt")
+    report, stdout = play("swap p.pt --guidance g.pt@all --pairs matched")
+    names = ["its own", "none", *(f"g.pt@{step}" for step in (5, 10, 15, 20))]
+    assert [cell["guidance"] for cell in report["cells"]] == names
+    assert returns(report["cells"][0]) == returns(report["cells"][5])
+    even = [np.mean([row[::2] for row in returns(cell)]) for cell in report["cells"][2:]]
+    (choice,), best = report["choices"], 2 + int(np.argmax(even))
+    assert len(set(even)) > 1 and (choice["policy"], choice["guidance"]) == ("p.pt", names[best])
+    assert choice["summary"]["mean"] == pytest.approx(np.mean([row[1] for row in returns(report["cells"][best])]) - 10)
+    assert f"chosen of 4 snapshots: p.pt under {names[best]}, which has" in stdout
+    assert [each["guidance"] for each in report["spreads"] if each["over"] == "snapshots"] == ["g.pt"]
+    crossed, _ = play("swap toy-dql.policy.pt --guidance toy-idql.guidance.pt@all --episodes 1")
+    assert [len(cell["pairs"]) for cell in crossed["cells"]] == [2, 2, 4, 4] and crossed["choices"] == []
+    joint, _ = play("swap toy-dql.policy.pt --guidance toy-dql-joint.policy.pt@all --episodes 1")
+    assert [cell["guidance"] for cell in joint["cells"][2:]] == [f"toy-dql-joint.policy.pt@{step}" for step in (10, 20)]
+    fail("swap toy-dql.policy.pt --guidance toy-dql.policy.pt@all", "toy-dql.policy.pt@all", "name a guidance bundle")
 
 
 def test_swap_pairs_members_by_position(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -611,8 +717,50 @@ def test_several_guidances_act_as_one(folder: Path) -> None:
     assert [cell["guidance"] for cell in (part, whole)] == ["toy-dql.guidance.pt (min of 2)", "all (min of 3)"]
     alone = evaluate("toy-dql.policy.pt --infer-guidance toy-dql.guidance.pt --set evaluation.ensemble=min")
     assert returns(alone) == returns(part) != returns(two)
+    single = "--set evaluation.ensemble=none --pairs matched"  # no ensemble, no control
+    names = [
+        cell["guidance"] for cell in play(f"swap toy-dql.policy.pt --guidance toy-dql.guidance.pt {single}")[0]["cells"]
+    ]
+    assert names == ["its own", "none", "toy-dql.guidance.pt"]
+    report, _ = play("swap toy-dql.policy.pt --guidance toy-dql.guidance.pt --pairs matched")
+    *_, joined, control = report["cells"]
+    assert (joined["guidance"], control["guidance"]) == ("toy-dql.guidance.pt (mean of 2)", "toy-dql.guidance.pt#8")
+    assert [pair["guidance_seed"] for pair in control["pairs"]] == [8, 8]
+    assert returns(control) == returns(evaluate("toy-dql.policy.pt --infer-guidance toy-dql.guidance.pt#8"))
     fail("policy toy.toml --guidance toy-idql.guidance.pt#7 --out p.pt", "#7", "the seeds are 0, 1")
     fail("evaluate toy-dql.policy.pt --infer-guidance toy-idql.guidance.pt#1@10", "#1@10", "FILE@STEP#SEED")
+
+
+def test_an_ensemble_by_position_shares_nothing(folder: Path) -> None:
+    """Member i is judged as by an ensemble of the members i alone: in play, offline, in other programs, in a swap."""
+    rule, files = "--set evaluation.ensemble=min", ("toy-idql.guidance.pt", "toy-dql.guidance.pt")
+    by_position = f"{rule} --set evaluation.ensemble_over=position"
+    whole, *parts = (
+        f"toy-dql.policy.pt --infer-guidance {files[0]}{one} --infer-guidance {files[1]}{other} {options}"
+        for one, other, options in (("", "", by_position), ("#0", "#8", rule), ("#1", "#9", rule))
+    )
+    cell = evaluate(whole)
+    assert cell["protocol"]["guidance"] == f"the min of each position's 2 members of {', '.join(files)}"
+    assert returns(cell) == [returns(evaluate(part))[i] for i, part in enumerate(parts)]
+    assert returns(cell) != returns(evaluate(whole.replace("position", "all")))
+    assert "shared by all" not in run(f"evaluate {whole}").stdout
+    offline, *others = (play(f"evaluate {each} --data toy.hdf5")[0]["cells"][0] for each in (whole, *parts))
+    assert offline["distance"] == [other["distance"][i] for i, other in enumerate(others)]
+    (values,), (theirs, _) = ([list(each["values"].values())[-1] for each in group] for group in ([offline], others))
+    assert values["policy"][0] == pytest.approx(theirs["policy"][0])
+    states = np.random.default_rng(0).normal(size=(5, 2))
+    how = {"ensemble": "min", "ensemble_over": "position"}
+    agent = models.load_agent("toy-dql.policy.pt", files, member=1, **how)
+    names = [f"{file}#{seed}" for file, seed in zip(files, (1, 9), strict=True)]
+    assert (agent(states) == models.load_agent("toy-dql.policy.pt", names, member=1, ensemble="min")(states)).all()
+
+    swap = f"swap toy-dql.policy.pt --guidance {files[0]} --guidance {files[1]} {by_position}"
+    *_, one, two, joined = play(swap)[0]["cells"]
+    assert [each["guidance"] for each in (one, two)] == [*files] and joined["guidance"] == "all (min of 2 by position)"
+    assert returns(joined) == returns(cell)
+    run("guidance toy.toml --seeds 1,2,3 --out three.pt")
+    wrong = f"evaluate toy-dql.policy.pt --infer-guidance three.pt {by_position}"
+    fail(wrong, "2 policy members", "3 members", "evaluation.ensemble_over = 'all'")
 
 
 def test_eighty_columns_hold_every_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -622,6 +770,8 @@ def test_eighty_columns_hold_every_line(folder: Path, monkeypatch: pytest.Monkey
         f"swap toy-dql.policy.pt toy-cfg.policy.pt --guidance {'antmaze-large-diverse-' * 2}dql.guidance.pt",
         "evaluate toy-dql.policy.pt toy-bc-unguided.policy.pt",
         "evaluate toy-dql.policy.pt",
+        "evaluate toy-dql.policy.pt --curve",
+        "swap toy-dql.policy.pt --guidance toy-idql.guidance.pt@all",
         "evaluate toy-dql.policy.pt --data toy.hdf5",
         "evaluate toy-dql.policy.pt --describe",
     ):
@@ -796,6 +946,29 @@ def test_playing_goes_on_where_it_was_cut_short(folder: Path, monkeypatch: pytes
     assert f"{count} of {count} cells" in run(f"{command} --json part.json --overwrite").stderr
 
 
+def test_a_report_of_an_older_mdpt_is_read(folder: Path) -> None:
+    """One that lacks what is new, and has what is gone: intervals of the median, of the IQR and of components."""
+    report, _ = play("swap toy-dql.policy.pt --guidance toy-idql.guidance.pt")
+    del report["spreads"], report["choices"]
+    for section in report["settings"]["evaluation"]:
+        del section["ensemble_over"]
+    for cell in report["cells"]:
+        del cell["protocol"]["ensemble_over"]
+    for entry in report["summary"]:
+        entry["summary"] |= {"iqm": 1.0, "iqm_interval": [0.0, 2.0]}
+        if change := entry["change"]:
+            del change["mean"], change["std_percent"]
+            change |= {"intervals": {"median": [0.0, 1.0], "iqr": [0.0, 1.0]}, "iqr_percent": 5.0}
+            change |= {"iqr_percent_by_chance": [-50.0, 90.0]}
+    report["components"][0]["std"]["guidance"]["interval"] = [0.0, 1.0]
+    found = cli.schema().validate_json(json.dumps(report))
+    assert found.cells[0].protocol.ensemble_over == found.settings.evaluation[0].ensemble_over == "all"
+    assert found.components[0].std["guidance"].interval == (0, 1) and found.spreads is found.choices is None
+    Path("old.json").write_text(json.dumps(report))
+    again = "swap toy-dql.policy.pt --guidance toy-idql.guidance.pt --workers 1 --json old.json"
+    assert "0 of 4 cells to play" in run(again).stderr  # goes on with it
+
+
 def edits(report: dict[str, Any]) -> Iterator[str]:
     """Trim and edit a report in many ways, one at a time; says which is on."""
     cell, pair = report["cells"][0], report["cells"][0]["pairs"][0]
@@ -806,12 +979,15 @@ def edits(report: dict[str, Any]) -> Iterator[str]:
     wrong += [(pair, "returns", [*pair["returns"], 1.0]), (cell, "pairs", cell["pairs"][:1]), (cell, "colour", "red")]
     wrong += [(cell, "pairs", [*cell["pairs"], pair]), (report, "cells", [cell] * 3)]
     for part, key, value in wrong:
-        before, late = dict(part), key in ("summary", "rivalry")  # which are not there while cells are played
+        before, late = (
+            dict(part),
+            key in ("summary", "spreads", "choices", "rivalry"),
+        )  # not there while cells are played
         part[key] = value
         if part != before and not (part is report and (value == [] or (late and value is None))):
             yield f"{key} = {value}"
         part.pop(key)
-        if key in before and not late:
+        if key in before and not late and key != "ensemble_over":  # which older files lack
             yield f"no {key}"
         part.clear()
         part.update(before)
@@ -1154,6 +1330,16 @@ def test_extend_gives_an_unfinished_run_more_steps(folder: Path, monkeypatch: py
     assert "--extend" not in told  # which would move the window over steps that are done
 
 
+def test_how_far_values_will_have_grown_is_told_before_training() -> None:
+    def text(**changed: Any) -> str:
+        return cli.growth_text(data.GuidanceSection(**{"steps": 20_000, "tau": 0.005, "discount": 0.99} | changed))
+
+    assert "at least 63 % of the returns" in text() and "at least 98 % of" in text(
+        tau=0.02
+    )  # 1 - 1 / e, 1 - 1 / e ** 4
+    assert text(algorithm="mc") == ""  # which learns returns, without target networks
+
+
 @pytest.mark.parametrize(
     ("expectile", "values", "returns", "told"),  # which seeds, their mean V
     [
@@ -1161,6 +1347,8 @@ def test_extend_gives_an_unfinished_run_more_steps(folder: Path, monkeypatch: py
         (0.5, [4.0, 9.0, 11.0, -1.0], 10.0, ("seeds 0, 3", 1.5)),
         (0.7, [-1.0, -6.0, -11.0, -9.0], -10.0, ("seed 0", -1.0)),
         (0.7, [11.0, 12.0, 11.0, 12.0], 10.0, None),
+        (0.7, [0.1, 3.0, -6.0, -9.0], -10.0, None),  # above 0, which is no way from 0 to the returns
+        (0.5, [-9.0, 6.0, 11.0, 12.0], 10.0, None),
     ],
 )
 def test_values_near_their_initial_value_are_told(

@@ -2301,6 +2301,20 @@ def test_the_judgement_of_a_guidance_by_hand() -> None:
     assert found.mean_return == pytest.approx([np.mean(each) for each in by_hand], rel=1e-6)
     expected = [np.corrcoef([1, 2, 2, 0], each)[0, 1] for each in by_hand]
     assert found.correlation == pytest.approx(expected)
+    assert found.left_out == 0
+
+
+def test_the_means_of_a_guidance_cover_what_a_time_limit_cut_off() -> None:
+    """The first episode ends, the second is cut off: alone, the first would tell of successes only."""
+    held_out, first = held_out_rows(terminal=True), np.arange(6) < 3
+    mixed = replace(held_out, terminals=held_out.terminals & first, timeouts=held_out.terminals & ~first)
+    found = models.guidance_quality(KnownValues(), mixed, 0.9, 7)  # type: ignore[arg-type]
+    assert (found.rows, found.left_out, found.bootstrapped) == (3, 2, False)
+    returns = [1 + 0.9 * (1 + 0.9 * 4), 1 + 0.9 * 4, 4]
+    assert found.correlation == pytest.approx([np.corrcoef([1, 2, 3], returns)[0, 1]] * 2)
+    means = [np.mean([*returns, 0.9 * (2 + 0.9 * last), 2 + 0.9 * last]) for last in (1, 0.5)]
+    assert found.mean_return == pytest.approx(means, rel=1e-6)
+    assert found.mean_v == pytest.approx([np.mean([1, 2, 3, 2, 0]), np.mean([1, 2, 3, 2, 0]) / 2])
 
 
 def test_a_guidance_is_judged_at_each_snapshot() -> None:
@@ -2321,7 +2335,7 @@ def test_judging_offline_by_hand() -> None:
         toy_dataset(noisy_columns()).held_out,
     )
     found = models.judge_offline(
-        bundle, [teacher], how, held_out, 5, {"own": ([teacher], "none"), "other": ([other], "none")}
+        bundle, [teacher], how, held_out, 5, {"own": ([teacher], "none", False), "other": ([other], "none", False)}
     )
     policy, random = build_policy(bundle, "cpu"), Randomness(SEEDS, "evaluate 5 offline")
     observations, data = torch.from_numpy(held_out.observations), torch.from_numpy(held_out.actions)
