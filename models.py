@@ -949,7 +949,7 @@ def one_step_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: 
 
 
 def noise_regression_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Randomness) -> Loss:
-    """Squared error to noise - eta sqrt(1 - alpha_bar) dQ/da / mean |Q| at the noisy action (DAC, arXiv 2405.20555).
+    """Squared error to noise - eta sqrt(1 - alpha_bar) dQ/da / mean abs Q at the noisy action (DAC, arXiv 2405.20555).
 
     The mean is that of the batch's actions, for each member, so that eta is independent of the scale of Q. The authors'
     eta is the weight of the noise error against the term of Q: 1 / (2 eta) here, so that theirs of 1 is 0.5.
