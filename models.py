@@ -745,8 +745,9 @@ def improvement_loss(q: Tensor) -> Loss:
     """Minus the mean Q of the policy's own actions, in units of their mean absolute Q.
 
     q: (S, B), with gradient to the actions.
-    Source: Diffusion-QL, arXiv 2208.06193, eq. 3 and its normalization by the data's value scale. (The authors' code
-    divides by the other critic's mean, which costs one more evaluation; on Hopper the two differ by less than 0.1 %.)
+    Source: Diffusion-QL, arXiv 2208.06193, eq. 3 and its normalization by the data's value scale. The authors' code
+    divides by the other critic's mean. In batches of 256 on Hopper the two means differ by at most 1.3 % after 1,800 to
+    5,000 steps, but by up to 76 % after 100. Divided by the critic's own mean, the loss always lies in [-1, 1].
     """
     loss = -q.mean(-1) / q.detach().abs().mean(-1).clamp(min=1e-6)
     return loss, {"policy_q": q.detach().mean(-1)}
@@ -948,9 +949,10 @@ def one_step_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: 
 
 
 def noise_regression_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Randomness) -> Loss:
-    """Squared error to noise - eta sqrt(1 - alpha_bar) dQ/da / mean |Q| at the noisy action (DAC, arXiv 2405.20555).
+    """Squared error to noise - eta sqrt(1 - alpha_bar) dQ/da / mean abs Q at the noisy action (DAC, arXiv 2405.20555).
 
-    The mean is that of the data's actions, so that eta is independent of the scale of Q.
+    The mean is that of the batch's actions, for each member, so that eta is independent of the scale of Q. The authors'
+    eta is the weight of the noise error against the term of Q: 1 / (2 eta) here, so that theirs of 1 is 0.5.
     """
     step = policy.predict(batch, random)
     if guidance is None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy import stats
+from study import holm
 from support import ROOT, score, train
 
 STORE = ROOT / "experiments" / "labels"
@@ -52,18 +53,14 @@ def run(folder: Path, task: str) -> None:
         return train(folder, "policy", f"{task}.toml", f"{task}-{file}.pt", "--guidance", guidance, *options)
 
     alone = ("--infer-guidance", "none")
-    play("bc", "bc", policy("bc", "algorithm=bc"), *alone)
+    cloned = policy("bc", "algorithm=bc")
+    play("bc, one sample", "bc", cloned, *alone)
+    play("bc, best of 10", "bc-best", cloned)
     for share in SHARES:
         learned = policy(f"cfg{share}", "algorithm=cfg", *([f"label_share={share}"] if share else []))
         for w in WEIGHTS:
-            play(
-                f"cfg, share {share or 'unset'}, w {w}",
-                f"cfg{share}-{w}",
-                learned,
-                *alone,
-                "--set",
-                f"evaluation.w={w}",
-            )
+            how = (*alone, "--set", f"evaluation.w={w}")
+            play(f"cfg, share {share or 'unset'}, w {w}, one sample", f"cfg{share}-{w}", learned, *how)
     for eta in ETAS if task == "hopper" else ():
         learned = policy(f"dac{eta}", "algorithm=dac", f"eta={eta}")
         play(f"dac, eta {eta}, one sample", f"dac{eta}-one", learned, *alone)
@@ -71,15 +68,20 @@ def run(folder: Path, task: str) -> None:
 
 
 def rows() -> Iterator[str]:
-    """Median (range) of each cell, its mean difference to `bc`, and p of a paired test over members by Wilcoxon."""
+    """Median (range) of each cell; mean difference to `bc` that acts alike, and p by Wilcoxon's paired test over members.
+
+    p is corrected (Holm) for the cells of one algorithm.
+    """
     for path in sorted(STORE.glob("*.json")):
         cells = {name: np.array(scores) for name, scores in json.loads(path.read_text()).items()}
+        changes = {name: scores - cells[f"bc, {name.rpartition(', ')[2]}"] for name, scores in cells.items()}
+        p = {name: stats.wilcoxon(change).pvalue for name, change in changes.items() if change.any()}
+        for algorithm in ("cfg", "dac"):
+            p |= holm({name: value for name, value in p.items() if name.startswith(algorithm)})
         yield from ("", f"| {path.stem} | median (range) | mean - `bc`'s | p |", "|---|---|---|---|")
         for name, scores in cells.items():
-            difference = scores - cells["bc"]
-            p = f"{stats.wilcoxon(difference).pvalue:.3f}" if difference.any() else ""
             middle = f"{np.median(scores):.1f} ({min(scores):.1f} to {max(scores):.1f})"
-            yield f"| {name} | {middle} | {difference.mean():+.1f} | {p} |"
+            yield f"| {name} | {middle} | {changes[name].mean():+.1f} | {f'{p[name]:.3f}' if name in p else ''} |"
 
 
 if __name__ == "__main__":

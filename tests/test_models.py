@@ -1865,6 +1865,13 @@ def test_bundles_of_other_versions_act_and_go_on(tmp_path: Path) -> None:
         assert same(learn("joint idql", run=Run(begun=read_bundle(path)), **settings).weights, finished().weights)
         write_edited(path, finished(), ("experiment", table, field), drop=True)
         assert load_agent(path)(np.zeros(3)).shape == (2,)
+    told: list[str] = []
+    for version in (kept[0].versions.mdpt, "0.0.1"):
+        write_edited(path, kept[0], ("versions", "mdpt"), version)
+        learn("joint idql", run=Run(begun=read_bundle(path), tell=told.append), **settings)
+    assert [text for text in told if "mdpt" in text] == [
+        f"was begun by mdpt 0.0.1, goes on by {kept[0].versions.mdpt}, whose losses may differ"
+    ]
     for keys in ((), ("experiment",), ("experiment", "policy"), ("environment",), ("dataset",), ("reward_scale",)):
         write_edited(path, finished(), (*keys, "new"), 1)
         with pytest.warns(MdptWarning, match=rf"does not know: {'.'.join((*keys, 'new'))}$"):

@@ -1,7 +1,8 @@
-"""Tests of experiments/study.py: its statistics by hand, and that the page shows what its files hold."""
+"""Tests of experiments/study.py, whose statistics are checked by hand and against its page, and of labels.py's table."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from scipy import stats
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
+import labels
 import study
 
 
@@ -57,3 +59,24 @@ def test_areas_by_hand() -> None:
 
 def test_the_page_shows_what_the_files_hold() -> None:
     assert study.check((EXPERIMENTS / "README.md").read_text(encoding="utf-8")), "python experiments/study.py --table"
+
+
+def test_the_table_of_labels_compares_with_a_clone_that_acts_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten members, all better by 1 to 10: p is 2 / 2^10, times two for the first of two cells; ranked, all are worse."""
+    monkeypatch.setattr(labels, "STORE", tmp_path)
+    base, gains = [0.0] * 10, list(range(1, 11))
+    cells = {
+        "bc, one sample": base,
+        "bc, best of 10": [20.0] * 10,
+        "cfg, w 1, one sample": gains,
+        "cfg, w 2, one sample": [gain * (-1) ** gain for gain in gains],
+        "dac, eta 1, best of 10": gains,
+    }
+    (tmp_path / "hopper.json").write_text(json.dumps(cells))
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in labels.rows() if line]
+    assert [line[2:] for line in lines[2:4]] == [["+0.0", ""]] * 2
+    assert lines[4] == ["cfg, w 1, one sample", "5.5 (1.0 to 10.0)", "+5.5", "0.004"]
+    assert lines[5][2] == "+0.5" and float(lines[5][3]) > 0.5
+    assert lines[6] == ["dac, eta 1, best of 10", "5.5 (1.0 to 10.0)", "-14.5", "0.002"]
