@@ -434,7 +434,7 @@ class GuidanceSection(TrainingSection):
     tau: Annotated[float, Field(gt=0, le=1)] = Field(0.005, description="target <- (1 - tau) target + tau online")
     target_every: Positive = Field(1, description="gradient steps between updates of target networks")
     conservatism: Amount = Field(
-        0.0,
+        1.0,
         description="weight of the loss that lowers Q at actions that the data do not contain (2006.04779); 0: none",
         json_schema_extra={"before": 0.0},
     )
