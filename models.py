@@ -314,10 +314,15 @@ class Linear(nn.Module):
         self.bias = nn.Parameter((bias.flatten(0, 1) * 2 - 1) * bound)
 
     def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """rows: which networks of the first axis to apply, by default all."""
-        if rows is None:
-            return torch.baddbmm(self.bias, x, self.weight)
-        return torch.baddbmm(self.bias[rows], x, self.weight[rows])
+        """rows: which networks of the first axis to apply, by default all.
+
+        With one input or output it is no matrix product: torch would round that of one network in another way than
+        those of several (and is slower).
+        """
+        weight, bias = (self.weight, self.bias) if rows is None else (self.weight[rows], self.bias[rows])
+        if weight.shape[2] == 1:
+            return (x * weight.mT).sum(-1, keepdim=True) + bias
+        return torch.addcmul(bias, x, weight) if weight.shape[1] == 1 else torch.baddbmm(bias, x, weight)
 
 
 class LayerNorm(nn.Module):
@@ -501,9 +506,9 @@ class Denoiser(Stack):
         self.trunk = NETWORKS[section.network or "mlp"](random, section)
         self.out = Linear(random, "out", section.hidden[-1], action_dim)
         frequencies = torch.exp(-math.log(10_000) * torch.arange(time_features // 2) / max(1, time_features // 2 - 1))
-        angles = torch.arange(section.diffusion_steps)[:, None] * frequencies
+        angles = torch.arange(max(section.diffusion_steps, FEWEST_TIMES))[:, None] * frequencies
         features = torch.cat([angles.sin(), angles.cos()], dim=1).to(random.device)
-        self.register_buffer("features", features, persistent=False)  # (T, time_features)
+        self.register_buffer("features", features, persistent=False)  # (T or more, time_features)
         self.pack()
 
     def condition(self, observations: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -516,13 +521,16 @@ class Denoiser(Stack):
         return parts  # type: ignore[no-any-return]
 
     def times(self) -> Tensor:
-        """The first layer's part of every diffusion step: (S, T, H)."""
+        """The first layer's part of every diffusion step: (S, T or more, H)."""
         features = self.features.expand(self.members, -1, -1)
         return self.time(self.time_out(mish(self.time_in(features))))  # type: ignore[no-any-return]
 
     def forward(self, actions: Tensor, time: Tensor, condition: Tensor, random: Randomness | None = None) -> Tensor:
         """actions: (S, B, A); time: (S, B or 1, H); condition: (S, B, H); random: for dropout, None when acting."""
         return self.out(self.trunk(self.action(actions) + condition + time, random))  # type: ignore[no-any-return]
+
+
+FEWEST_TIMES = 8  # rows: products of fewer are rounded otherwise where several threads compute those of one network
 
 
 class Normalizer(nn.Module):
@@ -823,7 +831,7 @@ class Policy(nn.Module):
         noisy = self.diffusion.diffuse(batch.actions, noise, t)
         condition = self.denoiser.condition(self.normalizer(batch.observations), labels)
         times = self.denoiser.times()
-        chosen = functional.one_hot(t, self.diffusion.steps).float() @ times  # (S, B, H)
+        chosen = functional.one_hot(t, times.shape[1]).float() @ times  # (S, B, H)
         return Prediction(self.denoiser(noisy, chosen, condition, random), noise, noisy, t, condition, times)
 
     def sample(
