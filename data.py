@@ -964,7 +964,10 @@ def _work_beside(
     """
 
     def send(message: object) -> None:
-        connection.send_bytes(pickle.dumps(message))
+        try:
+            connection.send_bytes(pickle.dumps(message))
+        except OSError:  # the parent has ended
+            os._exit(1)
 
     _begin_worker(parent)
     try:

@@ -268,7 +268,7 @@ def training_run(
             show=show,
             interrupted=lambda: caught[-1],
             tell=lambda text: warn(f"{path}: {text}"),
-            workers=models.fastest_workers(len(run.seeds)) if workers is None else workers,
+            workers=workers or models.fastest_workers(len(run.seeds), section.steps - start),
         )
 
 

@@ -100,6 +100,39 @@ def acting(algorithm: str, states: int, candidates: int) -> Work:
     return act
 
 
+def over_processes(
+    algorithms: tuple[str, str], members: list[int], workers: list[int], rounds: int, steps: int
+) -> None:
+    """Print gradient steps per second of whole runs, a guidance and a policy under it, over members and processes."""
+    section = DataSection(source="arrays", held_out=0.0, reward_scale="none")
+    dataset, found = data.load_dataset(section, arrays=random_transitions(100_000)), dict[Any, list[float]]()
+    for count in members * rounds:
+        guidance, policy = (
+            kind(algorithm=name, steps=steps, snapshots=1)
+            for kind, name in zip((GuidanceSection, PolicySection), algorithms, strict=True)
+        )
+        run = models.check_algorithms(
+            data.Experiment(seeds=list(range(count)), data=section, guidance=guidance, policy=policy)
+        )
+        teacher = models.train_guidance(
+            run.model_copy(update={"guidance": guidance.model_copy(update={"steps": 1})}), dataset, models.Run()
+        )
+        for number in workers:
+            way = models.Run(workers=number)
+            bundles = models.train_guidance(run, dataset, way), models.train_policy(run, dataset, [teacher], way)
+            for kind, bundle in zip(algorithms, bundles, strict=True):
+                found.setdefault((kind, count, number), []).append(1000 / bundle.accounting.seconds_per_1000_steps)
+    print(f"| members | {' | '.join(f'{kind}, {number} processes' for kind in algorithms for number in workers)} |")
+    print("|---|" + "---|" * len(workers) * 2)
+    for count in members:
+        rates = [[statistics.median(found[kind, count, number]) for number in workers] for kind in algorithms]
+        cells = [f"{rate:.1f} ({rate / each[0]:.2f})" for each in rates for rate in each]
+        print(f"| {count} | {' | '.join(cells)} |")
+    print(
+        f"\nSteps per second, median of {rounds} rounds of {steps}, start of processes left out; in brackets: against 1 process.\n"
+    )
+
+
 def arithmetic(work: Work) -> int:
     """Floating-point operations of the matrix products in one call."""
     with FlopCounterMode(display=False) as counter:
