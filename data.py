@@ -929,7 +929,8 @@ class SideBySide:
             raise
         finally:
             for file in files:
-                file.unlink(missing_ok=True)
+                with contextlib.suppress(PermissionError):  # Windows keeps a file that is open
+                    file.unlink(missing_ok=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -948,11 +949,8 @@ class SideBySide:
             except (EOFError, OSError):
                 del self.open[connection]
                 message = None
-            if message != STARTED:
+            if message is not ...:
                 yield place, message
-
-
-STARTED = "started"
 
 
 def _work_beside(
@@ -974,7 +972,7 @@ def _work_beside(
         import joblib
 
         mapped = joblib.load(shared, mmap_mode="c"), np.memmap(numbers, np.int64, "r+")
-        send(STARTED)
+        send(...)  # has started
         work(pickle.loads(task), *mapped, send)
     except BaseException as error:  # noqa: BLE001 (the parent raises it again)
         send(error)

@@ -2081,7 +2081,7 @@ def act(
     guidance: Judge | RowsApart | None,
     observations: Tensor,
     noises: Tensor,
-    uniform: Tensor,
+    uniform: Tensor | None,
     how: Inference,
 ) -> Tensor:
     """Choose actions: raw observations (S, B, O) -> scaled actions (S, B, A).
@@ -2090,7 +2090,7 @@ def act(
     exp(weight_temperature * Q) ("softmax"; V would cancel, since it does not depend on the action). With support, Q is
     lower the further a candidate is from the others, see `supported_scores`.
 
-    noises: standard normal, as from `Policy.noises` for B N rows. uniform: (S, B, N) in [0, 1), for "softmax".
+    noises: standard normal, as from `Policy.noises` for B N rows. uniform: (S, B, N) in [0, 1), for "softmax" alone.
     """
     scale = torch.full((noises.shape[1], 1, 1), 1.0 if how.temperature_on == "start" else how.temperature)
     scale[0] = 1.0 if how.temperature_on == "steps" else how.temperature
@@ -2109,7 +2109,7 @@ def act(
     scores = guidance.q(repeated, actions.flatten(1, 2)).view(actions.shape[:3])  # (S, B, N)
     if how.support > 0:
         scores = supported_scores(scores, actions, how.support)
-    if how.selection == "softmax":  # the Gumbel-max trick draws from the softmax
+    if how.selection == "softmax" and uniform is not None:  # the Gumbel-max trick draws from the softmax
         scores = how.weight_temperature * scores - (-uniform.clamp(1e-20, 1 - 1e-7).log()).log()
     best = scores.argmax(-1)[..., None, None].expand(-1, -1, 1, actions.shape[-1])
     return actions.gather(2, best).squeeze(2)
@@ -2117,7 +2117,8 @@ def act(
 
 def fewest_rows(*parts: nn.Module) -> int:
     """Smallest batch at which torch uses one kernel, so that a row's result is independent of the batch size."""
-    sizes = [layer.weight[0].numel() for part in parts for layer in part.modules() if isinstance(layer, Linear)]
+    layers = [layer for part in parts for layer in part.modules() if isinstance(layer, Linear)]
+    sizes = [layer.weight[0].numel() for layer in layers if 1 not in layer.weight.shape[1:]]
     return 1 + SMALL_PRODUCT // min(sizes, default=SMALL_PRODUCT + 1)
 
 
@@ -2145,7 +2146,9 @@ class Agent:
         self.judges = [build_judge(each, how.ensemble, 1, "cpu", how.candidates) for each in apart]
         self.judge_of = np.array(judges or [0] * len(episodes))  # by episode
         critics = chain.from_iterable(one.guidances if isinstance(one, Ensemble) else [one] for one in self.judges)
-        self.fewest, self.fewest_judged = fewest_rows(self.policy), math.ceil(fewest_rows(*critics) / how.candidates)
+        network, self.fewest_judged = self.policy.average, math.ceil(fewest_rows(*critics) / how.candidates)
+        for_candidates = math.ceil(fewest_rows(network.action, network.trunk, network.out) / how.candidates)
+        self.fewest = max(fewest_rows(network.observation), for_candidates)
         (member,) = policy.seeds
         self.random = Randomness([f"{member} episode {episode}" for episode in episodes], f"evaluate {seed}")
 
@@ -2157,14 +2160,16 @@ class Agent:
         places = np.pad(places, (0, max(0, self.fewest - len(places))), "edge")  # few states are repeated
         rows = torch.from_numpy(running[places])
         noises = self.policy.noises(self.random, "act", count)[rows]  # (R, T, N, A)
-        uniform = self.random.uniform("selection", count)[rows]  # (R, N)
+        drawn = self.how.selection == "softmax" and count > 1
+        uniform = self.random.uniform("selection", count)[rows][None] if drawn else None  # (1, R, N)
         self.random.step += 1
         states = torch.from_numpy(observations[places])[None]
         noises = noises.transpose(0, 1).flatten(1, 2)[None]  # (1, T, R N, A)
         sizes = count * np.bincount(judge_of[places], minlength=len(self.judges))
         ranker = RowsApart(self.judges, sizes.tolist()) if self.judges else None
         actions = np.empty((len(running), noises.shape[-1]), np.float32)
-        actions[places] = act(self.policy, ranker, states, noises, uniform[None], self.how)[0].numpy()
+        with torch.inference_mode(self.how.guidance_weight == 0):  # a gradient of Q needs another mode
+            actions[places] = act(self.policy, ranker, states, noises, uniform, self.how)[0].numpy()
         return actions
 
 
@@ -2256,7 +2261,7 @@ def judge_offline(
     ranker = build_judge(guidances, how.ensemble, count, "cpu", how.candidates) if guidances else None
     chosen = act(actor, ranker, states, noises, uniform, how).clamp(-1, 1)
     first = noises.view(*noises.shape[:2], len(rows), how.candidates, -1)[..., 0, :]  # (S, T, B, A)
-    one = act(actor, ranker, states, first, uniform[..., :1], replace(how, candidates=1)).clamp(-1, 1)
+    one = act(actor, ranker, states, first, None, replace(how, candidates=1)).clamp(-1, 1)
     values, gain = {}, None
     if ranker is not None and how.ensemble != "rank":
         above = (ranker.q(states, chosen) - ranker.q(states, given)).mean(1)
@@ -2713,15 +2718,21 @@ def deal(seeds: Sequence[int], run: Run) -> list[range]:
 
 
 SHORT_RUN = 1_000  # steps, up to which starting processes takes longer than they save
+ALONE = 0.15  # of a step's time on one thread, the part that no further thread shortens; measured with two
 
 
 def fastest_workers(members: int, steps: int) -> int:
     """The number of processes in which this many members train fastest for some steps, on the threads of this one."""
-    return min(members, torch.get_num_threads()) if steps > SHORT_RUN else 1
+    threads = torch.get_num_threads()
+
+    def estimate(count: int) -> float:  # of the largest share's time
+        return math.ceil(members / count) * (ALONE + (1 - ALONE) / (threads // count))
+
+    return min(range(1, min(members, threads) + 1), key=estimate) if steps > SHORT_RUN else 1
 
 
 # what the shares of a run tell each other, before a number for each: of steps done, and of the last request answered
-REQUEST, GRANTED, TARGET, SIGNAL, TOLD = range(5)
+BEGUN, REQUEST, GRANTED, TARGET, SIGNAL, TOLD = range(6)
 LEAD = 20  # steps that a share may be ahead of the last one, which all wait for at a signal
 
 
@@ -2735,6 +2746,8 @@ def train_share(share: Share, dataset: Dataset, numbers: Array, send: Callable[[
     if dataset.section.storage == "memory":
         dataset.rows.sum()  # reads the file, so that what follows is memory above the loaded dataset
     done, answered = np.split(numbers[TOLD:], 2)
+    while not numbers[BEGUN]:  # all have started, so that seconds count training alone
+        time.sleep(0.01)
 
     def asked(step: int) -> bool:
         done[share.place] = step
@@ -2783,6 +2796,7 @@ def train_shares(
     due = granted_at = time.monotonic() + section.save_every
     with data.SideBySide(train_share, tasks, replace(dataset, held_out=empty), TOLD + 2 * len(shares)) as team:
         numbers = team.numbers
+        numbers[BEGUN] = 1
         done, answered = np.split(numbers[TOLD:], 2)
         while team.open and not failure:
             for place, message in team.received(0.05):

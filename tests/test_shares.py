@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,7 +12,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from test_models import KINDS, but, guidance_bundle, make_experiment, make_guidance, same
 from toy_data import noisy_columns, toy_dataset
 
@@ -32,7 +35,7 @@ def products() -> Iterator[None]:
 def settings(kind: str, **more: Any) -> dict[str, Any]:
     """Tables of a short run of "guidance NAME", "policy NAME", or "joint NAME": a policy together with that guidance."""
     name, algorithm = kind.split()
-    table = {"steps": 6, "batch_size": 16, "snapshots": 2} | more
+    table = {"steps": 4, "batch_size": 16, "snapshots": 2} | more
     if name == "joint":
         return {"guidance": {"algorithm": algorithm, "conservatism": 1.0}, "policy": table | {"scheme": "joint"}}
     return {name: table | {"algorithm": algorithm} | ({"conservatism": 1.0} if name == "guidance" else {})}
@@ -82,7 +85,7 @@ def test_parts_together_are_what_one_process_writes(kind: str) -> None:
     for ends in ((1, 2), (2, 3), (4, 5)):
         whole = saved(kind, range(ends[-1]), rule=rule)
         parts = [saved(kind, members, rule=rule) for members in cut(*ends)]
-        assert [bundle.step for bundle in whole] == [3, 6]
+        assert [bundle.step for bundle in whole] == [2, 4]
         for expected, pieces in zip(whole, zip(*parts, strict=True), strict=True):
             blank = but(expected, weights={}, snapshots={}, history=[], training=None, step=0)
             blank.quality = expected.quality  # judged over all members, where the parts are put together
@@ -98,12 +101,14 @@ def test_parts_together_are_what_one_process_writes(kind: str) -> None:
 def test_parts_of_an_unfinished_bundle_go_on(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "HISTORY_ENTRIES", 2)  # so that steps are pending
     countdown = iter(range(1, 99))
-    half = saved(kind, range(3), Run(interrupted=lambda: next(countdown) == 5))[-1]
+    half = saved(kind, range(3), Run(interrupted=lambda: next(countdown) == 5), steps=6)[-1]
     assert half.step == 5 and half.training is not None and len(half.training.pending) == 2
     pieces = [split_members(half, members) for members in cut(2, 3)]
     check_equal(merge_members(half, pieces), half)
-    *_, whole = saved(kind, range(3))
-    ends = [saved(kind, members, Run(begun=piece))[-1] for members, piece in zip(cut(2, 3), pieces, strict=True)]
+    *_, whole = saved(kind, range(3), steps=6)
+    ends = [
+        saved(kind, members, Run(begun=piece), steps=6)[-1] for members, piece in zip(cut(2, 3), pieces, strict=True)
+    ]
     check_equal(merge_members(but(whole, history=[]), ends), whole)
 
 
@@ -154,3 +159,40 @@ def test_a_killed_process_names_its_seeds_and_leaves_what_all_have_stored(
     assert all(len(tensor) == 3 * (1 + ("_q." in name)) for name, tensor in kept[-1].weights.items())
     assert not any(process.is_alive() for process in found[0].processes)
     assert not list(tmp_path.iterdir())
+
+
+class Told(data.SideBySide):
+    """No processes: the second sends an error."""
+
+    def __enter__(self) -> data.SideBySide:
+        self.numbers, self.open = np.zeros(self.count, np.int64), {1: 0, 2: 1}
+        return self
+
+    def received(self, seconds: float) -> Iterator[tuple[int, Any]]:
+        error = models.Broken("loss", 0, 4, float("nan"), 7, 6)  # as the share counts members and saved steps
+        yield 1, pickle.loads(pickle.dumps(error))
+
+
+def test_a_member_that_breaks_is_named_by_its_place_among_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "SideBySide", Told)
+    with pytest.raises(
+        MdptError, match=r"^the loss of member 1 \(seed 4\) became nan at step 7; no snapshot was reached"
+    ):
+        learn("guidance idql", range(2), Run(workers=2))
+
+
+def test_members_are_dealt_evenly_and_one_process_trains_on_a_gpu() -> None:
+    assert models.deal(range(7), Run(workers=3)) == [range(2), range(2, 4), range(4, 7)]
+    assert models.deal(range(3), Run(workers=8)) == [range(1), range(1, 2), range(2, 3)]
+    assert models.deal(range(7), Run(workers=1)) == models.deal(range(7), Run("cuda", workers=3)) == []
+
+
+@pytest.mark.parametrize(
+    "threads,members,steps,workers",
+    [(2, 2, 10_000, 2), (2, 3, 10_000, 1), (2, 4, 10_000, 2), (2, 10, 10_000, 2), (2, 2, 100, 1), (1, 5, 10_000, 1)],
+)
+def test_the_fastest_split_is_even_and_worth_its_start(
+    threads: int, members: int, steps: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert models.fastest_workers(members, steps) == workers
