@@ -2549,15 +2549,15 @@ class Broken(MdptError):
     """A member whose loss, metric or weights are not finite; saved: the last step whose weights are kept, or 0."""
 
     def __init__(self, what: str, member: int, seed: int, value: object, step: int, saved: int) -> None:
-        super().__init__(what, member, seed, value, step, saved)  # so that another process can send it
-
-    def __str__(self) -> str:
-        what, member, seed, value, step, saved = self.args
         last = f"the last good weights, of step {saved}, are kept" if saved else "no snapshot was reached"
-        return (
+        super().__init__(
             f"the {what} of member {member} (seed {seed}) became {value} at step {step}; {last}; "
             "lower learning_rate or look at the data"
         )
+        self.facts = what, member, seed, value, step, saved
+
+    def __reduce__(self) -> tuple[type[Broken], tuple[object, ...]]:  # how a process sends it
+        return Broken, self.facts
 
 
 class Cost:
@@ -2829,7 +2829,7 @@ def train_shares(
                 numbers[GRANTED] = numbers[REQUEST]
     for error in failure:
         if isinstance(error, Broken):
-            what, _, seed, value, step, _ = error.args
+            what, _, seed, value, step, _ = error.facts
             raise Broken(what, whole.seeds.index(seed), seed, value, step, kept)
         raise error
     if not merged.complete:
