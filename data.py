@@ -21,7 +21,9 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing.connection
 import os
+import pickle
 import platform
 import random
 import re
@@ -39,7 +41,7 @@ from concurrent import futures
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol, TextIO, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol, Self, TextIO, TypeAlias, TypeVar, cast
 
 try:
     import fcntl
@@ -893,6 +895,101 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
+
+
+class SideBySide:
+    """Processes that work at the same time, one for each task: each calls work(task, shared, numbers, send).
+
+    shared: whatever holds large arrays, which all processes map from one file. numbers: int64, which all read and
+    write. send: gives an object to `received`. The processes end with the block, and with this one, even if it is
+    killed.
+    Raises: MdptError where they cannot be started.
+    """
+
+    def __init__(self, work: Callable[..., None], tasks: Sequence[Any], shared: object, numbers: int) -> None:
+        self.work, self.tasks, self.shared, self.count = work, tasks, shared, numbers
+        self.processes: list[Any] = []
+        self.open: dict[Any, int] = {}  # connections, and the place of their task
+
+    def __enter__(self) -> Self:
+        import joblib
+        from joblib.externals.loky.backend import get_context, resource_tracker
+
+        context, folder, files = get_context("loky"), _cache_folder(), []
+        try:
+            with _starting_processes():
+                resource_tracker.ensure_running()
+            make_writable_folder(folder)
+            files = [temporary_beside(folder / name) for name in ("shared", "numbers")]
+            joblib.dump(self.shared, files[0])
+            self.numbers = np.memmap(files[1], np.int64, "w+", shape=(self.count,))
+            for place, task in enumerate(self.tasks):
+                ours, theirs = context.Pipe(duplex=False)
+                arguments = (self.work, pickle.dumps(task), *files, theirs, os.getpid())
+                process = context.Process(target=_work_beside, args=arguments)
+                with _starting_processes():
+                    process.start()
+                theirs.close()
+                self.processes.append(process)
+                self.open[ours] = place
+            for connection in self.open:  # once all have opened the files, these need no name
+                connection.poll(None)
+        except (OSError, RuntimeError) as error:  # too few file handles, or no room on the disk
+            self.__exit__()
+            problem = f"{folder}: worker processes cannot be started. {_one_line(error)}"
+            raise MdptError(f"{problem}. --workers 1 trains in this process") from error
+        except BaseException:
+            self.__exit__()
+            raise
+        finally:
+            for file in files:
+                with contextlib.suppress(PermissionError):  # Windows keeps a file that is open
+                    file.unlink(missing_ok=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, getattr(signal, "SIGKILL", signal.SIGTERM))  # Windows has SIGTERM only
+            process.join()
+
+    def received(self, seconds: float) -> Iterator[tuple[int, Any]]:
+        """What arrives within this time: the place of a task, and what it sent; None: its process has ended."""
+        ready: list[Any] = multiprocessing.connection.wait(list(self.open), seconds)
+        for connection in ready:
+            place = self.open[connection]
+            try:
+                message = pickle.loads(connection.recv_bytes())
+            except (EOFError, OSError):
+                del self.open[connection]
+                message = None
+            if message is not ...:
+                yield place, message
+
+
+def _work_beside(
+    work: Callable[..., None], task: bytes, shared: Path, numbers: Path, connection: Any, parent: int
+) -> None:
+    """What a process of `SideBySide` does. Whatever the work raises is sent.
+
+    Objects are packed by pickle itself: torch has taught `connection.send` to share the memory of tensors.
+    """
+
+    def send(message: object) -> None:
+        try:
+            connection.send_bytes(pickle.dumps(message))
+        except OSError:  # the parent has ended
+            os._exit(1)
+
+    _begin_worker(parent)
+    try:
+        import joblib
+
+        mapped = joblib.load(shared, mmap_mode="c"), np.memmap(numbers, np.int64, "r+")
+        send(...)  # has started
+        work(pickle.loads(task), *mapped, send)
+    except BaseException as error:  # noqa: BLE001 (the parent raises it again)
+        send(error)
 
 
 def _watched(work: Work[Task, Result], task: Task, timeout: float, *, backstop: bool = False) -> Result:

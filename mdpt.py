@@ -240,7 +240,14 @@ RESUMABLE = ("--out", "--json")  # options whose file may be what an interrupted
 
 @contextmanager
 def training_run(
-    kind: Kind, run: Experiment, device: str, path: Path, begun: Bundle | None, extend: bool, board: File
+    kind: Kind,
+    run: Experiment,
+    device: str,
+    path: Path,
+    begun: Bundle | None,
+    extend: bool,
+    board: File,
+    workers: Number,
 ) -> Iterator[Run]:
     """The `Run` of a training command: it saves to `path`, shows progress, and ends after the step at a signal."""
     section = run.guidance if kind == "guidance" else run.policy
@@ -262,6 +269,7 @@ def training_run(
             show=show,
             interrupted=lambda: caught[-1],
             tell=lambda text: warn(f"{path}: {text}"),
+            workers=workers or models.fastest_workers(len(run.seeds), section.steps - start),
         )
 
 
@@ -2518,6 +2526,10 @@ Swapped = Annotated[Texts, option(SWAPPED, "FILE", "--guidance")]
 PAIRS = "matched: members by position; all: each with each; by default all, up to 2,000 rollouts"
 Pairs = Annotated[Text, option(PAIRS, "KIND")]
 Processes = Annotated[int, option("processes that simulate; changes no result", "N", min=1)]
+Trainers = Annotated[
+    Number,
+    option("processes that train the members, and collect data; by default the fastest; changes no result", "N", min=1),
+]
 Timeout = Annotated[float, option("time limit of one step of an environment", "SECONDS", min=0.1)]
 Cluster = Annotated[Text, option("play on the workers of this Dask scheduler, which must be trusted", "ADDRESS")]
 Imports = Annotated[Texts, option("trust this module, which makes the environment; repeatable", "MODULE", "--import")]
@@ -2558,12 +2570,12 @@ def guidance(
     extend: Extend = False,
     board: Board = None,
     describe_only: DescribeData = False,
-    workers: Processes = CORES,
+    workers: Trainers = None,
     timeout: Timeout = STEP_SECONDS,
 ) -> None:
     """Train a guidance from the data alone."""
     run, chosen = load_run("guidance", experiment, overrides, seeds, device)
-    where = data.Workers(workers, timeout)
+    where = data.Workers(workers or CORES, timeout)
     if describe_only:
         show_table(data_table(load_data(run.data, where)))
         return
@@ -2573,7 +2585,7 @@ def guidance(
         dataset = load_data(run.data, where)
         if text := growth_text(run.guidance):
             say(text, stderr=True)
-        with training_run("guidance", run, chosen, path, begun, extend, board) as training:
+        with training_run("guidance", run, chosen, path, begun, extend, board, workers) as training:
             bundle = models.train_guidance(run, dataset, training)
         if bundle.quality:
             show_table(quality_table(bundle))
@@ -2646,7 +2658,7 @@ def policy(
     overwrite: Overwrite = False,
     extend: Extend = False,
     board: Board = None,
-    workers: Processes = CORES,
+    workers: Trainers = None,
     timeout: Timeout = STEP_SECONDS,
 ) -> None:
     """Train a diffusion policy under a frozen guidance."""
@@ -2658,8 +2670,8 @@ def policy(
     warn_of_settings(run.policy)
     with claimed(overwrite, {"--out": path}, [experiment, run.data.path, *files]):
         begun = unfinished(path, board, overwrite, extend)
-        dataset = load_data(run.data, data.Workers(workers, timeout))
-        with training_run("policy", run, chosen, path, begun, extend, board) as training:
+        dataset = load_data(run.data, data.Workers(workers or CORES, timeout))
+        with training_run("policy", run, chosen, path, begun, extend, board, workers) as training:
             bundle = models.train_policy(run, dataset, teachers, training)
         try:  # [evaluation] may fail where training does not
             cell = make_cell(str(path), bundle, Guidance(OWN, {OWN: bundle.guidances}), [])

@@ -40,6 +40,7 @@ from pydantic import (
 )
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.adamw import adamw
 
 from mdpt import data
 from mdpt.data import (
@@ -314,10 +315,20 @@ class Linear(nn.Module):
         self.bias = nn.Parameter((bias.flatten(0, 1) * 2 - 1) * bound)
 
     def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """rows: which networks of the first axis to apply, by default all."""
-        if rows is None:
-            return torch.baddbmm(self.bias, x, self.weight)
-        return torch.baddbmm(self.bias[rows], x, self.weight[rows])
+        """rows: which networks of the first axis to apply, by default all.
+
+        With one input or output, or few multiplications, it is a sum of products: torch rounds a matrix product of one
+        network in another way than those of several, and its kernels for one output are slow.
+        """
+        weight, bias = (self.weight, self.bias) if rows is None else (self.weight[rows], self.bias[rows])
+        if weight.shape[1] == 1:
+            return torch.addcmul(bias, x, weight)
+        if weight.shape[2] == 1 or x.shape[1] * weight[0].numel() <= SMALL_PRODUCT:
+            return (x[..., None] * weight[:, None]).sum(-2) + bias  # (S, B, inputs, outputs)
+        return torch.baddbmm(bias, x, weight)
+
+
+SMALL_PRODUCT = 16**3  # multiplications, up to which torch uses another kernel for matrix products
 
 
 class LayerNorm(nn.Module):
@@ -501,9 +512,9 @@ class Denoiser(Stack):
         self.trunk = NETWORKS[section.network or "mlp"](random, section)
         self.out = Linear(random, "out", section.hidden[-1], action_dim)
         frequencies = torch.exp(-math.log(10_000) * torch.arange(time_features // 2) / max(1, time_features // 2 - 1))
-        angles = torch.arange(section.diffusion_steps)[:, None] * frequencies
+        angles = torch.arange(max(section.diffusion_steps, FEWEST_TIMES))[:, None] * frequencies
         features = torch.cat([angles.sin(), angles.cos()], dim=1).to(random.device)
-        self.register_buffer("features", features, persistent=False)  # (T, time_features)
+        self.register_buffer("features", features, persistent=False)  # (T or more, time_features)
         self.pack()
 
     def condition(self, observations: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -516,13 +527,16 @@ class Denoiser(Stack):
         return parts  # type: ignore[no-any-return]
 
     def times(self) -> Tensor:
-        """The first layer's part of every diffusion step: (S, T, H)."""
+        """The first layer's part of every diffusion step: (S, T or more, H)."""
         features = self.features.expand(self.members, -1, -1)
         return self.time(self.time_out(mish(self.time_in(features))))  # type: ignore[no-any-return]
 
     def forward(self, actions: Tensor, time: Tensor, condition: Tensor, random: Randomness | None = None) -> Tensor:
         """actions: (S, B, A); time: (S, B or 1, H); condition: (S, B, H); random: for dropout, None when acting."""
         return self.out(self.trunk(self.action(actions) + condition + time, random))  # type: ignore[no-any-return]
+
+
+FEWEST_TIMES = 8  # rows: MKL splits products of fewer among threads where there is one network
 
 
 class Normalizer(nn.Module):
@@ -825,7 +839,7 @@ class Policy(nn.Module):
         noisy = self.diffusion.diffuse(batch.actions, noise, t)
         condition = self.denoiser.condition(self.normalizer(batch.observations), labels)
         times = self.denoiser.times()
-        chosen = functional.one_hot(t, self.diffusion.steps).float() @ times  # (S, B, H)
+        chosen = functional.one_hot(t, times.shape[1]).float() @ times  # (S, B, H)
         return Prediction(self.denoiser(noisy, chosen, condition, random), noise, noisy, t, condition, times)
 
     def sample(
@@ -1203,7 +1217,7 @@ def mean_rank(values: Tensor, candidates: int) -> Tensor:
 
 
 ENSEMBLES: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "mean": lambda values, candidates: values.mean(0),
+    "mean": lambda values, candidates: functools.reduce(torch.add, values.unbind()) / len(values),
     "median": lambda values, candidates: median(values),
     "min": lambda values, candidates: values.amin(0),
     "rank": mean_rank,
@@ -1841,10 +1855,6 @@ def pair_members(policies: int, guidances: int) -> list[int]:
 
 def select_members(bundle: Bundle, members: Sequence[int]) -> Bundle:
     """The bundle of the given members, in the given order, repetitions allowed, with only what acting needs."""
-    count = len(bundle.seeds)
-
-    def rows(tensor: Tensor) -> Tensor:  # (S copies, ...)
-        return tensor.view(count, -1, *tensor.shape[1:])[list(members)].flatten(0, 1)
 
     def chosen(quality: Quality) -> Quality:
         lists = {name: [value[i] for i in members] for name, value in quality if isinstance(value, list)}
@@ -1852,10 +1862,97 @@ def select_members(bundle: Bundle, members: Sequence[int]) -> Bundle:
 
     update = {
         "seeds": [bundle.seeds[member] for member in members],
-        "weights": {name: rows(tensor) for name, tensor in bundle.acting.items()},
+        "weights": _rows(bundle.acting, len(bundle.seeds), members),
         "quality": [chosen(each) for each in bundle.quality],
     }
     return bundle.model_copy(update={"history": [], "snapshots": {}, "training": None, "guidances": []} | update)
+
+
+def _rows(tensors: Mapping[str, Tensor], count: int, members: Sequence[int]) -> dict[str, Tensor]:
+    """The rows of these members out of `count` in tensors (S copies, ...); what all members share has no axis."""
+    return {
+        name: tensor.view(count, -1, *tensor.shape[1:])[list(members)].flatten(0, 1) if tensor.ndim else tensor.clone()
+        for name, tensor in tensors.items()
+    }
+
+
+def split_members(bundle: Bundle, members: Sequence[int]) -> Bundle:
+    """The unfinished bundle of some members, from which their training goes on; `merge_members` undoes it."""
+    count, training = len(bundle.seeds), bundle.training
+    if training is not None:
+        places = list(members)
+        pending = [
+            (loss[places], {name: value[places] for name, value in metrics.items()})
+            for loss, metrics in training.pending
+        ]
+        states = [_rows(state, count, members) for state in training.optimizers]
+        training = Training.model_construct(optimizers=states, pending=pending)
+    guidances = split_teachers(bundle.guidances, bundle.experiment.policy.ensemble, members)
+    update = {
+        "seeds": [bundle.seeds[member] for member in members],
+        "weights": _rows(bundle.weights, count, members),
+        "snapshots": {step: _rows(weights, count, members) for step, weights in bundle.snapshots.items()},
+        "history": [
+            Entry(step=each.step, **{name: [values[i] for i in members] for name, values in each.metrics.items()})
+            for each in bundle.history
+        ],
+        "training": training,
+        "guidances": [split_members(each, members) for each in bundle.guidances] if bundle.joint else guidances,
+        "accounting": bundle.accounting.model_copy(update={"peak_bytes": 0}),  # of all members
+    }
+    return bundle.model_copy(update=update)
+
+
+def split_teachers(guidances: Sequence[Bundle], rule: str, members: Sequence[int]) -> list[Bundle]:
+    """The guidances under which some members of a policy learn: their own members, or an ensemble as a whole."""
+    own = rule == "none"
+    return [select_members(each, members) if own and len(each.seeds) > 1 else each for each in guidances]
+
+
+def merge_members(whole: Bundle, parts: Sequence[Bundle]) -> Bundle:
+    """The bundle that one process would have written: the members of all parts, in order, after the same step.
+
+    whole: a bundle of that run, of which what all members share is taken. Bytes and parameters are added up; seconds are
+    those of the part that took longest.
+    """
+    step, complete, learning = parts[0].step, parts[0].complete, [part.training for part in parts if part.training]
+    longest = max((part.accounting for part in parts), key=lambda account: account.seconds)
+    sums = {
+        name: sum(getattr(part.accounting, name) for part in parts)
+        for name in ("parameters_trained", "parameters_held", "optimizer_bytes", "peak_bytes")
+    }
+    sums["peak_bytes"] = max(sums["peak_bytes"], whole.accounting.peak_bytes)
+    weights = _joined([part.weights for part in parts])
+    merged = whole.model_copy(update={"step": step, "complete": complete, "weights": weights})
+    merged.snapshots = {
+        at: merged.acting if at == step else _joined([part.snapshots[at] for part in parts])
+        for at in parts[0].snapshots
+    }
+    merged.history = [merge_entries(entries) for entries in zip(*(part.history for part in parts), strict=True)]
+    merged.accounting = longest.model_copy(update=sums)
+    if whole.joint:
+        inner = zip(*(part.guidances for part in parts), strict=True)
+        merged.guidances = [merge_members(*each) for each in zip(whole.guidances, inner, strict=True)]
+    if learning:
+        pending = [
+            (torch.cat([loss for loss, _ in losses]), _joined([metrics for _, metrics in losses]))
+            for losses in zip(*(each.pending for each in learning), strict=True)
+        ]
+        states = [_joined(states) for states in zip(*(each.optimizers for each in learning), strict=True)]
+        merged.training = Training.model_construct(optimizers=states, pending=pending)
+    return merged
+
+
+def merge_entries(entries: Sequence[Entry]) -> Entry:
+    """The entry of all members from those of the parts of a run, of one step."""
+    metrics = {name: [value for each in entries for value in each.metrics[name]] for name in entries[0].metrics}
+    return Entry(step=entries[0].step, **metrics)
+
+
+def _joined(tensors: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors of several parts one after the other, along the members' axis; what all members share has none."""
+    first = tensors[0]
+    return {name: torch.cat([each[name] for each in tensors]) if first[name].ndim else first[name] for name in first}
 
 
 def same_weights(first: Bundle, second: Bundle) -> bool:
@@ -2034,7 +2131,7 @@ def act(
     guidance: Judge | RowsApart | None,
     observations: Tensor,
     noises: Tensor,
-    uniform: Tensor,
+    uniform: Tensor | None,
     how: Inference,
 ) -> Tensor:
     """Choose actions: raw observations (S, B, O) -> scaled actions (S, B, A).
@@ -2043,7 +2140,7 @@ def act(
     exp(weight_temperature * Q) ("softmax"; V would cancel, since it does not depend on the action). With support, Q is
     lower the further a candidate is from the others, see `supported_scores`.
 
-    noises: standard normal, as from `Policy.noises` for B N rows. uniform: (S, B, N) in [0, 1), for "softmax".
+    noises: standard normal, as from `Policy.noises` for B N rows. uniform: (S, B, N) in [0, 1), for "softmax" alone.
     """
     scale = torch.full((noises.shape[1], 1, 1), 1.0 if how.temperature_on == "start" else how.temperature)
     scale[0] = 1.0 if how.temperature_on == "steps" else how.temperature
@@ -2062,18 +2159,16 @@ def act(
     scores = guidance.q(repeated, actions.flatten(1, 2)).view(actions.shape[:3])  # (S, B, N)
     if how.support > 0:
         scores = supported_scores(scores, actions, how.support)
-    if how.selection == "softmax":  # the Gumbel-max trick draws from the softmax
+    if how.selection == "softmax" and uniform is not None:  # the Gumbel-max trick draws from the softmax
         scores = how.weight_temperature * scores - (-uniform.clamp(1e-20, 1 - 1e-7).log()).log()
     best = scores.argmax(-1)[..., None, None].expand(-1, -1, 1, actions.shape[-1])
     return actions.gather(2, best).squeeze(2)
 
 
-SMALL_PRODUCT = 16**3  # multiplications, up to which torch uses another kernel for matrix products
-
-
 def fewest_rows(*parts: nn.Module) -> int:
     """Smallest batch at which torch uses one kernel, so that a row's result is independent of the batch size."""
-    sizes = [layer.weight[0].numel() for part in parts for layer in part.modules() if isinstance(layer, Linear)]
+    layers = [layer for part in parts for layer in part.modules() if isinstance(layer, Linear)]
+    sizes = [layer.weight[0].numel() for layer in layers if 1 not in layer.weight.shape[1:]]
     return 1 + SMALL_PRODUCT // min(sizes, default=SMALL_PRODUCT + 1)
 
 
@@ -2101,7 +2196,9 @@ class Agent:
         self.judges = [build_judge(each, how.ensemble, 1, "cpu", how.candidates) for each in apart]
         self.judge_of = np.array(judges or [0] * len(episodes))  # by episode
         critics = chain.from_iterable(one.guidances if isinstance(one, Ensemble) else [one] for one in self.judges)
-        self.fewest, self.fewest_judged = fewest_rows(self.policy), math.ceil(fewest_rows(*critics) / how.candidates)
+        network, self.fewest_judged = self.policy.average, math.ceil(fewest_rows(*critics) / how.candidates)
+        for_candidates = math.ceil(fewest_rows(network.action, network.trunk, network.out) / how.candidates)
+        self.fewest = max(fewest_rows(network.observation), for_candidates)
         (member,) = policy.seeds
         self.random = Randomness([f"{member} episode {episode}" for episode in episodes], f"evaluate {seed}")
 
@@ -2113,14 +2210,16 @@ class Agent:
         places = np.pad(places, (0, max(0, self.fewest - len(places))), "edge")  # few states are repeated
         rows = torch.from_numpy(running[places])
         noises = self.policy.noises(self.random, "act", count)[rows]  # (R, T, N, A)
-        uniform = self.random.uniform("selection", count)[rows]  # (R, N)
+        drawn = self.how.selection == "softmax" and count > 1
+        uniform = self.random.uniform("selection", count)[rows][None] if drawn else None  # (1, R, N)
         self.random.step += 1
         states = torch.from_numpy(observations[places])[None]
         noises = noises.transpose(0, 1).flatten(1, 2)[None]  # (1, T, R N, A)
         sizes = count * np.bincount(judge_of[places], minlength=len(self.judges))
         ranker = RowsApart(self.judges, sizes.tolist()) if self.judges else None
         actions = np.empty((len(running), noises.shape[-1]), np.float32)
-        actions[places] = act(self.policy, ranker, states, noises, uniform[None], self.how)[0].numpy()
+        with torch.inference_mode(self.how.guidance_weight == 0):  # a gradient of Q needs another mode
+            actions[places] = act(self.policy, ranker, states, noises, uniform, self.how)[0].numpy()
         return actions
 
 
@@ -2213,7 +2312,7 @@ def judge_offline(
     ranker = build_judge(guidances, how.ensemble, count, "cpu", how.candidates, how.by_position) if guidances else None
     chosen = act(actor, ranker, states, noises, uniform, how).clamp(-1, 1)
     first = noises.view(*noises.shape[:2], len(rows), how.candidates, -1)[..., 0, :]  # (S, T, B, A)
-    one = act(actor, ranker, states, first, uniform[..., :1], replace(how, candidates=1)).clamp(-1, 1)
+    one = act(actor, ranker, states, first, None, replace(how, candidates=1)).clamp(-1, 1)
     values, gain = {}, None
     if ranker is not None and how.ensemble != "rank":
         above = (ranker.q(states, chosen) - ranker.q(states, given)).mean(1)
@@ -2279,16 +2378,40 @@ def load_agent(
 
 @dataclass
 class Parameters:
-    """A network that learns, with its optimizer and initial learning rate; section: how both change over the run."""
+    """A network that learns by Adam, with its initial learning rate; section: how both change over the run.
+
+    state: of the optimizer, as `torch.optim.AdamW` keeps it.
+    """
 
     network: Stack
     learning_rate: float
     section: TrainingSection
 
     def __post_init__(self) -> None:
-        self.gradient = self.network.vector.grad = torch.zeros_like(self.network.vector)
-        weight_decay = self.section.weight_decay
-        self.adam = torch.optim.AdamW([self.network.vector], self.learning_rate, weight_decay=weight_decay, fused=True)
+        vector = self.network.vector
+        self.gradient = torch.zeros_like(vector)
+        moments = {name: torch.zeros_like(vector) for name in ("exp_avg", "exp_avg_sq")}
+        self.state = {"step": torch.zeros((), device=vector.device)} | moments
+
+    def step(self, learning_rate: float) -> None:
+        """Take a step of AdamW along `gradient`, by its function: the optimizer class takes 0.2 ms more."""
+        state = self.state
+        adamw(
+            [self.network.vector],
+            [self.gradient],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            beta1=0.9,
+            beta2=0.999,
+            eps=1e-8,
+            lr=learning_rate,
+            weight_decay=self.section.weight_decay,
+        )
 
 
 class Learner:
@@ -2320,8 +2443,7 @@ class Learner:
                 norm = torch.linalg.vector_norm(by_member, dim=1, keepdim=True)
                 by_member.mul_((each.section.gradient_norm / (norm + 1e-6)).clamp(max=1.0))
             left = 0.5 * (1 + math.cos(math.pi * step / steps)) if each.section.decay == "cosine" else 1.0
-            each.adam.param_groups[0]["lr"] = each.learning_rate * left
-            each.adam.step()
+            each.step(each.learning_rate * left)
         for module in self.modules:
             module.follow(step)
 
@@ -2333,12 +2455,12 @@ class Learner:
 
     def state(self) -> list[dict[str, Tensor]]:
         """Optimizer states, one per network; learning rates and limits follow from the experiment."""
-        return [dict(each.adam.state[each.network.vector]) for each in self.networks]
+        return [dict(each.state) for each in self.networks]
 
     def restore(self, states: Sequence[dict[str, Tensor]]) -> None:
         """Take optimizer states, as from `state`."""
         for each, state in zip(self.networks, states, strict=True):
-            each.adam.load_state_dict(each.adam.state_dict() | {"state": {0: state}})
+            each.state = {name: state[name].to(own.device, copy=True) for name, own in each.state.items()}
 
 
 @dataclass
@@ -2347,7 +2469,9 @@ class Run:
 
     device: "cpu" or "cuda". begun: the unfinished bundle of the same run, to go on from. extend: the experiment may
     have more steps than that one's. save: store the bundle. show: report a new entry of the history. interrupted: the
-    number of the signal to end after this step for, or 0. tell: report in one line what a user should know.
+    number of the signal to end after this step for, or 0. tell: report in one line what a user should know. workers:
+    processes that train, on a CPU, each some of the members; they share the threads of this one. asked: whether to save
+    after this step, given their number, also before `save_every`.
     """
 
     device: str = "cpu"
@@ -2357,6 +2481,8 @@ class Run:
     show: Callable[[Entry], None] = lambda entry: None
     interrupted: Callable[[], int] = lambda: 0
     tell: Callable[[str], None] = lambda text: None
+    workers: int = 1
+    asked: Callable[[int], bool] = lambda done: False
 
     def account(self) -> Account:
         """The account so far; its matrix products are those of the run that was begun, where this machine has them."""
@@ -2389,11 +2515,11 @@ def train(
         loss, metrics = learner.loss(batch, random, step / steps)
         learner.update(loss, step, steps)
         history.pending.append((loss.detach(), metrics))
-        done, stopped = step + 1, run.interrupted()
+        done, asked, stopped = step + 1, run.asked(step + 1), run.interrupted()
         if done % max(1, steps // HISTORY_ENTRIES) == 0 or done in milestones or done == steps:
             run.show(history.average())
         began = time.monotonic()
-        if done in milestones or stopped or began >= due:
+        if done in milestones or stopped or asked or began >= due:
             if (member := learner.broken_member()) is not None:
                 history.give_up("weights", member, "not finite", done)
             for target, module in parts:
@@ -2404,9 +2530,19 @@ def train(
             bundle.training = None if done == steps else unfinished
             run.save(bundle)
             history.saved = done
-            due = time.monotonic() + max(section.save_every, 20 * (time.monotonic() - began))  # a twentieth of the time
+            due = next_save(section, began)
         if stopped and done < steps:
-            raise Interrupted(f"interrupted after step {done} of {steps}; the same command goes on", stopped)
+            raise interrupted(done, steps, stopped)
+
+
+def next_save(section: TrainingSection, began: float) -> float:
+    """When to save again, after a save that began at this time: at most a twentieth of the time goes to saving."""
+    return time.monotonic() + max(section.save_every, 20 * (time.monotonic() - began))
+
+
+def interrupted(done: int, steps: int, number: int) -> Interrupted:
+    """What ends a run after a signal."""
+    return Interrupted(f"interrupted after step {done} of {steps}; the same command goes on", number)
 
 
 def keep_weights(bundle: Bundle, module: nn.Module, step: int, complete: bool, snapshot: bool) -> None:
@@ -2443,24 +2579,37 @@ class History:
         names = sorted({name for _, metrics in self.pending for name in metrics})
         if taken := {"step", "loss"}.intersection(names):
             raise MdptError(f"a loss has a metric {min(taken)!r}, a name that the history of a bundle uses; rename it")
-        means = {
-            name: torch.stack([metrics[name] for _, metrics in self.pending if name in metrics]).mean(0).tolist()
-            for name in names
-        }
+        found = {name: means([metrics[name] for _, metrics in self.pending if name in metrics]) for name in names}
         for name, member in ((name, member) for name in names for member in range(len(self.seeds))):
-            if not math.isfinite(means[name][member]):
-                self.give_up(name, member, means[name][member], done)
-        self.entries.append(Entry(step=done, loss=losses.mean(0).tolist(), **means))
+            if not math.isfinite(found[name][member]):
+                self.give_up(name, member, found[name][member], done)
+        self.entries.append(Entry(step=done, loss=means(list(losses)), **found))
         self.pending.clear()
         return self.entries[-1]
 
     def give_up(self, what: str, member: int, value: object, step: int) -> NoReturn:
-        """Raises: MdptError that names the member and what is kept."""
-        last = f"the last good weights, of step {self.saved}, are kept" if self.saved else "no snapshot was reached"
-        raise MdptError(
-            f"the {what} of member {member} (seed {self.seeds[member]}) became {value} at step {step}; {last}; "
+        """Raises: Broken."""
+        raise Broken(what, member, self.seeds[member], value, step, self.saved)
+
+
+def means(values: Sequence[Tensor]) -> list[float]:
+    """The mean of each member, of tensors (S,); each in a row of its own, so that rounding is independent of S."""
+    return torch.stack(list(values), dim=1).mean(1).tolist()
+
+
+class Broken(MdptError):
+    """A member whose loss, metric or weights are not finite; saved: the last step whose weights are kept, or 0."""
+
+    def __init__(self, what: str, member: int, seed: int, value: object, step: int, saved: int) -> None:
+        last = f"the last good weights, of step {saved}, are kept" if saved else "no snapshot was reached"
+        super().__init__(
+            f"the {what} of member {member} (seed {seed}) became {value} at step {step}; {last}; "
             "lower learning_rate or look at the data"
         )
+        self.facts = what, member, seed, value, step, saved
+
+    def __reduce__(self) -> tuple[type[Broken], tuple[object, ...]]:  # how a process sends it
+        return Broken, self.facts
 
 
 class Cost:
@@ -2473,12 +2622,12 @@ class Cost:
     def read(self, learner: Learner, step: int) -> Account:
         """The account after `step` gradient steps."""
         seconds = self.before.seconds + time.perf_counter() - self.began
-        state = [value for each in learner.networks for state in each.adam.state.values() for value in state.values()]
+        state = [value for each in learner.networks for value in each.state.values()]
         held = [p.numel() for module in (*learner.modules, *learner.frozen) for p in module.parameters()]
         return Account(
             parameters_trained=sum(parameter.numel() for parameter in learner.parameters),
             parameters_held=sum(held),
-            optimizer_bytes=sum(value.nbytes for value in state if torch.is_tensor(value)),
+            optimizer_bytes=sum(value.nbytes for value in state),
             peak_bytes=max(self.before.peak_bytes, memory_now(self.device) - self.base),
             seconds=seconds,
             seconds_per_1000_steps=1000 * seconds / step,
@@ -2515,12 +2664,6 @@ def train_guidance(experiment: Experiment, dataset: Dataset, run: Run) -> Bundle
 
     experiment: as `load_experiment` gives it.
     """
-    bundle, discount = new_bundle("guidance", experiment, dataset, run.account()), experiment.guidance.discount
-    transitions = Transitions(dataset, run.device)
-    cost = Cost(bundle.accounting, transitions.device)
-    guidance = build_guidance(bundle, run.device, new=True)
-    learner = Learner([(guidance, experiment.guidance)], lambda batch, random, _: guidance.loss(batch, random))
-    go_on(bundle, run, [(bundle, guidance)], learner)
 
     def save(bundle: Bundle) -> None:
         if bundle.complete:  # a complete bundle always has its quality
@@ -2531,6 +2674,14 @@ def train_guidance(experiment: Experiment, dataset: Dataset, run: Run) -> Bundle
             ]
         run.save(bundle)
 
+    bundle, discount = begin("guidance", experiment, dataset, [], run), experiment.guidance.discount
+    if shares := deal(bundle.seeds, run):
+        return train_shares(bundle, dataset, [], replace(run, save=save), shares)
+    transitions = Transitions(dataset, run.device)
+    cost = Cost(bundle.accounting, transitions.device)
+    guidance = build_guidance(bundle, run.device, new=True)
+    learner = Learner([(guidance, experiment.guidance)], lambda batch, random, _: guidance.loss(batch, random))
+    go_on(bundle, run, [(bundle, guidance)], learner)
     train(learner, transitions, experiment.guidance, bundle, [(bundle, guidance)], cost, replace(run, save=save))
     return bundle
 
@@ -2542,27 +2693,19 @@ def train_policy(experiment: Experiment, dataset: Dataset, teachers: Sequence[Bu
     `check_ensemble`. Raises: MdptError where they do not fit the scheme or the data.
     """
     section = experiment.policy
-    if bool(teachers) != (section.scheme == "guidance-first"):
-        raise MdptError(
-            f"scheme {section.scheme}: got {len(teachers)} teachers; guidance-first needs one or more, the others none"
-        )
-    bundle = new_bundle("policy", experiment, dataset, run.account())
+    bundle = begin("policy", experiment, dataset, teachers, run)
+    if shares := deal(bundle.seeds, run):
+        return train_shares(bundle, dataset, teachers, run, shares)
     transitions = Transitions(dataset, run.device)
     cost = Cost(bundle.accounting, transitions.device)
     policy = build_policy(bundle, run.device, new=True)
     parts: list[tuple[Bundle, Guidance | Policy]] = [(bundle, policy)]
     frozen: list[Judge] = []
     joint: Guidance | None = None
-    if section.scheme == "joint":
-        bundle.guidances = [new_bundle("guidance", experiment, dataset, bundle.accounting)]
+    if bundle.joint:
         joint = build_guidance(bundle.guidances[0], run.device, new=True, companion=False)
         parts.insert(0, (bundle.guidances[0], joint))
     if teachers:
-        for warning in dict.fromkeys(warning for each in teachers for warning in check_fit(bundle, each)):
-            warnings.warn(warning, MdptWarning, stacklevel=2)
-        bundle.guidances = [
-            each.model_copy(update={"snapshots": {}, "training": None, "weights": each.acting}) for each in teachers
-        ]
         frozen = [build_judge(teachers, section.ensemble, policy.members, run.device)]
     guidance = joint or next(iter(frozen), None)
 
@@ -2581,17 +2724,185 @@ def train_policy(experiment: Experiment, dataset: Dataset, teachers: Sequence[Bu
     return bundle
 
 
-def go_on(bundle: Bundle, run: Run, parts: Sequence[tuple[Bundle, Guidance | Policy]], learner: Learner) -> None:
-    """Bring a new bundle, its modules and their optimizers to the state of `run.begun`, if there is one.
+def begin(kind: Kind, experiment: Experiment, dataset: Dataset, teachers: Sequence[Bundle], run: Run) -> Bundle:
+    """A new bundle, with the guidances that a policy learns under.
 
-    Raises: MdptError where that is another run, naming what differs.
+    Raises: MdptError where these do not fit the scheme or the data, and where `run.begun` is of another run.
     """
+    bundle = new_bundle(kind, experiment, dataset, run.account())
+    scheme = experiment.policy.scheme
+    if kind == "policy" and bool(teachers) != (scheme == "guidance-first"):
+        raise MdptError(
+            f"scheme {scheme}: got {len(teachers)} teachers; guidance-first needs one or more, the others none"
+        )
+    for warning in dict.fromkeys(warning for each in teachers for warning in check_fit(bundle, each)):
+        warnings.warn(warning, MdptWarning, stacklevel=3)
+    bundle.guidances = [
+        each.model_copy(update={"snapshots": {}, "training": None, "weights": each.acting}) for each in teachers
+    ]
+    if bundle.joint:
+        bundle.guidances = [new_bundle("guidance", experiment, dataset, bundle.accounting)]
+    if run.begun is not None:
+        check_same_run(bundle, run.begun, run.extend)
+        if run.begun.training is None:
+            raise MdptError("is complete; choose another --out, or --overwrite to replace it")
+    return bundle
+
+
+@dataclass(frozen=True)
+class Share:
+    """A task for a process: some members of a run. place: of this share among all. run: what can be sent of it."""
+
+    place: int
+    experiment: Experiment
+    kind: Kind
+    teachers: list[Bundle]
+    begun: Bundle | None
+    extend: bool
+    threads: int
+
+
+def deal(seeds: Sequence[int], run: Run) -> list[range]:
+    """The places of the members that each process trains; [] if this one trains all."""
+    count = min(run.workers, len(seeds)) if run.device == "cpu" else 1
+    ends = [len(seeds) * i // count for i in range(count + 1)]
+    return [range(*pair) for pair in pairwise(ends)] if count > 1 else []
+
+
+SHORT_RUN = 1_000  # steps, up to which starting processes takes longer than they save
+ALONE = 0.15  # of a step's time on one thread, the part that no further thread shortens; measured with two
+
+
+def fastest_workers(members: int, steps: int) -> int:
+    """The number of processes in which this many members train fastest for some steps, on the threads of this one."""
+    threads = torch.get_num_threads()
+
+    def estimate(count: int) -> float:  # of the largest share's time
+        return math.ceil(members / count) * (ALONE + (1 - ALONE) / (threads // count))
+
+    return min(range(1, min(members, threads) + 1), key=estimate) if steps > SHORT_RUN else 1
+
+
+# what the shares of a run tell each other, before a number for each: of steps done, and of the last request answered
+BEGUN, REQUEST, GRANTED, TARGET, SIGNAL, TOLD = range(6)
+LEAD = 20  # steps that a share may be ahead of the last one, which all wait for at a signal
+
+
+def train_share(share: Share, dataset: Dataset, numbers: Array, send: Callable[[object], None]) -> None:
+    """Train a share in its own process. It sends its history, and bundles where all shares save.
+
+    At a request it waits after its step, until the parent knows where all shares are and says where to save.
+    """
+    torch.set_num_threads(share.threads)
+    warnings.simplefilter("ignore", MdptWarning)  # the parent warns
+    if dataset.section.storage == "memory":
+        dataset.rows.sum()  # reads the file, so that what follows is memory above the loaded dataset
+    done, answered = np.split(numbers[TOLD:], 2)
+    while not numbers[BEGUN]:  # all have started, so that seconds count training alone
+        time.sleep(0.01)
+
+    def asked(step: int) -> bool:
+        done[share.place] = step
+        while True:
+            answered[share.place] = request = numbers[REQUEST]
+            if numbers[GRANTED] >= request and step - done.min() <= LEAD:
+                return bool(step == numbers[TARGET])
+            time.sleep(0.001)
+
+    def stopped() -> int:
+        return int(numbers[SIGNAL]) if done[share.place] == numbers[TARGET] else 0
+
+    tell = send if share.place == 0 else lambda text: None
+    run = Run("cpu", share.begun, share.extend, send, send, stopped, tell, asked=asked)
+    if share.kind == "guidance":
+        train_guidance(share.experiment, dataset, run)
+    else:
+        train_policy(share.experiment, dataset, share.teachers, run)
+
+
+def train_shares(
+    whole: Bundle, dataset: Dataset, teachers: Sequence[Bundle], run: Run, shares: Sequence[Sequence[int]]
+) -> Bundle:
+    """Train members in processes of their own; what they save after the same step is saved as one bundle.
+
+    whole: from `begin`. Raises: MdptError as `train` does, and where a process dies.
+    """
+    section, rule, threads = whole.section, whole.experiment.policy.ensemble, torch.get_num_threads()
+    never = {whole.kind: section.model_copy(update={"save_every": math.inf})}  # they save when they are asked to
+    tasks = [
+        Share(
+            place=place,
+            experiment=whole.experiment.model_copy(update=never | {"seeds": [whole.seeds[i] for i in members]}),
+            kind=whole.kind,
+            teachers=split_teachers(teachers, rule, members),
+            begun=run.begun and split_members(run.begun, members),
+            extend=run.extend,
+            threads=max(1, threads // len(shares)),
+        )
+        for place, members in enumerate(shares)
+    ]
+    parts: list[dict[int, Bundle]] = [{} for _ in shares]  # by step
+    entries: list[list[Entry]] = [[] for _ in shares]
+    merged, kept, ended, failure = whole, run.begun.step if run.begun else 0, set[int](), list[BaseException]()
+    empty = HeldOut(*(getattr(dataset.held_out, each.name)[:0] for each in fields(HeldOut)))  # the parent judges
+    due = granted_at = time.monotonic() + section.save_every
+    with data.SideBySide(train_share, tasks, replace(dataset, held_out=empty), TOLD + 2 * len(shares)) as team:
+        numbers = team.numbers
+        numbers[BEGUN] = 1
+        done, answered = np.split(numbers[TOLD:], 2)
+        while team.open and not failure:
+            for place, message in team.received(0.05):
+                if isinstance(message, Bundle):
+                    parts[place][message.step] = message
+                elif isinstance(message, Entry):
+                    entries[place].append(message)
+                elif isinstance(message, str):
+                    run.tell(message)
+                elif message is not None and not isinstance(message, Interrupted):
+                    failure.append(message)
+                elif message is None and place not in ended:
+                    failure.append(_died(tasks[place], kept))
+                if isinstance(message, Interrupted) or (isinstance(message, Bundle) and message.complete):
+                    ended.add(place)
+            while all(entries):
+                run.show(merge_entries([each.pop(0) for each in entries]))
+            for step in sorted(set.intersection(*map(set, parts))):
+                merged, kept = merge_members(whole, [each.pop(step) for each in parts]), step
+                run.save(merged)
+                if step >= numbers[TARGET]:
+                    due = next_save(section, granted_at)
+            number = run.interrupted()
+            if numbers[REQUEST] == numbers[GRANTED] and (time.monotonic() >= due or (number and not numbers[SIGNAL])):
+                numbers[REQUEST] += 1
+            waiting = (answered == numbers[REQUEST]) | ~np.isin(range(len(shares)), [*team.open.values()])
+            if numbers[GRANTED] < numbers[REQUEST] and waiting.all():
+                due, granted_at = math.inf, time.monotonic()
+                numbers[TARGET], numbers[SIGNAL] = done.max(), number
+                numbers[GRANTED] = numbers[REQUEST]
+    for error in failure:
+        if isinstance(error, Broken):
+            what, _, seed, value, step, _ = error.facts
+            raise Broken(what, whole.seeds.index(seed), seed, value, step, kept)
+        raise error
+    if not merged.complete:
+        raise interrupted(merged.step, section.steps, int(numbers[SIGNAL]))
+    return merged
+
+
+def _died(share: Share, kept: int) -> MdptError:
+    seeds = ", ".join(map(str, share.experiment.seeds))
+    last = f"the weights of step {kept}, the last that all have stored, are kept" if kept else "nothing is stored yet"
+    return MdptError(
+        f"the process that trains the seeds {seeds} ended unexpectedly: it was killed, or memory ran out; {last}; the "
+        "same command goes on, --workers 1 trains in one process"
+    )
+
+
+def go_on(bundle: Bundle, run: Run, parts: Sequence[tuple[Bundle, Guidance | Policy]], learner: Learner) -> None:
+    """Bring a new bundle, its modules and their optimizers to the state of `run.begun`, if there is one."""
     begun = run.begun
-    if begun is None:
+    if begun is None or begun.training is None:
         return
-    check_same_run(bundle, begun, run.extend)
-    if begun.training is None:
-        raise MdptError("is complete; choose another --out, or --overwrite to replace it")
     bundle.step, bundle.history = begun.step, list(begun.history)
     for target, module in parts:
         source = begun if target is bundle else begun.guidances[0]

@@ -30,6 +30,7 @@ from mdpt.models import Guidance, Inference, Normalizer, Policy, Randomness
 
 Work = Callable[[], object]
 O, A = 15, 3  # Hopper's
+RANDOM = DataSection(source="arrays", held_out=0.0, reward_scale="none")
 
 
 def random_transitions(rows: int) -> dict[str, np.ndarray[Any, Any]]:
@@ -98,6 +99,48 @@ def acting(algorithm: str, states: int, candidates: int) -> Work:
         models.act(policy, guidance, observations, noises, uniform, Inference(candidates=candidates))
 
     return act
+
+
+def experiment(members: int, steps: int) -> data.Experiment:
+    """An `idql` guidance and a `dql` policy, to be trained on these data."""
+    given = {"steps": steps, "snapshots": 1}
+    sections = GuidanceSection(**given), PolicySection(**given | {"algorithm": "dql"})
+    run = data.Experiment(seeds=list(range(members)), data=RANDOM, guidance=sections[0], policy=sections[1])
+    return models.check_algorithms(run)
+
+
+def playing(dataset: data.Dataset, states: int, candidates: int) -> Work:
+    """A step of an agent in so many episodes, its candidates ranked; all that `mdpt evaluate` does but the simulation."""
+    run = experiment(1, 1)
+    guidance = models.train_guidance(run, dataset, models.Run())
+    policy = models.train_policy(run, dataset, [guidance], models.Run())
+    agent = models.Agent(policy, [guidance], Inference(candidates=candidates), seed=0, episodes=range(states))
+    observations, running = np.zeros((states, O), np.float32), np.arange(states)
+    return lambda: agent(observations, running)
+
+
+def over_processes(dataset: data.Dataset, members: list[int], workers: list[int], rounds: int, steps: int) -> None:
+    """Print gradient steps per second of whole runs over members and processes, their start left out."""
+    found: dict[Any, list[float]] = {}
+    for count in members * rounds:
+        teacher = models.train_guidance(experiment(count, 1), dataset, models.Run())
+        for number in workers:
+            run, way = experiment(count, steps), models.Run(workers=number)
+            guidance, policy = (
+                models.train_guidance(run, dataset, way),
+                models.train_policy(run, dataset, [teacher], way),
+            )
+            for kind, bundle in (("guidance `idql`", guidance), ("policy `dql`", policy)):
+                found.setdefault((kind, count, number), []).append(1000 / bundle.accounting.seconds_per_1000_steps)
+    ways = dict.fromkeys((kind, number) for kind, _, number in found)
+    names = [f"{kind}, {n} process{'es' * (n > 1)}" for kind, n in ways]
+    print(f"| members | {' | '.join(names)} |")
+    print("|---|" + "---|" * len(ways))
+    for count in members:
+        middle = {way: statistics.median(found[way[0], count, way[1]]) for way in ways}
+        cells = [f"{rate:.1f} ({rate / middle[kind, workers[0]]:.2f})" for (kind, _), rate in middle.items()]
+        print(f"| {count} | {' | '.join(cells)} |")
+    print(f"\nSteps per second, median of {rounds} rounds of {steps}; in brackets: against {workers[0]}.\n")
 
 
 def arithmetic(work: Work) -> int:
@@ -229,6 +272,10 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=40, help="of each kind of work in a round")
     parser.add_argument("--rows", type=int, default=1_000_000, help="transitions to load")
     parser.add_argument("--only-load", action="store_true")
+    parser.add_argument("--shares", type=int, nargs="*", default=[2, 3, 4, 6, 10], help="members to train in processes")
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="processes to train them in")
+    parser.add_argument("--steps", type=int, default=200, help="of these runs")
+    parser.add_argument("--only-shares", action="store_true")
     parser.add_argument("--episodes", type=int, default=10, help="to evaluate; 0: none")
     parser.add_argument("--members", type=int, nargs="*", default=[1, 5])
     given = parser.parse_args()
@@ -241,8 +288,12 @@ def main() -> None:
             print(f"Loading {given.rows:,} transitions, {loading(Path(name, 'many.hdf5'), storage)}.")
     if given.only_load:
         return
-    section = DataSection(source="arrays", held_out=0.0, reward_scale="none")
-    transitions = models.Transitions(data.load_dataset(section, arrays=random_transitions(100_000)), "cpu")
+    dataset = data.load_dataset(RANDOM, arrays=random_transitions(100_000))
+    if given.shares:
+        over_processes(dataset, given.shares, given.workers, given.rounds, given.steps)
+    if given.only_shares:
+        return
+    transitions = models.Transitions(dataset, "cpu")
     kinds = [("guidance", name) for name in models.GUIDANCES] + [("policy", name) for name in models.POLICIES]
     kinds += [("joint", name) for name in models.POLICIES if name in models.GUIDANCES]
     works = {
@@ -253,6 +304,7 @@ def main() -> None:
     works |= {
         (f"act `{name}`", f"{states} x 50"): acting(name, states, 50) for name in ("dql", "idql") for states in (1, 10)
     }
+    works |= {("an agent's step, `dql`", f"{states} x 10"): playing(dataset, states, 10) for states in (1, 5, 10, 20)}
     table(works, [(way, count) for count in threads for way in products], given.rounds, given.calls)
     with tempfile.TemporaryDirectory() as name:
         if given.episodes:

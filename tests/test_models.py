@@ -112,7 +112,8 @@ def same(first: Any, second: Any) -> bool:
 
 def make_experiment(seeds: Sequence[int] = SEEDS, **tables: dict[str, Any]) -> Experiment:
     """Small networks, unless a table says otherwise."""
-    guidance = {"hidden": [32, 32], "actor_hidden": [32, 32], "learning_rate": 3e-3} | tables.get("guidance", {})
+    guidance = {"hidden": [32, 32], "actor_hidden": [32, 32], "learning_rate": 3e-3, "conservatism": 0.0}
+    guidance |= tables.get("guidance", {})
     policy = {"hidden": [32, 32], "time_features": 16, "learning_rate": 3e-3} | tables.get("policy", {})
     experiment = Experiment(
         seeds=list(seeds),
@@ -1848,7 +1849,7 @@ def test_a_field_that_a_file_lacks_has_its_default() -> None:
         del table[field]
         unknown: list[str] = []
         read = functools.reduce(getattr, tables, Bundle.model_validate(content, context=unknown).experiment)
-        filled = {"network": "mlp", "variance": "posterior"}
+        filled = {"network": "mlp", "variance": "posterior", "conservatism": 0.0}
         expected = filled[field] if field in filled else getattr(functools.reduce(getattr, tables, Experiment()), field)
         assert isinstance(expected, Section) or getattr(read, field) == expected, place
         assert not unknown
@@ -2405,8 +2406,12 @@ UNREAD: list[tuple[str, dict[str, Any], dict[str, list[str]]]] = [
         {"guidance": {"algorithm": "mc", "expectile": 0.6}, "policy": {"eta": 3.0}},
         {"mc": ["guidance.expectile"]},
     ),
-    ("guidance", {"guidance": {"conservative_share": 0.5}}, {"conservatism 0": ["guidance.conservative_share"]}),
-    ("guidance", {"guidance": {"conservatism": 0.1, "conservative_share": 0.5}}, {}),
+    (
+        "guidance",
+        {"guidance": {"conservatism": 0, "conservative_share": 0.5}},
+        {"conservatism 0": ["guidance.conservative_share"]},
+    ),
+    ("guidance", {"guidance": {"conservative_share": 0.5}}, {}),
 ]
 
 
