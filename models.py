@@ -2770,7 +2770,7 @@ def deal(seeds: Sequence[int], run: Run) -> list[range]:
 
 
 SHORT_RUN = 1_000  # steps, up to which starting processes takes longer than they save
-ALONE = 0.15  # of a step's time on one thread, the part that no further thread shortens; measured with two
+ALONE = 0.15  # of a step's time on one thread, the part that no further thread shortens
 
 
 def fastest_workers(members: int, steps: int) -> int:
