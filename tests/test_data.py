@@ -456,7 +456,7 @@ def test_an_experiment_of_another_version_is_read(monkeypatch: pytest.MonkeyPatc
     later, unknown = data.experiment_as_stored(stored)
     assert isinstance(later, LaterExperiment) and unknown == ["more", "policy.nonsense"]
     assert (later.policy.added, later.policy.other, later.policy.eta, later.label) == (0.0, 3, 0.5, "old")
-    assert data.experiment_as_stored({})[0].policy == Later(added=0.0)
+    assert data.experiment_as_stored({})[0].policy == Later(added=0.0, variance="posterior")
     assert data.check_experiment("", {}).policy == Later(added=1.0)
     for tables, told in (
         ({"policy": {"eta": "x"}}, r"\[policy\] eta = 'x'"),
