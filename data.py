@@ -360,6 +360,9 @@ class DataSection(Section):
     )
     normalization: Literal["gaussian", "none"] = Field("gaussian", description="of observations, before networks")
     storage: Literal["memory", "disk"] = Field("memory", description="disk: for more transitions than memory holds")
+    horizon: Annotated[int, Field(ge=1, le=1_000)] = Field(
+        1, description="actions in a window: what a policy generates and a guidance values at once"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -2298,6 +2301,16 @@ class HeldOut:
     rewards: Array
     terminals: Array
     timeouts: Array
+
+    def windows(self, rows: Array, horizon: int) -> tuple[Array, Array]:
+        """Actions of the windows that begin at `rows` (n,), and which of them are of the same episode: (n, H, A), (n, H).
+
+        The others are the actions of the rows that follow, as in training.
+        """
+        _, stops = episode_bounds(self.terminals, self.timeouts)
+        places = rows[:, None] + np.arange(horizon)
+        ends = stops[np.searchsorted(stops, rows, side="right")]
+        return self.actions[places % len(self.actions)], places < ends[:, None]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,9 @@
 Shapes: S members (one per seed), B batch, N candidates, O observation dimensions, A action dimensions, T diffusion
 steps, E episodes, R episodes that still run, H hidden units, K members of an ensemble. Observations are raw, actions
 are scaled to [-1, 1], rewards by the dataset's reward scale. Losses and metrics have one entry per member.
+
+Where the data have a horizon, an action is a window of so many rows, one flat vector, and A counts its numbers. Only
+batches, the mask of the noise error, the return in the TD error, the Transformer's tokens and `Agent` know more.
 """
 
 from __future__ import annotations
@@ -174,9 +177,12 @@ class Randomness:
 
 @dataclass(frozen=True)
 class Batch:
-    """Transitions for each member: observations (S, B, O), actions (S, B, A), the others (S, B).
+    """Windows of up to `horizon` rows of an episode, for each member: observations (S, B, O), the others (S, B).
 
-    rows: their places in `source`, (S, B), from which methods find what follows in the same episode, where a loss asks.
+    lengths: how many rows a window has. actions: (S, B, A), those of `horizon` rows one after the other, also of rows
+    that follow in the data when the episode has ended, so that nothing marks an end. rewards: (S, B, horizon), 0 after
+    the end. next_observations (S, B, O) and terminals: of the window's last row. rows: places of the first rows in
+    `source`, from which methods find what follows in the same episode, where a loss asks.
     """
 
     observations: Tensor
@@ -184,18 +190,35 @@ class Batch:
     rewards: Tensor
     next_observations: Tensor
     terminals: Tensor
+    lengths: Tensor
     rows: Tensor
     source: Transitions
 
+    def known(self) -> Tensor | None:
+        """Which numbers of `actions` are of the window's own rows, (S, B, A) bool; None: all of them."""
+        horizon = self.source.horizon
+        if horizon == 1:
+            return None
+        steps = torch.arange(horizon, device=self.rows.device)
+        return (steps < self.lengths[..., None]).repeat_interleave(self.actions.shape[-1] // horizon, dim=-1)
+
+    def discounted(self, discount: float) -> tuple[Tensor, Tensor]:
+        """Discounted rewards within the window, and the discount of what follows it: (S, B) each."""
+        steps = torch.arange(self.source.horizon + 1, dtype=torch.float64, device=self.rows.device)
+        powers: Tensor = (discount**steps).float()
+        return (self.rewards * powers[:-1]).sum(-1), powers[self.lengths]
+
     def next_actions(self) -> tuple[Tensor, Tensor]:
-        """The data's actions at the next observations, (S, B, A), and whether there is one, (S, B) bool; else it is 0.
+        """The data's window at the next observations, (S, B, A), and whether there is one, (S, B) bool; else it is 0.
 
         There is none after a terminal, at a time limit that is a transition, and at the end of the data.
         """
         episodes, ends = self.source.episodes(self.rows)
-        last = self.rows + 1 == ends  # (S, B)
-        following = self.source.take(self.rows + ~last).actions  # (S, B, A)
-        actions = torch.where(last[..., None], self.source.cut_actions[episodes], following)
+        cut, following = self.source.cut_actions[episodes], self.rows + self.lengths  # of one row; (S, B)
+        last = following == ends  # the episode's last row gives its place to the one that was cut
+        actions, _ = self.source.windows(following - last.long())  # (S, B, A)
+        first, rest = actions.tensor_split([cut.shape[-1]], dim=-1)
+        actions = torch.cat([torch.where(last[..., None], cut, first), rest], dim=-1)
         return actions.nan_to_num(), ~actions.isnan().any(-1)
 
     def returns(self, discount: float) -> tuple[Tensor, Tensor, Batch]:
@@ -211,7 +234,7 @@ class Transitions:
     """
 
     def __init__(self, dataset: Dataset, device: torch.device | str) -> None:
-        self.device, self.sizes = torch.device(device), dataset.sizes
+        self.device, self.sizes, self.horizon = torch.device(device), dataset.sizes, dataset.section.horizon
         rows = torch.from_numpy(dataset.rows)
         self.rows = rows if dataset.section.storage == "disk" else rows.to(device)
         self.ends = torch.from_numpy(dataset.ends).to(device)  # (E,)
@@ -222,11 +245,26 @@ class Transitions:
         return len(self.rows)
 
     def take(self, rows: Tensor) -> Batch:
-        """The transitions at `rows`, (S, B)."""
-        taken = self.rows.index_select(0, rows.flatten().to(self.rows.device)).to(self.device)
-        parts = torch.split(taken.view(*rows.shape, -1), self.sizes, dim=-1)
-        observations, actions, rewards, next_observations, terminals = parts
-        return Batch(observations, actions, rewards.squeeze(-1), next_observations, terminals.squeeze(-1), rows, self)
+        """The windows that begin at `rows`, (S, B)."""
+        lengths = (self.episodes(rows)[1] - rows).clamp(max=self.horizon)
+        actions, rewards = self.windows(rows)
+        rewards = rewards * (torch.arange(self.horizon, device=self.device) < lengths[..., None])
+        (observations,) = self._gather(rows, 0, 1)
+        next_observations, terminals = self._gather(rows + lengths - 1, 3, 5)
+        return Batch(observations, actions, rewards, next_observations, terminals.squeeze(-1), lengths, rows, self)
+
+    def windows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions (S, B, A) and rewards (S, B, horizon) of the rows from `rows` on; after the last row comes the first."""
+        places = (rows[..., None] + torch.arange(self.horizon, device=rows.device)) % len(self)
+        actions, rewards = self._gather(places, 1, 3)
+        return actions.flatten(-2), rewards.squeeze(-1)
+
+    def _gather(self, places: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
+        """The columns of `ROW` from start to stop at these places, (*places, size) each."""
+        before, sizes = sum(self.sizes[:start]), self.sizes[start:stop]
+        columns = self.rows[:, before : before + sum(sizes)]
+        taken = columns.index_select(0, places.flatten().to(self.rows.device)).to(self.device)
+        return torch.split(taken.view(*places.shape, -1), sizes, dim=-1)
 
     def sample(self, random: Randomness, batch_size: int) -> Batch:
         """A batch for each member, drawn uniformly with replacement."""
@@ -730,13 +768,17 @@ def conservative_loss(q: Tensor, others: Tensor) -> Loss:
     return loss, {"conservative_loss": loss.detach()}
 
 
-def noise_loss(predicted: Tensor, noise: Tensor, weight: Tensor | None = None) -> Loss:
+def noise_loss(
+    predicted: Tensor, noise: Tensor, weight: Tensor | None = None, known: Tensor | None = None
+) -> Loss:
     """Mean squared error of the predicted noise.
 
-    predicted, noise: (S, B, A); weight of each transition: (S, B), by default equal.
+    predicted, noise: (S, B, A); weight of each transition: (S, B), by default equal; known: (S, B, A) bool, what counts,
+    by default all; the rest has error 0.
     Source: DDPM, arXiv 2006.11239, eq. 14; weighted: IDQL, arXiv 2304.10573, eq. 9.
     """
-    error = (predicted - noise).square().mean(-1)
+    error = (predicted - noise).square()
+    error = (error if known is None else known * error).mean(-1)
     loss = (error if weight is None else weight * error).mean(-1)
     return loss, {"noise_loss": loss.detach()}
 
@@ -824,7 +866,8 @@ class Policy(nn.Module):
         condition = self.denoiser.condition(self.normalizer(batch.observations), labels)
         times = self.denoiser.times()
         chosen = functional.one_hot(t, self.diffusion.steps).float() @ times  # (S, B, H)
-        return Prediction(self.denoiser(noisy, chosen, condition, random), noise, noisy, t, condition, times)
+        predicted = self.denoiser(noisy, chosen, condition, random)
+        return Prediction(predicted, noise, noisy, t, condition, times, batch.known())
 
     def sample(
         self,
@@ -899,7 +942,10 @@ class Policy(nn.Module):
 
 @dataclass(frozen=True)
 class Prediction:
-    """A step of denoising training: predicted, noise, noisy (S, B, A), t (S, B), and the first layer's parts."""
+    """A step of denoising training: predicted, noise, noisy (S, B, A), t (S, B), and the first layer's parts.
+
+    known: which of the actions are of the window's own rows, as in `Batch`.
+    """
 
     predicted: Tensor
     noise: Tensor
@@ -907,23 +953,28 @@ class Prediction:
     t: Tensor
     condition: Tensor
     times: Tensor
+    known: Tensor | None
+
+    def loss(self, weight: Tensor | None = None, target: Tensor | None = None) -> Loss:
+        """`noise_loss` where actions are known; target: (S, B, A), by default the noise."""
+        return noise_loss(self.predicted, self.noise if target is None else target, weight, self.known)
 
 
 def cloning_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Randomness) -> Loss:
     """Noise error (DDPM, arXiv 2006.11239), under a guidance weighted by the advantage of each transition."""
     step = policy.predict(batch, random)
     if guidance is None:
-        return noise_loss(step.predicted, step.noise)
+        return step.loss()
     with torch.no_grad():
         advantage = guidance.advantage(batch.observations, batch.actions)
     weights = ADVANTAGE_WEIGHTS[policy.section.advantage_weight](policy.section, advantage)
-    return noise_loss(step.predicted, step.noise, weights)
+    return step.loss(weights)
 
 
 def chain_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Randomness) -> Loss:
     """Noise error minus eta times scaled Q of actions from the whole chain (Diffusion-QL, arXiv 2208.06193, eq. 3)."""
     step = policy.predict(batch, random)
-    cloning = noise_loss(step.predicted, step.noise)
+    cloning = step.loss()
     if guidance is None:
         return cloning
 
@@ -938,7 +989,7 @@ def chain_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Ran
 def one_step_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Randomness) -> Loss:
     """Noise error minus eta times scaled Q of the one-step clean estimate (EDP, arXiv 2305.20081, eq. 9)."""
     step = policy.predict(batch, random)
-    cloning = noise_loss(step.predicted, step.noise)
+    cloning = step.loss()
     if guidance is None:
         return cloning
     actions = policy.diffusion.clean(step.noisy, step.predicted, step.t)
@@ -950,12 +1001,12 @@ def noise_regression_loss(policy: Policy, batch: Batch, guidance: Judge | None, 
     """Squared error to noise - eta sqrt(1 - alpha_bar) dQ/da at the noisy action (DAC, arXiv 2405.20555)."""
     step = policy.predict(batch, random)
     if guidance is None:
-        return noise_loss(step.predicted, step.noise)
+        return step.loss()
     noisy = step.noisy.detach().requires_grad_()
     q = guidance.one_q(batch.observations, noisy, random.integers("twin", 2))
     (gradient,) = torch.autograd.grad(q.sum(), noisy)
     deviation = policy.diffusion.levels[step.t][..., 1:]  # (S, B, 1)
-    loss, metrics = noise_loss(step.predicted, step.noise - policy.section.eta * deviation * gradient)
+    loss, metrics = step.loss(target=step.noise - policy.section.eta * deviation * gradient)
     return loss, metrics | {"policy_q": q.detach().mean(-1)}
 
 
@@ -970,7 +1021,7 @@ def label_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Ran
         better = guidance.advantage(batch.observations, batch.actions) > 0
     kept = random.uniform("label", better.shape[1]) >= policy.section.label_dropout
     step = policy.predict(batch, random, labels=kept * (1 + better.long()))
-    loss, metrics = noise_loss(step.predicted, step.noise)
+    loss, metrics = step.loss()
     return loss, metrics | {"better": better.float().mean(-1)}
 
 
@@ -1202,6 +1253,12 @@ def other_actions(actions: Tensor, count: int, noise: float, random: Randomness)
     return torch.cat([beside.clamp(-1, 1), anywhere], dim=2)
 
 
+def step_loss(guidance: Guidance, q: Tensor, batch: Batch, next_v: Tensor) -> Loss:
+    """`td_loss` over the rows of each window (n-step returns: Sutton and Barto, 2nd edition, section 7.1)."""
+    rewards, discount = batch.discounted(guidance.section.discount)
+    return td_loss(q, rewards, batch.terminals, next_v, discount)
+
+
 def implicit_q_loss(guidance: Guidance, q: Tensor, batch: Batch, random: Randomness, actor: Actor | None) -> Loss:
     """Implicit Q-learning (arXiv 2110.06169, Algorithm 1; arXiv 2304.10573): uses no action outside the data."""
     with torch.no_grad():
@@ -1210,7 +1267,7 @@ def implicit_q_loss(guidance: Guidance, q: Tensor, batch: Batch, random: Randomn
     v = guidance.v(batch.observations)
     return add(
         VALUE_LOSSES[guidance.section.value_loss](guidance.section, target_q, v),
-        td_loss(q, batch.rewards, batch.terminals, next_v, guidance.section.discount),
+        step_loss(guidance, q, batch, next_v),
     )
 
 
@@ -1237,7 +1294,7 @@ def diffusion_q_loss(guidance: Guidance, q: Tensor, batch: Batch, random: Random
     with torch.no_grad():
         both = guidance.twins(guidance.target_q, repeated, actor(repeated, random))  # (S, 2, B N)
         next_q = both.view(*both.shape[:2], batch.rewards.shape[1], -1).amax(-1).amin(1)
-    td = td_loss(q, batch.rewards, batch.terminals, next_q, guidance.section.discount)
+    td = step_loss(guidance, q, batch, next_q)
     loss = critic_loss(guidance, batch, td)
     return loss if companion is None else add(loss, companion.loss(batch, guidance, random))
 
@@ -1251,7 +1308,7 @@ def sarsa_loss(guidance: Guidance, q: Tensor, batch: Batch, random: Randomness, 
     with torch.no_grad():
         next_q = guidance.q(batch.next_observations, next_actions)
         next_v = torch.where(exists, next_q, guidance.v(batch.next_observations))
-    td = td_loss(q, batch.rewards, batch.terminals, next_v, guidance.section.discount)
+    td = step_loss(guidance, q, batch, next_v)
     return critic_loss(guidance, batch, td)
 
 
@@ -1736,11 +1793,11 @@ def read_policy(path: Path) -> Bundle:
 
 
 def check_fit(first: Bundle, second: Bundle) -> list[str]:
-    """Check that two bundles are of one environment; returns warnings where they learned from other data.
+    """Check that two bundles are of one environment and horizon; returns warnings where they learned from other data.
 
-    Raises: MdptError listing the values of each environment property in which they differ.
+    Raises: MdptError listing the values of each property in which they differ.
     """
-    ours, theirs = asdict(first.environment), asdict(second.environment)
+    ours, theirs = (asdict(each.environment) | {"horizon": each.experiment.data.horizon} for each in (first, second))
     # without an environment, max_episode_steps is the length of the longest episode of the data
     own = {"repeatable"} | ({"max_episode_steps"} if first.environment.id is None else set())
     mismatches = [
@@ -1749,7 +1806,7 @@ def check_fit(first: Bundle, second: Bundle) -> list[str]:
     if mismatches:
         raise MdptError(
             f"the {first.kind} and the {second.kind} do not fit together: {'; '.join(mismatches)}; "
-            "use bundles of one environment"
+            "use bundles of one environment and one horizon"
         )
     both, known = (first, second), "swapping is known to hold only under one data distribution"
     if first.dataset.hash != second.dataset.hash:
@@ -1862,7 +1919,8 @@ def build_policy(bundle: Bundle, device: str, *, new: bool = False) -> Policy:
 def _shape(bundle: Bundle, device: str) -> tuple[Randomness, Normalizer, int, int]:
     random = Randomness(bundle.seeds, f"{bundle.kind} init", device)
     normalizer = Normalizer(bundle.normalizer["mean"], bundle.normalizer["deviation"]).to(device)
-    return random, normalizer, bundle.environment.observation_dim, bundle.environment.action_dim
+    actions = bundle.environment.action_dim * bundle.experiment.data.horizon
+    return random, normalizer, bundle.environment.observation_dim, actions
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -2574,7 +2632,7 @@ def run_facts(bundle: Bundle, joint: bool) -> dict[str, Any]:
         if key not in (FREE if name == bundle.kind else PACE)
     }
     section = bundle.experiment.data
-    shapers = ("seed", "fraction", "held_out", "reward_scale", "normalization", "keep_timeouts")
+    shapers = ("seed", "fraction", "held_out", "reward_scale", "normalization", "keep_timeouts", "horizon")
     return (
         facts
         | {f"[data] {key}": getattr(section, key) for key in shapers}

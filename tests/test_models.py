@@ -1120,7 +1120,7 @@ def test_guidance_learns_the_true_q(algorithm: str, mixture: Transitions, traine
         train(guidance, mixture, SEEDS)
     batch = mixture.take(torch.arange(len(mixture)).expand(2, -1))
     with torch.no_grad():
-        error = (guidance.q(batch.observations, batch.actions) - batch.rewards).abs()
+        error = (guidance.q(batch.observations, batch.actions) - batch.rewards[..., 0]).abs()
         modes = torch.tensor([-0.5, 0.5])[None, :, None].expand(2, 2, 1)
         q = guidance.q(torch.zeros(2, 2, 1), modes)
         advantage = guidance.advantage(torch.zeros(2, 2, 1), modes)
