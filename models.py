@@ -2212,7 +2212,8 @@ def judge_offline(
     """
     count = len(policy.seeds)
     rows = np.linspace(0, len(held_out.rewards) - 1, min(len(held_out.rewards), OFFLINE_STATES)).astype(np.int64)
-    observations, actions = (torch.from_numpy(array[rows]) for array in (held_out.observations, held_out.actions))
+    windows, known = map(torch.from_numpy, held_out.windows(rows, policy.experiment.data.horizon))
+    observations, actions = torch.from_numpy(held_out.observations[rows]), windows.flatten(1)
     states, given = observations.expand(count, -1, -1), actions.expand(count, -1, -1)
     actor, random = build_policy(policy, "cpu"), Randomness(policy.seeds, f"evaluate {seed} offline")
     noises = actor.noises(random, "act", len(rows) * how.candidates)
@@ -2229,8 +2230,14 @@ def judge_offline(
         judge = build_judge(bundles, rule, count, "cpu")
         own, other = judge.q(states, chosen), judge.q(states, given)
         values[name] = Values(own.mean(1).tolist(), other.mean(1).tolist(), (own > other).float().mean(1).tolist())
-    distance, distance_one = ((each - given).square().mean((1, 2)).sqrt().tolist() for each in (chosen, one))
-    chance = float((actions - actions.roll(len(rows) // 2, 0)).square().mean().sqrt())
+
+    def apart(first: Tensor, second: Tensor, counted: Tensor) -> Tensor:  # over the actions of the states' own episodes
+        squares = (first - second).square().view(-1, *windows.shape).mean(-1)  # (S, B, horizon)
+        return ((squares * counted).sum((1, 2)) / counted.sum()).sqrt()
+
+    distance, distance_one = (apart(each, given, known).tolist() for each in (chosen, one))
+    half = len(rows) // 2
+    chance = float(apart(actions, actions.roll(half, 0), known & known.roll(half, 0)))
     return Offline(len(rows), distance, distance_one, chance, gain, values)
 
 
@@ -2522,6 +2529,7 @@ def train_guidance(experiment: Experiment, dataset: Dataset, run: Run) -> Bundle
     experiment: as `load_experiment` gives it.
     """
     bundle, discount = new_bundle("guidance", experiment, dataset, run.account()), experiment.guidance.discount
+    horizon = dataset.section.horizon
     transitions = Transitions(dataset, run.device)
     cost = Cost(bundle.accounting, transitions.device)
     guidance = build_guidance(bundle, run.device, new=True)
@@ -2531,7 +2539,7 @@ def train_guidance(experiment: Experiment, dataset: Dataset, run: Run) -> Bundle
     def save(bundle: Bundle) -> None:
         if bundle.complete:  # a complete bundle always has its quality
             bundle.quality = [
-                guidance_quality(build_guidance(_at(bundle, step), run.device), dataset.held_out, discount, step)
+                guidance_quality(build_guidance(_at(bundle, step), run.device), dataset.held_out, discount, step, horizon)
                 for step in bundle.snapshots
                 if len(dataset.held_out.rewards)
             ]
@@ -2672,7 +2680,7 @@ QUALITY_ROWS = 8192  # judged at a time
 
 
 @torch.no_grad()
-def guidance_quality(guidance: Guidance, held_out: HeldOut, discount: float, step: int) -> Quality:
+def guidance_quality(guidance: Guidance, held_out: HeldOut, discount: float, step: int, horizon: int = 1) -> Quality:
     """Compare a guidance with the returns of held-out episodes.
 
     Rows count whose return is known: the episode ended, or what a time limit cut off weighs at most 5 %. Where there is
@@ -2682,7 +2690,7 @@ def guidance_quality(guidance: Guidance, held_out: HeldOut, discount: float, ste
     would correlate where actions do not matter.) V is an upper expectile, so it lies above the returns once it has left
     its initial values. q_spread: standard deviation of Q, over members, and over rows, averaged over the other.
     """
-    v, q, theirs = _held_out_values(guidance, held_out)
+    v, q, theirs = _held_out_values(guidance, held_out, horizon)
     gains = q - theirs
     rewards, terminals, timeouts = held_out.rewards, held_out.terminals, held_out.timeouts
     shared, counts = data.discounted_returns(rewards, terminals, timeouts, discount)
@@ -2714,15 +2722,17 @@ def guidance_quality(guidance: Guidance, held_out: HeldOut, discount: float, ste
     )
 
 
-def _held_out_values(guidance: Guidance, held_out: HeldOut) -> tuple[Array, Array, Array]:
+def _held_out_values(guidance: Guidance, held_out: HeldOut, horizon: int) -> tuple[Array, Array, Array]:
     """V, Q of the rows' actions, and mean Q of OTHER_ACTIONS actions of other rows: (S, rows) float64 each."""
     found, device = [], guidance.value.vector.device
     count = len(held_out.actions)
-    apart = [max(1, count * k // (OTHER_ACTIONS + 1)) for k in range(1, OTHER_ACTIONS + 1)]  # mostly other episodes
-    others = [np.roll(held_out.actions, rows, axis=0) for rows in apart]
-    tensors = [torch.from_numpy(array) for array in (held_out.observations, held_out.actions, *others)]
-    for block in zip(*(torch.split(tensor, QUALITY_ROWS) for tensor in tensors), strict=True):
-        observations, *actions = (part.to(device).expand(guidance.members, -1, -1) for part in block)
+    apart = [0, *(max(1, count * k // (OTHER_ACTIONS + 1)) for k in range(1, OTHER_ACTIONS + 1))]  # mostly other episodes
+    for start in range(0, count, QUALITY_ROWS):
+        rows = np.arange(start, min(start + QUALITY_ROWS, count))
+        arrays = [held_out.observations[rows], *(held_out.windows((rows - k) % count, horizon)[0] for k in apart)]
+        observations, *actions = (
+            torch.from_numpy(array).flatten(1).to(device).expand(guidance.members, -1, -1) for array in arrays
+        )
         values = [guidance.v(observations), *(guidance.q(observations, each) for each in actions)]
         found.append(torch.stack(values).cpu())
     v, q, *theirs = torch.cat(found, dim=-1).double().numpy()
