@@ -536,6 +536,9 @@ class EvaluationSection(Section):
     jacobian: bool = Field(
         False, description="differentiate through the denoiser; the weight is then an inverse temperature"
     )
+    execute: Positive | None = Field(
+        None, description="actions of a window taken before the next decision; by default all of them"
+    )
     seed: Whole = Field(0, description="seed of start states and sampling noise")
 
 
@@ -555,9 +558,13 @@ class Experiment(Section):
     evaluation: EvaluationSection = EvaluationSection()
 
     @model_validator(mode="after")
-    def _seeds_differ(self) -> Experiment:
+    def _tables_agree(self) -> Experiment:
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {self.seeds} repeat; each member needs its own")
+        if (self.evaluation.execute or 1) > self.data.horizon:
+            raise ValueError(
+                f"[evaluation] execute = {self.evaluation.execute}: a window has [data] horizon = {self.data.horizon} actions"
+            )
         return self
 
 

@@ -1943,7 +1943,8 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 class Inference:
     """How an action is chosen from N candidates; the fields are those of [evaluation], in effect.
 
-    ensemble: the rule by which all members of all guidances judge as one, or "none": one member judges.
+    ensemble: the rule by which all members of all guidances judge as one, or "none": one member judges. execute: how
+    many actions of a window are taken before the next decision.
     """
 
     candidates: int = 1
@@ -1956,6 +1957,7 @@ class Inference:
     jacobian: bool = False
     temperature_on: str = "all"
     ensemble: str = "none"
+    execute: int = 1
 
 
 def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference, dict[str, bool]]:
@@ -1987,6 +1989,7 @@ def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference,
         "w": section.w if labels else 0.0,
         "guidance_weight": section.guidance_weight if steered else 0.0,
         "ensemble": ensemble,
+        "execute": section.execute or run.data.horizon,
     }
     how = Inference(**{each.name: getattr(section, each.name) for each in fields(Inference)} | effective)
     return how, {
@@ -2001,6 +2004,7 @@ def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference,
         "temperature": scaled,
         "temperature_on": scaled and section.temperature != 1,
         "w": labels,
+        "execute": run.data.horizon > 1,
     }
 
 
@@ -2090,7 +2094,7 @@ class Agent:
 
     judges: for each episode the position of its guidance member, ascending; by default the first judges all, or an
     ensemble of all members of all guidances does. The random numbers of an episode depend on the policy member's seed,
-    the episode's number, the step and `seed` alone.
+    the episode's number, the number of the decision and `seed` alone. All episodes decide at the same steps.
     """
 
     def __init__(
@@ -2112,9 +2116,18 @@ class Agent:
         self.fewest, self.fewest_judged = fewest_rows(self.policy), math.ceil(fewest_rows(*critics) / how.candidates)
         (member,) = policy.seeds
         self.random = Randomness([f"{member} episode {episode}" for episode in episodes], f"evaluate {seed}")
+        self.step, self.windows = 0, np.empty((len(episodes), how.execute, policy.environment.action_dim), np.float32)
 
     def __call__(self, observations: Array, running: Array) -> Array:
-        """Actions (R, A) in [-1, 1], from observations (R, O) of the episodes at the places `running` (R,)."""
+        """Actions of this step, (R, A) in [-1, 1], of the episodes at the places `running` (R,), as last decided."""
+        if (turn := self.step % self.how.execute) == 0:
+            self.windows[running] = self.decide(observations, running)
+        self.step += 1
+        actions: Array = self.windows[running, turn]
+        return actions
+
+    def decide(self, observations: Array, running: Array) -> Array:
+        """The next actions (R, execute, A) in [-1, 1], from observations (R, O) of the episodes at these places (R,)."""
         judge_of, count = self.judge_of[running], self.how.candidates
         shares = [np.flatnonzero(judge_of == judge) for judge in np.unique(judge_of)]
         places = np.concatenate([np.resize(share, max(len(share), self.fewest_judged)) for share in shares])
@@ -2127,9 +2140,10 @@ class Agent:
         noises = noises.transpose(0, 1).flatten(1, 2)[None]  # (1, T, R N, A)
         sizes = count * np.bincount(judge_of[places], minlength=len(self.judges))
         ranker = RowsApart(self.judges, sizes.tolist()) if self.judges else None
-        actions = np.empty((len(running), noises.shape[-1]), np.float32)
-        actions[places] = act(self.policy, ranker, states, noises, uniform[None], self.how)[0].numpy()
-        return actions
+        windows = act(self.policy, ranker, states, noises, uniform[None], self.how)[0].numpy()  # (R, horizon A)
+        chosen = np.empty((len(running), *self.windows.shape[1:]), np.float32)
+        chosen[places] = windows.reshape(len(places), -1, chosen.shape[-1])[:, : self.how.execute]
+        return chosen
 
 
 @dataclass(frozen=True)
@@ -2246,6 +2260,7 @@ def load_agent(
 ) -> Callable[[Array], Array]:
     """A policy for other programs: observations (O,) or (E, O) -> actions (A,) or (E, A), in the environment's unit.
 
+    A policy of windows, with [data] horizon above 1, gives the next `evaluation.execute` actions: (K, A) or (E, K, A).
     guidance: the guidance bundle, or several, to act under, or "none"; by default those inside the policy bundle.
     member: by position. evaluation: fields of [evaluation], such as candidates or seed, in place of the bundle's.
 
@@ -2266,6 +2281,7 @@ def load_agent(
     if how.ensemble == "none":
         guidances = [select_members(each, [pair_members(count, len(each.seeds))[member]]) for each in guidances]
     one, spec, agents = select_members(bundle, [member]), bundle.environment, {}
+    windowed = run.data.horizon > 1
     choose_products()  # as `mdpt evaluate` does
 
     def choose(observations: Array) -> Array:
@@ -2278,10 +2294,11 @@ def load_agent(
         if rows.ndim != 2 or rows.shape[1] != spec.observation_dim or not np.isfinite(rows).all():
             raise MdptError(f"{path}: observations of shape {np.shape(observations)}; {expected}")
         if not len(rows):
-            return np.empty((0, spec.action_dim), np.float32)
+            return np.empty((0, how.execute, spec.action_dim) if windowed else (0, spec.action_dim), np.float32)
         if len(rows) not in agents:
             agents[len(rows)] = Agent(one, guidances, how, seed=run.evaluation.seed, episodes=range(len(rows)))
-        actions = data.unscale_actions(agents[len(rows)](rows, np.arange(len(rows))), spec)
+        actions = data.unscale_actions(agents[len(rows)].decide(rows, np.arange(len(rows))), spec)
+        actions = actions if windowed else actions[:, 0]
         return actions if np.ndim(observations) == 2 else actions[0]
 
     return choose
