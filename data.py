@@ -462,13 +462,18 @@ class PolicySection(TrainingSection):
 
     algorithm: str = Field("dql", description="training objective, see below")
     scheme: Literal["guidance-first", "joint", "unguided"] = Field("guidance-first", description="when guidance learns")
-    network: str | None = Field(None, description="mlp or resnet; by default the algorithm's")
+    network: str | None = Field(None, description="mlp, resnet or transformer; by default the algorithm's")
     ensemble: Literal["none", "mean", "median", "min"] = Field(
         "none",
         description="none: policy member i learns from guidance member i; otherwise all learn from the mean, median or "
         "minimum over members",
     )
-    hidden: Widths = Field([256, 256, 256], description="hidden units of each layer; resnet: of each residual block")
+    hidden: Widths | None = Field(
+        None,
+        description="hidden units of each layer; resnet, transformer: of each block; by default [256, 256, 256], "
+        "transformer: [64, 64]",
+    )
+    heads: Few = Field(4, description="attention heads of each block; they divide its width")
     activation: Activation = Field("mish", description="of the denoiser")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="dropout rate in residual blocks")
     time_features: Features = Field(64, description="sinusoidal features of the diffusion step")

@@ -475,17 +475,16 @@ class ResidualBlock(nn.Module):
 class Perceptron(nn.Module):
     """Hidden layers of a denoiser, one after the other. Source: Diffusion-QL (arXiv 2208.06193)."""
 
-    equal_widths = False
+    equal_widths, tokens, hidden = False, False, [256, 256, 256]
     reads: tuple[str, ...] = ()
 
-    def __init__(self, random: Randomness, section: PolicySection) -> None:
+    def __init__(self, random: Randomness, section: PolicySection, hidden: Sequence[int], horizon: int) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[section.activation]
-        widths = enumerate(pairwise(section.hidden))
-        self.layers = nn.ModuleList(Linear(random, f"hidden{i}", a, b) for i, (a, b) in widths)
+        self.layers = nn.ModuleList(Linear(random, f"hidden{i}", a, b) for i, (a, b) in enumerate(pairwise(hidden)))
 
-    def forward(self, x: Tensor, random: Randomness | None) -> Tensor:
-        x = self.activation(x)
+    def forward(self, action: Tensor, condition: Tensor, time: Tensor, random: Randomness | None) -> Tensor:
+        x = self.activation(action + condition + time)
         for layer in self.layers:
             x = self.activation(layer(x))
         return x
@@ -494,24 +493,117 @@ class Perceptron(nn.Module):
 class ResidualNetwork(nn.Module):
     """Residual blocks of a denoiser, all of one width. Source: IDQL (arXiv 2304.10573), LN-ResNet."""
 
-    equal_widths = True
+    equal_widths, tokens, hidden = True, False, [256, 256, 256]
     reads: tuple[str, ...] = ("dropout",)
 
-    def __init__(self, random: Randomness, section: PolicySection) -> None:
+    def __init__(self, random: Randomness, section: PolicySection, hidden: Sequence[int], horizon: int) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[section.activation]
         self.blocks = nn.ModuleList(
             ResidualBlock(random, f"block{i}", width, section.activation, section.dropout)
-            for i, width in enumerate(section.hidden)
+            for i, width in enumerate(hidden)
         )
 
-    def forward(self, x: Tensor, random: Randomness | None) -> Tensor:
+    def forward(self, action: Tensor, condition: Tensor, time: Tensor, random: Randomness | None) -> Tensor:
+        x = action + condition + time
         for block in self.blocks:
             x = block(x, random)
         return self.activation(x)
 
 
-NETWORKS: dict[str, type[Perceptron | ResidualNetwork]] = {"mlp": Perceptron, "resnet": ResidualNetwork}
+class AdaptiveNorm(nn.Module):
+    """A layer norm whose scale and shift, and gates of what follows, are affine maps of a condition.
+
+    All of them are 0 at first, so that a gated branch begins as nothing. Source: DiT (arXiv 2212.09748), adaLN-Zero.
+    """
+
+    def __init__(self, random: Randomness, name: str, width: int, gates: int) -> None:
+        super().__init__()
+        self.width, self.parts = width, 2 + gates
+        self.maps = Linear(random, name, width, self.parts * width)
+        nn.init.zeros_(self.maps.weight)
+        nn.init.zeros_(self.maps.bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, ...]:
+        """x: (S, B, tokens, H), condition: (S, B, H) -> x normalized, scaled and shifted; the gates (S, B, 1, H)."""
+        scale, shift, *gates = self.maps(condition)[:, :, None].chunk(self.parts, dim=-1)
+        return functional.layer_norm(x, (self.width,)) * (1 + scale) + shift, *gates
+
+
+class Attention(nn.Module):
+    """Attention of each token to all tokens of its window: (S, B, tokens, H) -> the same. Source: arXiv 1706.03762."""
+
+    def __init__(self, random: Randomness, name: str, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.inward = Linear(random, f"{name}.inward", width, 3 * width)
+        self.outward = Linear(random, f"{name}.outward", width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, _, tokens, width = x.shape
+        parts = on_tokens(self.inward, x).view(-1, tokens, 3, self.heads, width // self.heads)
+        pieces = torch.split(parts.permute(2, 0, 3, 1, 4), MOST_WINDOWS, dim=1)  # (3, S B, heads, tokens, H / heads)
+        mixed = torch.cat([functional.scaled_dot_product_attention(*piece) for piece in pieces])
+        return on_tokens(self.outward, mixed.transpose(1, 2).reshape(x.shape))
+
+
+MOST_WINDOWS = 32_768  # that attend at a time: CUDA fails at 65,536
+
+
+def on_tokens(layer: Linear, x: Tensor) -> Tensor:
+    """A layer on each token: (S, B, tokens, inputs) -> (S, B, tokens, outputs)."""
+    return layer(x.flatten(1, 2)).view(*x.shape[:3], -1)  # type: ignore[no-any-return]
+
+
+class TransformerBlock(nn.Module):
+    """Attention and two layers, each after an adaptive norm and gated. Source: DiT (arXiv 2212.09748), figure 3."""
+
+    def __init__(self, random: Randomness, name: str, width: int, heads: int, activation: str) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.norms = nn.ModuleList(AdaptiveNorm(random, f"{name}.norm{i}", width, 1) for i in range(2))
+        self.attention = Attention(random, f"{name}.attention", width, heads)
+        self.widen = Linear(random, f"{name}.widen", width, 4 * width)
+        self.narrow = Linear(random, f"{name}.narrow", 4 * width, width)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        y, gate = self.norms[0](x, condition)
+        x = x + gate * self.attention(y)
+        y, gate = self.norms[1](x, condition)
+        return x + gate * on_tokens(self.narrow, self.activation(on_tokens(self.widen, y)))  # type: ignore[no-any-return]
+
+
+class Transformer(nn.Module):
+    """Blocks of a denoiser over one token per action of a window; step, observation and label enter by the norms."""
+
+    equal_widths, tokens, hidden = True, True, [64, 64]
+    reads: tuple[str, ...] = ("heads",)
+
+    def __init__(self, random: Randomness, section: PolicySection, hidden: Sequence[int], horizon: int) -> None:
+        super().__init__()
+        self.activation, self.horizon, width = ACTIVATIONS[section.activation], horizon, hidden[0]
+        self.places = Linear(random, "places", horizon, width, fan_in=1)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(random, f"block{i}", width, section.heads, section.activation) for i in range(len(hidden))
+        )
+        self.norm = AdaptiveNorm(random, "norm", width, 0)
+
+    def forward(self, action: Tensor, condition: Tensor, time: Tensor, random: Randomness | None) -> Tensor:
+        """action: (S, B tokens, H) -> the same."""
+        condition = self.activation(condition + time)
+        places = (self.places.weight + self.places.bias)[:, None]  # (S, 1, tokens, H)
+        x = action.view(*condition.shape[:2], self.horizon, -1) + places
+        for block in self.blocks:
+            x = block(x, condition)
+        (x,) = self.norm(x, condition)
+        return x.flatten(1, 2)  # type: ignore[no-any-return]
+
+
+NETWORKS: dict[str, type[Perceptron | ResidualNetwork | Transformer]] = {
+    "mlp": Perceptron,
+    "resnet": ResidualNetwork,
+    "transformer": Transformer,
+}
 
 
 class Denoiser(Stack):
@@ -519,25 +611,34 @@ class Denoiser(Stack):
 
     The first layer acts on [action, step, observation, label]. It is kept as a sum of maps, so that the observation's
     part is computed once for a whole chain, and the step's part once for all rows. labels: add an embedding of
-    {0: dropped, 1: worse, 2: better}.
+    {0: dropped, 1: worse, 2: better}. horizon: of how many actions, each A / horizon numbers, a network with tokens
+    makes one token each.
     """
 
     features: Tensor
 
     def __init__(
-        self, random: Randomness, section: PolicySection, observation_dim: int, action_dim: int, labels: bool
+        self,
+        random: Randomness,
+        section: PolicySection,
+        observation_dim: int,
+        action_dim: int,
+        labels: bool,
+        horizon: int = 1,
     ) -> None:
         super().__init__()
-        first, time_features = section.hidden[0], section.time_features
-        fan_in = action_dim + time_features + observation_dim
+        network = NETWORKS[section.network or "mlp"]
+        hidden, time_features = section.hidden or network.hidden, section.time_features
+        first, self.action_dim = hidden[0], action_dim // (horizon if network.tokens else 1)
+        fan_in = self.action_dim + time_features + observation_dim
         self.observation = Linear(random, "observation", observation_dim, first, fan_in=fan_in)
-        self.action = Linear(random, "action", action_dim, first, fan_in=fan_in)
+        self.action = Linear(random, "action", self.action_dim, first, fan_in=fan_in)
         self.time_in = Linear(random, "time_in", time_features, 2 * time_features)
         self.time_out = Linear(random, "time_out", 2 * time_features, time_features)
         self.time = Linear(random, "time", time_features, first, fan_in=fan_in)
         self.label = Linear(random, "label", 3, first, fan_in=fan_in) if labels else None
-        self.trunk = NETWORKS[section.network or "mlp"](random, section)
-        self.out = Linear(random, "out", section.hidden[-1], action_dim)
+        self.trunk = network(random, section, hidden, horizon)
+        self.out = Linear(random, "out", hidden[-1], self.action_dim)
         frequencies = torch.exp(-math.log(10_000) * torch.arange(time_features // 2) / max(1, time_features // 2 - 1))
         angles = torch.arange(section.diffusion_steps)[:, None] * frequencies
         features = torch.cat([angles.sin(), angles.cos()], dim=1).to(random.device)
@@ -560,7 +661,8 @@ class Denoiser(Stack):
 
     def forward(self, actions: Tensor, time: Tensor, condition: Tensor, random: Randomness | None = None) -> Tensor:
         """actions: (S, B, A); time: (S, B or 1, H); condition: (S, B, H); random: for dropout, None when acting."""
-        return self.out(self.trunk(self.action(actions) + condition + time, random))  # type: ignore[no-any-return]
+        parts = self.action(actions.reshape(len(actions), -1, self.action_dim))  # of the window, or of each token
+        return self.out(self.trunk(parts, condition, time, random)).view_as(actions)  # type: ignore[no-any-return]
 
 
 class Normalizer(nn.Module):
@@ -768,9 +870,7 @@ def conservative_loss(q: Tensor, others: Tensor) -> Loss:
     return loss, {"conservative_loss": loss.detach()}
 
 
-def noise_loss(
-    predicted: Tensor, noise: Tensor, weight: Tensor | None = None, known: Tensor | None = None
-) -> Loss:
+def noise_loss(predicted: Tensor, noise: Tensor, weight: Tensor | None = None, known: Tensor | None = None) -> Loss:
     """Mean squared error of the predicted noise.
 
     predicted, noise: (S, B, A); weight of each transition: (S, B), by default equal; known: (S, B, A) bool, what counts,
@@ -822,14 +922,20 @@ class Policy(nn.Module):
     """A diffusion model over actions, given the observation; the moving average of its weights acts."""
 
     def __init__(
-        self, random: Randomness, normalizer: Normalizer, section: PolicySection, observation_dim: int, action_dim: int
+        self,
+        random: Randomness,
+        normalizer: Normalizer,
+        section: PolicySection,
+        observation_dim: int,
+        action_dim: int,
+        horizon: int = 1,
     ) -> None:
         super().__init__()
         self.section, self.normalizer, self.algorithm = section, normalizer, POLICIES[section.algorithm]
         self.action_dim, self.sampler = action_dim, SAMPLERS[section.sampler]
         betas = make_schedule(section.noise_schedule, section.diffusion_steps)
         self.diffusion = Diffusion(betas, random.device, section.variance)
-        self.denoiser = Denoiser(random, section, observation_dim, action_dim, self.algorithm.labels)
+        self.denoiser = Denoiser(random, section, observation_dim, action_dim, self.algorithm.labels, horizon)
         self.average = self.denoiser.frozen_copy()
         self.times: Tensor | None = None  # (S, T, H), once the weights are final
 
@@ -1395,10 +1501,14 @@ def check_algorithms(run: Experiment) -> Experiment:
     line("[guidance] algorithm", run.guidance.algorithm, GUIDANCES)
     section = run.policy
     algorithm = line("[policy] algorithm", section.algorithm, POLICIES)
-    network = section.network or algorithm.network
-    if line("[policy] network", network, NETWORKS).equal_widths and len(set(section.hidden)) > 1:
-        raise MdptError(f"[policy] hidden = {section.hidden}: all blocks of network {network!r} have the same width")
-    return run.model_copy(update={"policy": section.model_copy(update={"network": network})})
+    name = section.network or algorithm.network
+    network = line("[policy] network", name, NETWORKS)
+    hidden = section.hidden or network.hidden
+    if network.equal_widths and len(set(hidden)) > 1:
+        raise MdptError(f"[policy] hidden = {hidden}: all blocks of network {name!r} have the same width")
+    if network.tokens and hidden[0] % section.heads:
+        raise MdptError(f"[policy] heads = {section.heads}: should divide the width of hidden = {hidden}")
+    return run.model_copy(update={"policy": section.model_copy(update={"network": name, "hidden": hidden})})
 
 
 def unread_fields(run: Experiment, kind: Kind) -> dict[str, list[str]]:
@@ -1908,7 +2018,7 @@ def build_judge(bundles: Sequence[Bundle], rule: str, members: int, device: str,
 def build_policy(bundle: Bundle, device: str, *, new: bool = False) -> Policy:
     """The policy of a bundle, without its guidance, ready to act; new: one with initial weights, which is to learn."""
     random, normalizer, wide, actions = _shape(bundle, device)
-    policy = Policy(random, normalizer, bundle.experiment.policy, wide, actions)
+    policy = Policy(random, normalizer, bundle.experiment.policy, wide, actions, bundle.experiment.data.horizon)
     if not new:
         del policy.denoiser  # its average acts
         load_weights(policy, bundle.acting)
@@ -2556,7 +2666,9 @@ def train_guidance(experiment: Experiment, dataset: Dataset, run: Run) -> Bundle
     def save(bundle: Bundle) -> None:
         if bundle.complete:  # a complete bundle always has its quality
             bundle.quality = [
-                guidance_quality(build_guidance(_at(bundle, step), run.device), dataset.held_out, discount, step, horizon)
+                guidance_quality(
+                    build_guidance(_at(bundle, step), run.device), dataset.held_out, discount, step, horizon
+                )
                 for step in bundle.snapshots
                 if len(dataset.held_out.rewards)
             ]
@@ -2743,7 +2855,10 @@ def _held_out_values(guidance: Guidance, held_out: HeldOut, horizon: int) -> tup
     """V, Q of the rows' actions, and mean Q of OTHER_ACTIONS actions of other rows: (S, rows) float64 each."""
     found, device = [], guidance.value.vector.device
     count = len(held_out.actions)
-    apart = [0, *(max(1, count * k // (OTHER_ACTIONS + 1)) for k in range(1, OTHER_ACTIONS + 1))]  # mostly other episodes
+    apart = [
+        0,
+        *(max(1, count * k // (OTHER_ACTIONS + 1)) for k in range(1, OTHER_ACTIONS + 1)),
+    ]  # mostly other episodes
     for start in range(0, count, QUALITY_ROWS):
         rows = np.arange(start, min(start + QUALITY_ROWS, count))
         arrays = [held_out.observations[rows], *(held_out.windows((rows - k) % count, horizon)[0] for k in apart)]
