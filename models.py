@@ -338,13 +338,23 @@ class Linear(nn.Module):
     """S independent affine maps, (S, B, inputs) -> (S, B, outputs), as one batched product.
 
     Initial weights and biases are uniform in +-1/sqrt(fan_in). With `copies` networks per member, those of a member are
-    neighbours on the first axis (twin critics: rows 2 s and 2 s + 1 belong to member s).
+    neighbours on the first axis (twin critics: rows 2 s and 2 s + 1 belong to member s). tokens: how many rows it gets
+    for each row of a batch.
     """
 
     def __init__(
-        self, random: Randomness, name: str, inputs: int, outputs: int, *, copies: int = 1, fan_in: int | None = None
+        self,
+        random: Randomness,
+        name: str,
+        inputs: int,
+        outputs: int,
+        *,
+        copies: int = 1,
+        fan_in: int | None = None,
+        tokens: int = 1,
     ) -> None:
         super().__init__()
+        self.tokens = tokens
         bound = 1.0 / math.sqrt(fan_in or inputs)
         weight = random.uniform(f"{name}.weight", copies, inputs, outputs)  # (S, copies, inputs, outputs)
         bias = random.uniform(f"{name}.bias", copies, 1, outputs)
@@ -582,7 +592,8 @@ class Transformer(nn.Module):
     def __init__(self, random: Randomness, section: PolicySection, hidden: Sequence[int], horizon: int) -> None:
         super().__init__()
         self.activation, self.horizon, width = ACTIVATIONS[section.activation], horizon, hidden[0]
-        self.places = Linear(random, "places", horizon, width, fan_in=1)
+        places = random.uniform("places", horizon, width)  # (S, tokens, H)
+        self.places = nn.Parameter((places * 2 - 1) / math.sqrt(width))
         self.blocks = nn.ModuleList(
             TransformerBlock(random, f"block{i}", width, section.heads, section.activation) for i in range(len(hidden))
         )
@@ -591,8 +602,7 @@ class Transformer(nn.Module):
     def forward(self, action: Tensor, condition: Tensor, time: Tensor, random: Randomness | None) -> Tensor:
         """action: (S, B tokens, H) -> the same."""
         condition = self.activation(condition + time)
-        places = (self.places.weight + self.places.bias)[:, None]  # (S, 1, tokens, H)
-        x = action.view(*condition.shape[:2], self.horizon, -1) + places
+        x = action.view(*condition.shape[:2], self.horizon, -1) + self.places[:, None]
         for block in self.blocks:
             x = block(x, condition)
         (x,) = self.norm(x, condition)
@@ -629,16 +639,17 @@ class Denoiser(Stack):
         super().__init__()
         network = NETWORKS[section.network or "mlp"]
         hidden, time_features = section.hidden or network.hidden, section.time_features
-        first, self.action_dim = hidden[0], action_dim // (horizon if network.tokens else 1)
+        tokens = horizon if network.tokens else 1
+        first, self.action_dim = hidden[0], action_dim // tokens
         fan_in = self.action_dim + time_features + observation_dim
         self.observation = Linear(random, "observation", observation_dim, first, fan_in=fan_in)
-        self.action = Linear(random, "action", self.action_dim, first, fan_in=fan_in)
+        self.action = Linear(random, "action", self.action_dim, first, fan_in=fan_in, tokens=tokens)
         self.time_in = Linear(random, "time_in", time_features, 2 * time_features)
         self.time_out = Linear(random, "time_out", 2 * time_features, time_features)
         self.time = Linear(random, "time", time_features, first, fan_in=fan_in)
         self.label = Linear(random, "label", 3, first, fan_in=fan_in) if labels else None
         self.trunk = network(random, section, hidden, horizon)
-        self.out = Linear(random, "out", hidden[-1], self.action_dim)
+        self.out = Linear(random, "out", hidden[-1], self.action_dim, tokens=tokens)
         frequencies = torch.exp(-math.log(10_000) * torch.arange(time_features // 2) / max(1, time_features // 2 - 1))
         angles = torch.arange(section.diffusion_steps)[:, None] * frequencies
         features = torch.cat([angles.sin(), angles.cos()], dim=1).to(random.device)
@@ -2194,8 +2205,12 @@ SMALL_PRODUCT = 16**3  # multiplications, up to which torch uses another kernel 
 
 
 def fewest_rows(*parts: nn.Module) -> int:
-    """Smallest batch at which torch uses one kernel, so that a row's result is independent of the batch size."""
-    sizes = [layer.weight[0].numel() for part in parts for layer in part.modules() if isinstance(layer, Linear)]
+    """Smallest batch at which torch uses one kernel, so that a row's result is independent of the batch size.
+
+    Layers inside a Transformer are not the smallest, and its attention has a kernel that treats each window alone.
+    """
+    layers = [layer for part in parts for layer in part.modules() if isinstance(layer, Linear)]
+    sizes = [layer.tokens * layer.weight[0].numel() for layer in layers]
     return 1 + SMALL_PRODUCT // min(sizes, default=SMALL_PRODUCT + 1)
 
 
