@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 from scipy import integrate, stats
-from support import mdpt, of_file
+from support import mdpt, of_file, train
 
 from mdpt import models
 from mdpt.data import load_dataset
@@ -90,11 +90,8 @@ class Part:
         (self.folder / "task.toml").write_text(text)
 
     def train(self, kind: str, name: str, settings: Sequence[str], seeds: str, *options: str) -> str:
-        path = f"{name}.pt"
-        if not ((self.folder / path).exists() and models.read_bundle(self.folder / path).complete):
-            sets = [part for setting in settings for part in ("--set", setting)]
-            mdpt(self.folder, kind, "task.toml", *sets, "--seeds", seeds, "--out", path, *options)
-        return path
+        sets = [part for setting in settings for part in ("--set", setting)]
+        return train(self.folder, kind, "task.toml", f"{name}.pt", *sets, "--seeds", seeds, *options)
 
     def guidance(self, name: str, *settings: str, seeds: Sequence[int] = ()) -> str:
         """Train a guidance, by default with the part's seeds; returns its file."""

@@ -108,6 +108,13 @@ def mdpt(folder: Path, *arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "mdpt.mdpt", *map(str, arguments)], cwd=folder, check=True)
 
 
+def train(folder: Path, kind: str, experiment: str, out: str, *options: object) -> str:
+    """Run a training command, unless its bundle is complete; returns the bundle's name."""
+    if not ((folder / out).exists() and models.read_bundle(folder / out).complete):
+        mdpt(folder, kind, experiment, *options, "--out", out)
+    return out
+
+
 def score(folder: Path, name: str, *arguments: object) -> list[float]:
     """The score of each member of a `mdpt evaluate`, whose JSON is kept under this name."""
     file = folder / f"{name}.json"
@@ -136,27 +143,23 @@ def run(folder: Path, task: str, data: str | Path, training: bool) -> None:
     seeds = "seeds = [0, 1, 2, 3, 4]\n"
     top, table = (f'extends = "{data}"\n', "") if isinstance(data, Path) else ("", f"\n[data]{data}")
     (folder / f"{task}.toml").write_text(f'{top}name = "{task}"\ndevice = "cpu"\n{seeds}{table}{TRAINING}')
-    policy, cells, told = f"{task}-bc.pt", {}, {}
-    if not (folder / policy).exists():
-        mdpt(folder, "policy", f"{task}.toml", "--out", policy)
+    policy, cells, told = train(folder, "policy", f"{task}.toml", f"{task}-bc.pt"), {}, {}
     cells["one sample"] = score(folder, f"{task}-one", policy)
     for alpha in CONSERVATISM:
-        guidance = f"{task}-{alpha}.pt"
-        if not (folder / guidance).exists():
-            mdpt(folder, "guidance", f"{task}.toml", "--set", f"guidance.conservatism={alpha}", "--out", guidance)
+        options = ("--set", f"guidance.conservatism={alpha}")
+        guidance = train(folder, "guidance", f"{task}.toml", f"{task}-{alpha}.pt", *options)
         for age, step in (("young", YOUNG), ("old", STEPS)):
             for candidates, support in CHOICES:
                 name = f"{age}, conservatism {alpha}, support {support:g}, best of {candidates}"
-                options = ("--infer-guidance", f"{guidance}@{step}", "--candidates", candidates)
-                options += ("--set", f"evaluation.support={support}")
-                cells[name] = score(folder, f"{task}-{alpha}-{age}-{candidates}-{support}", policy, *options)
+                how = ("--infer-guidance", f"{guidance}@{step}", "--candidates", candidates)
+                how += ("--set", f"evaluation.support={support}")
+                cells[name] = score(folder, f"{task}-{alpha}-{age}-{candidates}-{support}", policy, *how)
             told[f"{age}, conservatism {alpha}"] = figures(folder, f"{task}.toml", policy, f"{guidance}@{step}")
             store(task, cells, told)
     for alpha in (0, 1) if training else ():
-        taught, other, guidance = f"{task}-{alpha}-dql.pt", f"{task}-{alpha}-other.pt", f"{task}-{alpha}.pt"
-        if not (folder / taught).exists():
-            options = ("--set", "policy.algorithm=dql", "--set", "policy.scheme=guidance-first")
-            mdpt(folder, "policy", f"{task}.toml", *options, "--guidance", guidance, "--out", taught)
+        guidance = f"{task}-{alpha}.pt"
+        under = ("--set", "policy.algorithm=dql", "--set", "policy.scheme=guidance-first", "--guidance", guidance)
+        taught = train(folder, "policy", f"{task}.toml", f"{task}-{alpha}-dql.pt", *under)
         cells[f"dql under conservatism {alpha}, one sample"] = score(
             folder, f"{task}-{alpha}-dql-one", taught, "--infer-guidance", "none"
         )
@@ -164,9 +167,8 @@ def run(folder: Path, task: str, data: str | Path, training: bool) -> None:
         steered = ("--infer-guidance", guidance, "--set", "evaluation.guide=gradient")
         cells[f"by gradient, conservatism {alpha}"] = score(folder, f"{task}-{alpha}-gradient", policy, *steered)
         store(task, cells, told)
-        if not (folder / other).exists():
-            options = ("--set", "guidance.algorithm=dql", "--set", f"guidance.conservatism={alpha}")
-            mdpt(folder, "guidance", f"{task}.toml", *options, "--out", other)
+        same = ("--set", "guidance.algorithm=dql", "--set", f"guidance.conservatism={alpha}")
+        other = train(folder, "guidance", f"{task}.toml", f"{task}-{alpha}-other.pt", *same)
         name = f"by dql guidance, conservatism {alpha}, best of 10"
         cells[name] = score(folder, f"{task}-{alpha}-other-10", policy, "--infer-guidance", other)
         store(task, cells, told)

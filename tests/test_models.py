@@ -435,6 +435,53 @@ def test_dql_and_edp_losses_are_cloning_plus_eta_times_value() -> None:
         near(policy.loss(batch, None, random)[0], cloning.detach(), 1e-6)
 
 
+def test_the_share_of_rows_that_are_labelled_better() -> None:
+    """The quarter with the highest advantage of each member: all other rows have the same loss as with their label."""
+    known: Any = KnownQ(lambda observations, actions: actions[..., 0] - 2.0)
+    known.advantage = known.q  # never positive
+    batch = noisy_data().sample(Again(SEEDS, "x"), 16)
+    seen: list[Tensor] = []
+
+    def losses(**settings: Any) -> Tensor:
+        policy = make_policy(SEEDS, 3, 2, algorithm="cfg", label_dropout=0.0, **settings)
+        predict = policy.predict
+        policy.predict = lambda *given, labels: seen.append(labels) or predict(*given, labels=labels)  # type: ignore
+        loss, metrics = policy.loss(batch, known, Again(SEEDS, "train"))
+        assert torch.allclose(metrics["better"], (seen[-1] == 2).float().mean(1))
+        return loss
+
+    assert not torch.equal(losses(label_share=0.25), losses())
+    first = batch.actions[..., 0]
+    assert torch.equal(seen[0] == 2, first >= first.sort(1).values[:, 12:13]) and (seen[1] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("steps", "variance", "expected"), [(5, "posterior", 0.071), (5, "beta", 0.114), (50, "posterior", 0.167)]
+)
+def test_few_steps_narrow_a_policy(steps: int, variance: str, expected: float) -> None:
+    """Samples of the exact denoiser of a Gaussian of deviation .2: which variance, and how many steps."""
+    diffusion = models.Diffusion(make_schedule("vp", steps), "cpu", variance)
+
+    def exact(x: Tensor, t: int) -> Tensor:
+        return x * diffusion.noise[t] / (diffusion.signal[t] ** 2 * 0.2**2 + diffusion.noise[t] ** 2)
+
+    noises = torch.randn(1, steps, 40_000, 1, generator=torch.Generator().manual_seed(0))
+    assert float(models.SAMPLERS["ddpm"].run(diffusion, exact, noises, steps).std()) == pytest.approx(
+        expected, abs=2e-3
+    )
+
+
+def test_the_variance_follows_from_the_algorithm() -> None:
+    """As IDQL samples; where it is only filled in, it was not set."""
+    for algorithm, expected in (("idql", "beta"), ("bc", "posterior")):
+        run = models.check_algorithms(make_experiment(policy={"algorithm": algorithm, "sampler": "dpm-solver++"}))
+        assert run.policy.variance == expected and not models.unread_fields(run, "policy")
+    assert (
+        models.check_algorithms(make_experiment(policy={"algorithm": "idql", "variance": "posterior"})).policy.variance
+        == "posterior"
+    )
+
+
 def test_dac_loss_by_hand() -> None:
     """The target noise is lower where a higher action is better, here by differences of the critic in float64."""
     guidance, batch = make_guidance(SEEDS, 3, 2), noisy_data().sample(Again(SEEDS, "x"), 16)
@@ -453,7 +500,8 @@ def test_dac_loss_by_hand() -> None:
     with torch.no_grad():
         shifts = 1e-6 * torch.eye(2, dtype=DOUBLE)
         gradient = torch.stack([(q(noisy + shift) - q(noisy - shift)) / 2e-6 for shift in shifts], dim=-1)
-        target = step.noise - 2.0 * (1 - alpha_bar).sqrt() * gradient
+        size = exact.twins(exact.target_q, batch.observations.double(), batch.actions.double()).amin(1).abs().mean(1)
+        target = step.noise - 2.0 * (1 - alpha_bar).sqrt() * gradient / size[:, None, None]
         expected = (step.predicted - target).square().mean((1, 2))
         mean_q = q(noisy).mean(1)
     loss, metrics = policy.loss(batch, guidance, random)
@@ -2366,8 +2414,14 @@ def test_fields_without_effect_change_no_bit(kind: str) -> None:
             "value_loss": "gumbel",
         }
         | {"conservative_actions": 2, "conservative_noise": 0.1, "conservative_share": 0.5},
-        "policy": {"eta": 3.0, "label_dropout": 0.5, "advantage_expectile": 0.6, "advantage_inverse_temperature": 2.0}
-        | {"dropout": 0.5, "sampling_steps": 3, "variance": "beta", "advantage_weight": "hard"},
+        "policy": {
+            "eta": 3.0,
+            "label_dropout": 0.5,
+            "label_share": 0.5,
+            "advantage_expectile": 0.6,
+            "advantage_inverse_temperature": 2.0,
+        }
+        | {"dropout": 0.5, "heads": 2, "sampling_steps": 3, "variance": "beta", "advantage_weight": "hard"},
     }
     owned = {field for registry in models.CHOICES[name].values() for line in registry.values() for field in line.reads}  # type: ignore[index]
     owned |= set(models.CONSERVATIVE) if name == "guidance" else set()
