@@ -246,11 +246,15 @@ class Transitions:
 
     def take(self, rows: Tensor) -> Batch:
         """The windows that begin at `rows`, (S, B)."""
-        lengths = (self.episodes(rows)[1] - rows).clamp(max=self.horizon)
-        actions, rewards = self.windows(rows)
-        rewards = rewards * (torch.arange(self.horizon, device=self.device) < lengths[..., None])
-        (observations,) = self._gather(rows, 0, 1)
-        next_observations, terminals = self._gather(rows + lengths - 1, 3, 5)
+        if self.horizon == 1:  # one gather instead of three
+            lengths = torch.ones_like(rows)
+            observations, actions, rewards, next_observations, terminals = self._gather(rows, 0, 5)
+        else:
+            lengths = (self.episodes(rows)[1] - rows).clamp(max=self.horizon)
+            (observations,) = self._gather(rows, 0, 1)
+            actions, rewards = self.windows(rows)
+            rewards = rewards * (torch.arange(self.horizon, device=self.device) < lengths[..., None])
+            next_observations, terminals = self._gather(rows + lengths - 1, 3, 5)
         return Batch(observations, actions, rewards, next_observations, terminals.squeeze(-1), lengths, rows, self)
 
     def windows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
