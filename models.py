@@ -1009,7 +1009,8 @@ class Policy(nn.Module):
         gradient of Q at the one-step estimate of the clean action. With jacobian, by -guidance_weight sqrt(1 -
         alpha_bar) dQ/dx, through the denoiser: this draws from the policy's density times exp(guidance_weight Q),
         exactly if the one is Gaussian and the other linear (arXiv 2105.05233, Algorithm 2). Without, by
-        -guidance_weight sqrt(alpha_bar) dQ/da (Q-guided flow, arXiv 2606.11087).
+        -guidance_weight sqrt(alpha_bar) dQ/da (Q-guided flow, arXiv 2606.11087); in a window, this moves later actions
+        less, since Q depends less on them and the denoiser does not carry the gradient from one action to another.
         """
         predict = self._prediction(observations, candidates, w)
         repeated = observations.repeat_interleave(candidates, dim=1)

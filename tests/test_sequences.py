@@ -172,6 +172,23 @@ def test_windows_of_one_row_leave_every_bit_of_a_training_as_it_was(kind: str, m
     assert all(torch.equal(now.weights[name], before.weights[name]) for name in now.weights)
 
 
+@pytest.mark.parametrize("network", ["mlp", "resnet"])
+def test_the_parts_of_the_first_layer_are_added_in_the_order_of_before(network: str) -> None:
+    """To the bit; another order rounds otherwise."""
+    section = PolicySection(network=network, hidden=[32, 32], time_features=8, dropout=0.0)
+    denoiser, g = models.Denoiser(Randomness([0], "init"), section, 3, 2, False), torch.Generator().manual_seed(0)
+    actions, states = torch.randn(1, 50, 2, generator=g), torch.randn(1, 50, 3, generator=g)
+    condition, time = denoiser.condition(states), denoiser.times()[:, 1:2]
+    x, trunk = denoiser.action(actions) + condition + time, denoiser.trunk
+    if isinstance(trunk, models.Perceptron):
+        for layer in trunk.layers:
+            x = layer(models.mish(x))
+    else:
+        for block in trunk.blocks:  # type: ignore[union-attr]
+            x = block(x, None)
+    assert torch.equal(denoiser(actions, time, condition), denoiser.out(models.mish(x)))
+
+
 def test_the_noise_of_missing_actions_does_not_count() -> None:
     predicted, noise = torch.tensor([[[1.0, 3.0], [2.0, 5.0]]]), torch.zeros(1, 2, 2)
     known = torch.tensor([[[True, True], [True, False]]])
@@ -343,9 +360,17 @@ def test_a_transformer_is_multihead_attention_with_adaptive_norms() -> None:
 def test_many_windows_attend_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     network, g = stirred(a_denoiser(2)), torch.Generator().manual_seed(1)
     actions, states = torch.randn(2, 9, 4, generator=g), torch.randn(2, 9, 3, generator=g)
-    whole = denoised(network, actions, states)
+    whole, counts = denoised(network, actions, states), []
+    attend = models.functional.scaled_dot_product_attention
+
+    def counted(*parts: Tensor) -> Tensor:
+        counts.append(len(parts[0]))
+        return attend(*parts)
+
     monkeypatch.setattr(models, "MOST_WINDOWS", 4)
+    monkeypatch.setattr(models.functional, "scaled_dot_product_attention", counted)
     near(denoised(network, actions, states), whole)
+    assert counts == 2 * [4, 4, 4, 4, 2]  # 2 members x 9 windows, in each of 2 blocks
 
 
 def test_a_transformer_has_by_default_as_many_parameters_as_the_mlp() -> None:
