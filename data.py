@@ -362,6 +362,9 @@ class DataSection(Section):
     )
     normalization: Literal["gaussian", "none"] = Field("gaussian", description="of observations, before networks")
     storage: Literal["memory", "disk"] = Field("memory", description="disk: for more transitions than memory holds")
+    horizon: Annotated[int, Field(ge=1, le=1_000)] = Field(
+        1, description="actions in a window: what a policy generates and a guidance values at once"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -461,13 +464,18 @@ class PolicySection(TrainingSection):
 
     algorithm: str = Field("dql", description="training objective, see below")
     scheme: Literal["guidance-first", "joint", "unguided"] = Field("guidance-first", description="when guidance learns")
-    network: str | None = Field(None, description="mlp or resnet; by default the algorithm's")
+    network: str | None = Field(None, description="mlp, resnet or transformer; by default the algorithm's")
     ensemble: Literal["none", "mean", "median", "min"] = Field(
         "none",
         description="none: policy member i learns from guidance member i; otherwise all learn from the mean, median or "
         "minimum over members",
     )
-    hidden: Widths = Field([256, 256, 256], description="hidden units of each layer; resnet: of each residual block")
+    hidden: Widths | None = Field(
+        None,
+        description="hidden units of each layer; resnet, transformer: of each block; by default [256, 256, 256], "
+        "transformer: [64, 64]",
+    )
+    heads: Few = Field(4, description="attention heads of each block; they divide its width")
     activation: Activation = Field("mish", description="of the denoiser")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="dropout rate in residual blocks")
     time_features: Features = Field(64, description="sinusoidal features of the diffusion step")
@@ -549,6 +557,9 @@ class EvaluationSection(Section):
     jacobian: bool = Field(
         False, description="differentiate through the denoiser; the weight is then an inverse temperature"
     )
+    execute: Positive | None = Field(
+        None, description="actions of a window taken before the next decision; by default all of them"
+    )
     seed: Whole = Field(0, description="seed of start states and sampling noise")
 
 
@@ -568,9 +579,13 @@ class Experiment(Section):
     evaluation: EvaluationSection = EvaluationSection()
 
     @model_validator(mode="after")
-    def _seeds_differ(self) -> Experiment:
+    def _tables_agree(self) -> Experiment:
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {self.seeds} repeat; each member needs its own")
+        if (self.evaluation.execute or 1) > self.data.horizon:
+            raise ValueError(
+                f"[evaluation] execute = {self.evaluation.execute}: a window has [data] horizon = {self.data.horizon} actions"
+            )
         return self
 
 
@@ -2409,6 +2424,16 @@ class HeldOut:
     rewards: Array
     terminals: Array
     timeouts: Array
+
+    def windows(self, rows: Array, horizon: int) -> tuple[Array, Array]:
+        """Actions of the windows that begin at `rows` (n,), and which of them are of the same episode: (n, H, A), (n, H).
+
+        The others are the actions of the rows that follow, as in training.
+        """
+        _, stops = episode_bounds(self.terminals, self.timeouts)
+        places = rows[:, None] + np.arange(horizon)
+        ends = stops[np.searchsorted(stops, rows, side="right")]
+        return self.actions[places % len(self.actions)], places < ends[:, None]
 
 
 @dataclass(frozen=True)

@@ -1086,6 +1086,7 @@ class Acting(Part):
     ensemble: str
     support: float
     ensemble_over: str = "all"
+    execute: int = 1  # steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1100,6 +1101,7 @@ class Protocol(Acting):
     repeatable: bool
     reference: Ends | None
     products: str
+    horizon: int = 1
 
 
 @dataclass(frozen=True)
@@ -1382,6 +1384,7 @@ def make_protocol(cell: Cell, products: str) -> Protocol:
         repeatable=environment.repeatable,
         reference=cell.bundle.reference,
         products=products,
+        horizon=cell.bundle.experiment.data.horizon,
     )
 
 
@@ -1895,6 +1898,11 @@ def offline_tables(result: OfflineResult) -> Iterator[Table]:
         yield make_table(title, ("seed", "of the policy", "of the data", "higher"), shown)
 
 
+def window_text(horizon: int) -> str:
+    """How many rows each window has, where there is more than one."""
+    return f", in windows of {horizon} rows" if horizon > 1 else ""
+
+
 def data_table(dataset: Dataset) -> Table:
     """What a dataset is, before anything is trained on it."""
     described, section, spec = data.describe_data(dataset), dataset.section, dataset.environment
@@ -1906,7 +1914,8 @@ def data_table(dataset: Dataset) -> Table:
     both = f", {described.both} rows are both" if described.both else ""
     facts = {
         "environment": f"{spec.id or 'none'}, O {spec.observation_dim}, A {spec.action_dim}, limit {spec.max_episode_steps}",
-        "transitions": f"{described.transitions} to train on, {described.held_out} held out",
+        "transitions": f"{described.transitions} to train on, {described.held_out} held out"
+        + window_text(section.horizon),
         "episodes": f"{len(dataset.episode_returns)} whole, of {lengths} steps (shortest / median / longest)",
         "ends": f"{described.terminals} terminals, {described.timeouts} time limits{counted}{both}",
         "returns": quartiles.format(*returns),
@@ -2095,6 +2104,8 @@ def protocol_line(how: Protocol, *members: int, weights: bool = True) -> str:
     parts = [f"{how.environment}, {counts} members x {how.episodes} episodes, seed {how.seed}", *choice(how)]
     if how.w > 0:
         parts.append(f"w {how.w:g}")
+    if how.horizon > 1:
+        parts.append(f"{how.execute} of the {how.horizon} actions of a window taken")
     parts.append(f"temperature {how.temperature:g}" + TEMPERATURES[how.temperature_on])
     if weights:
         early = f"weights of step {how.step} of {how.steps} (online selection, if chosen by score)"
@@ -2144,7 +2155,8 @@ def describe(bundle: Bundle, path: Path, joint: bool = False) -> Iterator[Table]
         "steps": f"{bundle.step} of {pace.steps}" + ("" if bundle.complete else " (unfinished)"),
         "snapshots": "".join(f"@{step}, " for step in bundle.snapshots) + "@last",
         "environment": f"{environment.id or 'none'}, O {environment.observation_dim}, A {environment.action_dim}",
-        "data": f"{identity.source} {identity.name}, {identity.transitions} transitions, {identity.episodes} episodes",
+        "data": f"{identity.source} {identity.name}, {identity.transitions} transitions, {identity.episodes} episodes"
+        + window_text(experiment.data.horizon),
         "data hash": identity.hash[:16],
         "reward scale": scale_text(bundle.reward_scale),
         "reference": "{:g} is score 0, {:g} is 100".format(*bundle.reference) if bundle.reference else "none",

@@ -3,6 +3,9 @@
 Shapes: S members (one per seed), B batch, N candidates, O observation dimensions, A action dimensions, T diffusion
 steps, E episodes, R episodes that still run, H hidden units, K members of an ensemble. Observations are raw, actions
 are scaled to [-1, 1], rewards by the dataset's reward scale. Losses and metrics have one entry per member.
+
+Where the data have a horizon, an action is a window of so many rows, one flat vector, and A counts its numbers. Only
+batches, the mask of the noise error, the return in the TD error, the Transformer's tokens and `Agent` know more.
 """
 
 from __future__ import annotations
@@ -175,9 +178,12 @@ class Randomness:
 
 @dataclass(frozen=True)
 class Batch:
-    """Transitions for each member: observations (S, B, O), actions (S, B, A), the others (S, B).
+    """Windows of up to `horizon` rows of an episode, for each member: observations (S, B, O), the others (S, B).
 
-    rows: their places in `source`, (S, B), from which methods find what follows in the same episode, where a loss asks.
+    lengths: how many rows a window has. actions: (S, B, A), those of `horizon` rows one after the other, also of rows
+    that follow in the data when the episode has ended, so that nothing marks an end. rewards: (S, B, horizon), 0 after
+    the end. next_observations (S, B, O) and terminals: of the window's last row. rows: places of the first rows in
+    `source`, from which methods find what follows in the same episode, where a loss asks.
     """
 
     observations: Tensor
@@ -185,18 +191,35 @@ class Batch:
     rewards: Tensor
     next_observations: Tensor
     terminals: Tensor
+    lengths: Tensor
     rows: Tensor
     source: Transitions
 
+    def known(self) -> Tensor | None:
+        """Which numbers of `actions` are of the window's own rows, (S, B, A) bool; None: all of them."""
+        horizon = self.source.horizon
+        if horizon == 1:
+            return None
+        steps = torch.arange(horizon, device=self.rows.device)
+        return (steps < self.lengths[..., None]).repeat_interleave(self.actions.shape[-1] // horizon, dim=-1)
+
+    def discounted(self, discount: float) -> tuple[Tensor, Tensor]:
+        """Discounted rewards within the window, and the discount of what follows it: (S, B) each."""
+        steps = torch.arange(self.source.horizon + 1, dtype=torch.float64, device=self.rows.device)
+        powers: Tensor = (discount**steps).float()
+        return (self.rewards * powers[:-1]).sum(-1), powers[self.lengths]
+
     def next_actions(self) -> tuple[Tensor, Tensor]:
-        """The data's actions at the next observations, (S, B, A), and whether there is one, (S, B) bool; else it is 0.
+        """The data's window at the next observations, (S, B, A), and whether there is one, (S, B) bool; else it is 0.
 
         There is none after a terminal, at a time limit that is a transition, and at the end of the data.
         """
         episodes, ends = self.source.episodes(self.rows)
-        last = self.rows + 1 == ends  # (S, B)
-        following = self.source.take(self.rows + ~last).actions  # (S, B, A)
-        actions = torch.where(last[..., None], self.source.cut_actions[episodes], following)
+        cut, following = self.source.cut_actions[episodes], self.rows + self.lengths  # of one row; (S, B)
+        last = following == ends  # the episode's last row gives its place to the one that was cut
+        actions, _ = self.source.windows(following - last.long())  # (S, B, A)
+        first, rest = actions.tensor_split([cut.shape[-1]], dim=-1)
+        actions = torch.cat([torch.where(last[..., None], cut, first), rest], dim=-1)
         return actions.nan_to_num(), ~actions.isnan().any(-1)
 
     def returns(self, discount: float) -> tuple[Tensor, Tensor, Batch]:
@@ -212,7 +235,7 @@ class Transitions:
     """
 
     def __init__(self, dataset: Dataset, device: torch.device | str) -> None:
-        self.device, self.sizes = torch.device(device), dataset.sizes
+        self.device, self.sizes, self.horizon = torch.device(device), dataset.sizes, dataset.section.horizon
         rows = torch.from_numpy(dataset.rows)
         self.rows = rows if dataset.section.storage == "disk" else rows.to(device)
         self.ends = torch.from_numpy(dataset.ends).to(device)  # (E,)
@@ -223,11 +246,30 @@ class Transitions:
         return len(self.rows)
 
     def take(self, rows: Tensor) -> Batch:
-        """The transitions at `rows`, (S, B)."""
-        taken = self.rows.index_select(0, rows.flatten().to(self.rows.device)).to(self.device)
-        parts = torch.split(taken.view(*rows.shape, -1), self.sizes, dim=-1)
-        observations, actions, rewards, next_observations, terminals = parts
-        return Batch(observations, actions, rewards.squeeze(-1), next_observations, terminals.squeeze(-1), rows, self)
+        """The windows that begin at `rows`, (S, B)."""
+        if self.horizon == 1:  # one gather instead of three
+            lengths = torch.ones_like(rows)
+            observations, actions, rewards, next_observations, terminals = self._gather(rows, 0, 5)
+        else:
+            lengths = (self.episodes(rows)[1] - rows).clamp(max=self.horizon)
+            (observations,) = self._gather(rows, 0, 1)
+            actions, rewards = self.windows(rows)
+            rewards = rewards * (torch.arange(self.horizon, device=self.device) < lengths[..., None])
+            next_observations, terminals = self._gather(rows + lengths - 1, 3, 5)
+        return Batch(observations, actions, rewards, next_observations, terminals.squeeze(-1), lengths, rows, self)
+
+    def windows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions (S, B, A) and rewards (S, B, horizon) of the rows from `rows` on; after the last row comes the first."""
+        places = (rows[..., None] + torch.arange(self.horizon, device=rows.device)) % len(self)
+        actions, rewards = self._gather(places, 1, 3)
+        return actions.flatten(-2), rewards.squeeze(-1)
+
+    def _gather(self, places: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
+        """The columns of `ROW` from start to stop at these places, (*places, size) each."""
+        before, sizes = sum(self.sizes[:start]), self.sizes[start:stop]
+        columns = self.rows[:, before : before + sum(sizes)]
+        taken = columns.index_select(0, places.flatten().to(self.rows.device)).to(self.device)
+        return torch.split(taken.view(*places.shape, -1), sizes, dim=-1)
 
     def sample(self, random: Randomness, batch_size: int) -> Batch:
         """A batch for each member, drawn uniformly with replacement."""
@@ -301,13 +343,23 @@ class Linear(nn.Module):
     """S independent affine maps, (S, B, inputs) -> (S, B, outputs), as one batched product.
 
     Initial weights and biases are uniform in +-1/sqrt(fan_in). With `copies` networks per member, those of a member are
-    neighbours on the first axis (twin critics: rows 2 s and 2 s + 1 belong to member s).
+    neighbours on the first axis (twin critics: rows 2 s and 2 s + 1 belong to member s). tokens: how many rows it gets
+    for each row of a batch.
     """
 
     def __init__(
-        self, random: Randomness, name: str, inputs: int, outputs: int, *, copies: int = 1, fan_in: int | None = None
+        self,
+        random: Randomness,
+        name: str,
+        inputs: int,
+        outputs: int,
+        *,
+        copies: int = 1,
+        fan_in: int | None = None,
+        tokens: int = 1,
     ) -> None:
         super().__init__()
+        self.tokens = tokens
         bound = 1.0 / math.sqrt(fan_in or inputs)
         weight = random.uniform(f"{name}.weight", copies, inputs, outputs)  # (S, copies, inputs, outputs)
         bias = random.uniform(f"{name}.bias", copies, 1, outputs)
@@ -448,17 +500,16 @@ class ResidualBlock(nn.Module):
 class Perceptron(nn.Module):
     """Hidden layers of a denoiser, one after the other. Source: Diffusion-QL (arXiv 2208.06193)."""
 
-    equal_widths = False
+    equal_widths, by_token, hidden = False, False, [256, 256, 256]
     reads: tuple[str, ...] = ()
 
-    def __init__(self, random: Randomness, section: PolicySection) -> None:
+    def __init__(self, random: Randomness, section: PolicySection, hidden: Sequence[int], horizon: int) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[section.activation]
-        widths = enumerate(pairwise(section.hidden))
-        self.layers = nn.ModuleList(Linear(random, f"hidden{i}", a, b) for i, (a, b) in widths)
+        self.layers = nn.ModuleList(Linear(random, f"hidden{i}", a, b) for i, (a, b) in enumerate(pairwise(hidden)))
 
-    def forward(self, x: Tensor, random: Randomness | None) -> Tensor:
-        x = self.activation(x)
+    def forward(self, action: Tensor, condition: Tensor, time: Tensor, random: Randomness | None) -> Tensor:
+        x = self.activation(action + condition + time)
         for layer in self.layers:
             x = self.activation(layer(x))
         return x
@@ -467,24 +518,117 @@ class Perceptron(nn.Module):
 class ResidualNetwork(nn.Module):
     """Residual blocks of a denoiser, all of one width. Source: IDQL (arXiv 2304.10573), LN-ResNet."""
 
-    equal_widths = True
+    equal_widths, by_token, hidden = True, False, [256, 256, 256]
     reads: tuple[str, ...] = ("dropout",)
 
-    def __init__(self, random: Randomness, section: PolicySection) -> None:
+    def __init__(self, random: Randomness, section: PolicySection, hidden: Sequence[int], horizon: int) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[section.activation]
         self.blocks = nn.ModuleList(
             ResidualBlock(random, f"block{i}", width, section.activation, section.dropout)
-            for i, width in enumerate(section.hidden)
+            for i, width in enumerate(hidden)
         )
 
-    def forward(self, x: Tensor, random: Randomness | None) -> Tensor:
+    def forward(self, action: Tensor, condition: Tensor, time: Tensor, random: Randomness | None) -> Tensor:
+        x = action + condition + time
         for block in self.blocks:
             x = block(x, random)
         return self.activation(x)
 
 
-NETWORKS: dict[str, type[Perceptron | ResidualNetwork]] = {"mlp": Perceptron, "resnet": ResidualNetwork}
+class AdaptiveNorm(nn.Module):
+    """A layer norm whose scale and shift, and gates of what follows, are affine maps of a condition.
+
+    All of them are 0 at first, so that a gated branch begins as nothing. Source: DiT (arXiv 2212.09748), adaLN-Zero.
+    """
+
+    def __init__(self, random: Randomness, name: str, width: int, gates: int) -> None:
+        super().__init__()
+        self.width, self.parts = width, 2 + gates
+        self.maps = Linear(random, name, width, self.parts * width)
+        nn.init.zeros_(self.maps.weight)
+        nn.init.zeros_(self.maps.bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, ...]:
+        """x: (S, B, tokens, H), condition: (S, B, H) -> x normalized, scaled and shifted; the gates (S, B, 1, H)."""
+        scale, shift, *gates = self.maps(condition)[:, :, None].chunk(self.parts, dim=-1)
+        return functional.layer_norm(x, (self.width,)) * (1 + scale) + shift, *gates
+
+
+class Attention(nn.Module):
+    """Attention of each token to all tokens of its window: (S, B, tokens, H) -> the same. Source: arXiv 1706.03762."""
+
+    def __init__(self, random: Randomness, name: str, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.inward = Linear(random, f"{name}.inward", width, 3 * width)
+        self.outward = Linear(random, f"{name}.outward", width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, _, tokens, width = x.shape
+        parts = on_tokens(self.inward, x).view(-1, tokens, 3, self.heads, width // self.heads)
+        pieces = torch.split(parts.permute(2, 0, 3, 1, 4), MOST_WINDOWS, dim=1)  # (3, S B, heads, tokens, H / heads)
+        mixed = torch.cat([functional.scaled_dot_product_attention(*piece) for piece in pieces])
+        return on_tokens(self.outward, mixed.transpose(1, 2).reshape(x.shape))
+
+
+MOST_WINDOWS = 32_768  # that attend at a time: CUDA fails at 65,536
+
+
+def on_tokens(layer: Linear, x: Tensor) -> Tensor:
+    """A layer on each token: (S, B, tokens, inputs) -> (S, B, tokens, outputs)."""
+    return layer(x.flatten(1, 2)).view(*x.shape[:3], -1)  # type: ignore[no-any-return]
+
+
+class TransformerBlock(nn.Module):
+    """Attention and two layers, each after an adaptive norm and gated. Source: DiT (arXiv 2212.09748), figure 3."""
+
+    def __init__(self, random: Randomness, name: str, width: int, heads: int, activation: str) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.norms = nn.ModuleList(AdaptiveNorm(random, f"{name}.norm{i}", width, 1) for i in range(2))
+        self.attention = Attention(random, f"{name}.attention", width, heads)
+        self.widen = Linear(random, f"{name}.widen", width, 4 * width)
+        self.narrow = Linear(random, f"{name}.narrow", 4 * width, width)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        y, gate = self.norms[0](x, condition)
+        x = x + gate * self.attention(y)
+        y, gate = self.norms[1](x, condition)
+        return x + gate * on_tokens(self.narrow, self.activation(on_tokens(self.widen, y)))  # type: ignore[no-any-return]
+
+
+class Transformer(nn.Module):
+    """Blocks of a denoiser over one token per action of a window; step, observation and label enter by the norms."""
+
+    equal_widths, by_token, hidden = True, True, [64, 64]
+    reads: tuple[str, ...] = ("heads",)
+
+    def __init__(self, random: Randomness, section: PolicySection, hidden: Sequence[int], horizon: int) -> None:
+        super().__init__()
+        self.activation, self.horizon, width = ACTIVATIONS[section.activation], horizon, hidden[0]
+        places = random.uniform("places", horizon, width)  # (S, tokens, H)
+        self.places = nn.Parameter((places * 2 - 1) / math.sqrt(width))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(random, f"block{i}", width, section.heads, section.activation) for i in range(len(hidden))
+        )
+        self.norm = AdaptiveNorm(random, "norm", width, 0)
+
+    def forward(self, action: Tensor, condition: Tensor, time: Tensor, random: Randomness | None) -> Tensor:
+        """action: (S, B tokens, H) -> the same."""
+        condition = self.activation(condition + time)
+        x = action.view(*condition.shape[:2], self.horizon, -1) + self.places[:, None]
+        for block in self.blocks:
+            x = block(x, condition)
+        (x,) = self.norm(x, condition)
+        return x.flatten(1, 2)  # type: ignore[no-any-return]
+
+
+NETWORKS: dict[str, type[Perceptron | ResidualNetwork | Transformer]] = {
+    "mlp": Perceptron,
+    "resnet": ResidualNetwork,
+    "transformer": Transformer,
+}
 
 
 class Denoiser(Stack):
@@ -492,25 +636,35 @@ class Denoiser(Stack):
 
     The first layer acts on [action, step, observation, label]. It is kept as a sum of maps, so that the observation's
     part is computed once for a whole chain, and the step's part once for all rows. labels: add an embedding of
-    {0: dropped, 1: worse, 2: better}.
+    {0: dropped, 1: worse, 2: better}. horizon: of how many actions, each A / horizon numbers, a network with tokens
+    makes one token each.
     """
 
     features: Tensor
 
     def __init__(
-        self, random: Randomness, section: PolicySection, observation_dim: int, action_dim: int, labels: bool
+        self,
+        random: Randomness,
+        section: PolicySection,
+        observation_dim: int,
+        action_dim: int,
+        labels: bool,
+        horizon: int = 1,
     ) -> None:
         super().__init__()
-        first, time_features = section.hidden[0], section.time_features
-        fan_in = action_dim + time_features + observation_dim
+        network = NETWORKS[section.network or "mlp"]
+        hidden, time_features = section.hidden or network.hidden, section.time_features
+        tokens = horizon if network.by_token else 1
+        first, self.action_dim = hidden[0], action_dim // tokens
+        fan_in = self.action_dim + time_features + observation_dim
         self.observation = Linear(random, "observation", observation_dim, first, fan_in=fan_in)
-        self.action = Linear(random, "action", action_dim, first, fan_in=fan_in)
+        self.action = Linear(random, "action", self.action_dim, first, fan_in=fan_in, tokens=tokens)
         self.time_in = Linear(random, "time_in", time_features, 2 * time_features)
         self.time_out = Linear(random, "time_out", 2 * time_features, time_features)
         self.time = Linear(random, "time", time_features, first, fan_in=fan_in)
         self.label = Linear(random, "label", 3, first, fan_in=fan_in) if labels else None
-        self.trunk = NETWORKS[section.network or "mlp"](random, section)
-        self.out = Linear(random, "out", section.hidden[-1], action_dim)
+        self.trunk = network(random, section, hidden, horizon)
+        self.out = Linear(random, "out", hidden[-1], self.action_dim, tokens=tokens)
         frequencies = torch.exp(-math.log(10_000) * torch.arange(time_features // 2) / max(1, time_features // 2 - 1))
         angles = torch.arange(max(section.diffusion_steps, FEWEST_TIMES))[:, None] * frequencies
         features = torch.cat([angles.sin(), angles.cos()], dim=1).to(random.device)
@@ -533,7 +687,8 @@ class Denoiser(Stack):
 
     def forward(self, actions: Tensor, time: Tensor, condition: Tensor, random: Randomness | None = None) -> Tensor:
         """actions: (S, B, A); time: (S, B or 1, H); condition: (S, B, H); random: for dropout, None when acting."""
-        return self.out(self.trunk(self.action(actions) + condition + time, random))  # type: ignore[no-any-return]
+        parts = self.action(actions.reshape(len(actions), -1, self.action_dim))  # of the window, or of each token
+        return self.out(self.trunk(parts, condition, time, random)).view_as(actions)  # type: ignore[no-any-return]
 
 
 FEWEST_TIMES = 8  # rows: MKL splits products of fewer among threads where there is one network
@@ -744,13 +899,15 @@ def conservative_loss(q: Tensor, others: Tensor) -> Loss:
     return loss, {"conservative_loss": loss.detach()}
 
 
-def noise_loss(predicted: Tensor, noise: Tensor, weight: Tensor | None = None) -> Loss:
+def noise_loss(predicted: Tensor, noise: Tensor, weight: Tensor | None = None, known: Tensor | None = None) -> Loss:
     """Mean squared error of the predicted noise.
 
-    predicted, noise: (S, B, A); weight of each transition: (S, B), by default equal.
+    predicted, noise: (S, B, A); weight of each transition: (S, B), by default equal; known: (S, B, A) bool, what counts,
+    by default all; the rest has error 0.
     Source: DDPM, arXiv 2006.11239, eq. 14; weighted: IDQL, arXiv 2304.10573, eq. 9.
     """
-    error = (predicted - noise).square().mean(-1)
+    error = (predicted - noise).square()
+    error = (error if known is None else known * error).mean(-1)
     loss = (error if weight is None else weight * error).mean(-1)
     return loss, {"noise_loss": loss.detach()}
 
@@ -796,14 +953,20 @@ class Policy(nn.Module):
     """A diffusion model over actions, given the observation; the moving average of its weights acts."""
 
     def __init__(
-        self, random: Randomness, normalizer: Normalizer, section: PolicySection, observation_dim: int, action_dim: int
+        self,
+        random: Randomness,
+        normalizer: Normalizer,
+        section: PolicySection,
+        observation_dim: int,
+        action_dim: int,
+        horizon: int = 1,
     ) -> None:
         super().__init__()
         self.section, self.normalizer, self.algorithm = section, normalizer, POLICIES[section.algorithm]
         self.action_dim, self.sampler = action_dim, SAMPLERS[section.sampler]
         betas = make_schedule(section.noise_schedule, section.diffusion_steps)
         self.diffusion = Diffusion(betas, random.device, section.variance or self.algorithm.variance)
-        self.denoiser = Denoiser(random, section, observation_dim, action_dim, self.algorithm.labels)
+        self.denoiser = Denoiser(random, section, observation_dim, action_dim, self.algorithm.labels, horizon)
         self.average = self.denoiser.frozen_copy()
         self.times: Tensor | None = None  # (S, T, H), once the weights are final
 
@@ -840,7 +1003,8 @@ class Policy(nn.Module):
         condition = self.denoiser.condition(self.normalizer(batch.observations), labels)
         times = self.denoiser.times()
         chosen = functional.one_hot(t, times.shape[1]).float() @ times  # (S, B, H)
-        return Prediction(self.denoiser(noisy, chosen, condition, random), noise, noisy, t, condition, times)
+        predicted = self.denoiser(noisy, chosen, condition, random)
+        return Prediction(predicted, noise, noisy, t, condition, times, batch.known())
 
     def sample(
         self,
@@ -860,7 +1024,8 @@ class Policy(nn.Module):
         gradient of Q at the one-step estimate of the clean action. With jacobian, by -guidance_weight sqrt(1 -
         alpha_bar) dQ/dx, through the denoiser: this draws from the policy's density times exp(guidance_weight Q),
         exactly if the one is Gaussian and the other linear (arXiv 2105.05233, Algorithm 2). Without, by
-        -guidance_weight sqrt(alpha_bar) dQ/da (Q-guided flow, arXiv 2606.11087).
+        -guidance_weight sqrt(alpha_bar) dQ/da (Q-guided flow, arXiv 2606.11087); in a window, this moves later actions
+        less, since Q depends less on them and the denoiser does not carry the gradient from one action to another.
         """
         predict = self._prediction(observations, candidates, w)
         repeated = observations.repeat_interleave(candidates, dim=1)
@@ -915,7 +1080,10 @@ class Policy(nn.Module):
 
 @dataclass(frozen=True)
 class Prediction:
-    """A step of denoising training: predicted, noise, noisy (S, B, A), t (S, B), and the first layer's parts."""
+    """A step of denoising training: predicted, noise, noisy (S, B, A), t (S, B), and the first layer's parts.
+
+    known: which of the actions are of the window's own rows, as in `Batch`.
+    """
 
     predicted: Tensor
     noise: Tensor
@@ -923,23 +1091,28 @@ class Prediction:
     t: Tensor
     condition: Tensor
     times: Tensor
+    known: Tensor | None
+
+    def loss(self, weight: Tensor | None = None, target: Tensor | None = None) -> Loss:
+        """`noise_loss` where actions are known; target: (S, B, A), by default the noise."""
+        return noise_loss(self.predicted, self.noise if target is None else target, weight, self.known)
 
 
 def cloning_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Randomness) -> Loss:
     """Noise error (DDPM, arXiv 2006.11239), under a guidance weighted by the advantage of each transition."""
     step = policy.predict(batch, random)
     if guidance is None:
-        return noise_loss(step.predicted, step.noise)
+        return step.loss()
     with torch.no_grad():
         advantage = guidance.advantage(batch.observations, batch.actions)
     weights = ADVANTAGE_WEIGHTS[policy.section.advantage_weight](policy.section, advantage)
-    return noise_loss(step.predicted, step.noise, weights)
+    return step.loss(weights)
 
 
 def chain_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Randomness) -> Loss:
     """Noise error minus eta times scaled Q of actions from the whole chain (Diffusion-QL, arXiv 2208.06193, eq. 3)."""
     step = policy.predict(batch, random)
-    cloning = noise_loss(step.predicted, step.noise)
+    cloning = step.loss()
     if guidance is None:
         return cloning
 
@@ -954,7 +1127,7 @@ def chain_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Ran
 def one_step_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Randomness) -> Loss:
     """Noise error minus eta times scaled Q of the one-step clean estimate (EDP, arXiv 2305.20081, eq. 9)."""
     step = policy.predict(batch, random)
-    cloning = noise_loss(step.predicted, step.noise)
+    cloning = step.loss()
     if guidance is None:
         return cloning
     actions = policy.diffusion.clean(step.noisy, step.predicted, step.t)
@@ -970,14 +1143,14 @@ def noise_regression_loss(policy: Policy, batch: Batch, guidance: Judge | None, 
     """
     step = policy.predict(batch, random)
     if guidance is None:
-        return noise_loss(step.predicted, step.noise)
+        return step.loss()
     with torch.no_grad():
         size = guidance.q(batch.observations, batch.actions).abs().mean(-1).clamp(min=1e-6)  # (S,)
     noisy = step.noisy.detach().requires_grad_()
     q = guidance.one_q(batch.observations, noisy, random.integers("twin", 2))
     (gradient,) = torch.autograd.grad(q.sum(), noisy)
     scale = policy.section.eta * policy.diffusion.levels[step.t][..., 1:] / size[:, None, None]  # (S, B, 1)
-    loss, metrics = noise_loss(step.predicted, step.noise - scale * gradient)
+    loss, metrics = step.loss(target=step.noise - scale * gradient)
     return loss, metrics | {"policy_q": q.detach().mean(-1)}
 
 
@@ -997,7 +1170,7 @@ def label_loss(policy: Policy, batch: Batch, guidance: Judge | None, random: Ran
             better = advantage >= torch.quantile(advantage, 1 - share, dim=-1, keepdim=True)
     kept = random.uniform("label", better.shape[1]) >= policy.section.label_dropout
     step = policy.predict(batch, random, labels=kept * (1 + better.long()))
-    loss, metrics = noise_loss(step.predicted, step.noise)
+    loss, metrics = step.loss()
     return loss, metrics | {"better": better.float().mean(-1)}
 
 
@@ -1237,6 +1410,12 @@ def other_actions(actions: Tensor, count: int, noise: float, random: Randomness)
     return torch.cat([beside.clamp(-1, 1), anywhere], dim=2)
 
 
+def step_loss(guidance: Guidance, q: Tensor, batch: Batch, next_v: Tensor) -> Loss:
+    """`td_loss` over the rows of each window (n-step returns: Sutton and Barto, 2nd edition, section 7.1)."""
+    rewards, discount = batch.discounted(guidance.section.discount)
+    return td_loss(q, rewards, batch.terminals, next_v, discount)
+
+
 def implicit_q_loss(guidance: Guidance, q: Tensor, batch: Batch, random: Randomness, actor: Actor | None) -> Loss:
     """Implicit Q-learning (arXiv 2110.06169, Algorithm 1; arXiv 2304.10573): uses no action outside the data."""
     with torch.no_grad():
@@ -1245,7 +1424,7 @@ def implicit_q_loss(guidance: Guidance, q: Tensor, batch: Batch, random: Randomn
     v = guidance.v(batch.observations)
     return add(
         VALUE_LOSSES[guidance.section.value_loss](guidance.section, target_q, v),
-        td_loss(q, batch.rewards, batch.terminals, next_v, guidance.section.discount),
+        step_loss(guidance, q, batch, next_v),
     )
 
 
@@ -1272,7 +1451,7 @@ def diffusion_q_loss(guidance: Guidance, q: Tensor, batch: Batch, random: Random
     with torch.no_grad():
         both = guidance.twins(guidance.target_q, repeated, actor(repeated, random))  # (S, 2, B N)
         next_q = both.view(*both.shape[:2], batch.rewards.shape[1], -1).amax(-1).amin(1)
-    td = td_loss(q, batch.rewards, batch.terminals, next_q, guidance.section.discount)
+    td = step_loss(guidance, q, batch, next_q)
     loss = critic_loss(guidance, batch, td)
     return loss if companion is None else add(loss, companion.loss(batch, guidance, random))
 
@@ -1286,7 +1465,7 @@ def sarsa_loss(guidance: Guidance, q: Tensor, batch: Batch, random: Randomness, 
     with torch.no_grad():
         next_q = guidance.q(batch.next_observations, next_actions)
         next_v = torch.where(exists, next_q, guidance.v(batch.next_observations))
-    td = td_loss(q, batch.rewards, batch.terminals, next_v, guidance.section.discount)
+    td = step_loss(guidance, q, batch, next_v)
     return critic_loss(guidance, batch, td)
 
 
@@ -1374,10 +1553,14 @@ def check_algorithms(run: Experiment) -> Experiment:
     line("[guidance] algorithm", run.guidance.algorithm, GUIDANCES)
     section = run.policy
     algorithm = line("[policy] algorithm", section.algorithm, POLICIES)
-    network = section.network or algorithm.network
-    if line("[policy] network", network, NETWORKS).equal_widths and len(set(section.hidden)) > 1:
-        raise MdptError(f"[policy] hidden = {section.hidden}: all blocks of network {network!r} have the same width")
-    filled = dict(section) | {"network": network, "variance": section.variance or algorithm.variance}
+    name = section.network or algorithm.network
+    network = line("[policy] network", name, NETWORKS)
+    hidden = section.hidden or network.hidden
+    if network.equal_widths and len(set(hidden)) > 1:
+        raise MdptError(f"[policy] hidden = {hidden}: all blocks of network {name!r} have the same width")
+    if network.by_token and hidden[0] % section.heads:
+        raise MdptError(f"[policy] heads = {section.heads}: should divide the width of hidden = {hidden}")
+    filled = dict(section) | {"network": name, "hidden": hidden, "variance": section.variance or algorithm.variance}
     policy = data.PolicySection.model_construct(section.model_fields_set, **filled)  # filled in is not set
     return run.model_copy(update={"policy": policy})
 
@@ -1776,11 +1959,11 @@ def read_policy(path: Path) -> Bundle:
 
 
 def check_fit(first: Bundle, second: Bundle) -> list[str]:
-    """Check that two bundles are of one environment; returns warnings where they learned from other data.
+    """Check that two bundles are of one environment and horizon; returns warnings where they learned from other data.
 
-    Raises: MdptError listing the values of each environment property in which they differ.
+    Raises: MdptError listing the values of each property in which they differ.
     """
-    ours, theirs = asdict(first.environment), asdict(second.environment)
+    ours, theirs = (asdict(each.environment) | {"horizon": each.experiment.data.horizon} for each in (first, second))
     # without an environment, max_episode_steps is the length of the longest episode of the data
     own = {"repeatable"} | ({"max_episode_steps"} if first.environment.id is None else set())
     mismatches = [
@@ -1789,7 +1972,7 @@ def check_fit(first: Bundle, second: Bundle) -> list[str]:
     if mismatches:
         raise MdptError(
             f"the {first.kind} and the {second.kind} do not fit together: {'; '.join(mismatches)}; "
-            "use bundles of one environment"
+            "use bundles of one environment and one horizon"
         )
     both, known = (first, second), "swapping is known to hold only under one data distribution"
     if first.dataset.hash != second.dataset.hash:
@@ -1989,7 +2172,7 @@ def build_judge(
 def build_policy(bundle: Bundle, device: str, *, new: bool = False) -> Policy:
     """The policy of a bundle, without its guidance, ready to act; new: one with initial weights, which is to learn."""
     random, normalizer, wide, actions = _shape(bundle, device)
-    policy = Policy(random, normalizer, bundle.experiment.policy, wide, actions)
+    policy = Policy(random, normalizer, bundle.experiment.policy, wide, actions, bundle.experiment.data.horizon)
     if not new:
         del policy.denoiser  # its average acts
         load_weights(policy, bundle.acting)
@@ -2000,7 +2183,8 @@ def build_policy(bundle: Bundle, device: str, *, new: bool = False) -> Policy:
 def _shape(bundle: Bundle, device: str) -> tuple[Randomness, Normalizer, int, int]:
     random = Randomness(bundle.seeds, f"{bundle.kind} init", device)
     normalizer = Normalizer(bundle.normalizer["mean"], bundle.normalizer["deviation"]).to(device)
-    return random, normalizer, bundle.environment.observation_dim, bundle.environment.action_dim
+    actions = bundle.environment.action_dim * bundle.experiment.data.horizon
+    return random, normalizer, bundle.environment.observation_dim, actions
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -2024,7 +2208,8 @@ class Inference:
     """How an action is chosen from N candidates; the fields are those of [evaluation], in effect.
 
     ensemble: the rule by which several guidance members judge as one, or "none": one member judges. ensemble_over: "all"
-    members of all guidances, or those at the policy member's "position".
+    members of all guidances, or those at the policy member's "position". execute: how many actions of a window are taken
+    before the next decision.
     """
 
     candidates: int = 1
@@ -2038,6 +2223,7 @@ class Inference:
     temperature_on: str = "all"
     ensemble: str = "none"
     ensemble_over: str = "all"
+    execute: int = 1
 
     @property
     def by_position(self) -> bool:
@@ -2075,6 +2261,7 @@ def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference,
         "guidance_weight": section.guidance_weight if steered else 0.0,
         "ensemble": ensemble,
         "ensemble_over": section.ensemble_over if ensemble != "none" else "all",
+        "execute": section.execute or run.data.horizon,
     }
     how = Inference(**{each.name: getattr(section, each.name) for each in fields(Inference)} | effective)
     return how, {
@@ -2090,6 +2277,7 @@ def pick_inference(run: Experiment, guided: bool, step: int) -> tuple[Inference,
         "temperature": scaled,
         "temperature_on": scaled and section.temperature != 1,
         "w": labels,
+        "execute": run.data.horizon > 1,
     }
 
 
@@ -2166,9 +2354,12 @@ def act(
 
 
 def fewest_rows(*parts: nn.Module) -> int:
-    """Smallest batch at which torch uses one kernel, so that a row's result is independent of the batch size."""
+    """Smallest batch at which torch uses one kernel, so that a row's result is independent of the batch size.
+
+    Layers inside a Transformer are not the smallest, and its attention has a kernel that treats each window alone.
+    """
     layers = [layer for part in parts for layer in part.modules() if isinstance(layer, Linear)]
-    sizes = [layer.weight[0].numel() for layer in layers if 1 not in layer.weight.shape[1:]]
+    sizes = [layer.tokens * layer.weight[0].numel() for layer in layers if 1 not in layer.weight.shape[1:]]
     return 1 + SMALL_PRODUCT // min(sizes, default=SMALL_PRODUCT + 1)
 
 
@@ -2177,7 +2368,7 @@ class Agent:
 
     judges: for each episode the position of its guidance member, ascending; by default the first judges all, or an
     ensemble of all members of all guidances does. The random numbers of an episode depend on the policy member's seed,
-    the episode's number, the step and `seed` alone.
+    the episode's number, the number of the decision and `seed` alone. All episodes decide at the same steps.
     """
 
     def __init__(
@@ -2201,9 +2392,18 @@ class Agent:
         self.fewest = max(fewest_rows(network.observation), for_candidates)
         (member,) = policy.seeds
         self.random = Randomness([f"{member} episode {episode}" for episode in episodes], f"evaluate {seed}")
+        self.step, self.windows = 0, np.empty((len(episodes), how.execute, policy.environment.action_dim), np.float32)
 
     def __call__(self, observations: Array, running: Array) -> Array:
-        """Actions (R, A) in [-1, 1], from observations (R, O) of the episodes at the places `running` (R,)."""
+        """Actions of this step, (R, A) in [-1, 1], of the episodes at the places `running` (R,), as last decided."""
+        if (turn := self.step % self.how.execute) == 0:
+            self.windows[running] = self.decide(observations, running)
+        self.step += 1
+        actions: Array = self.windows[running, turn]
+        return actions
+
+    def decide(self, observations: Array, running: Array) -> Array:
+        """The next actions (R, execute, A) in [-1, 1], from observations (R, O) of the episodes at these places (R,)."""
         judge_of, count = self.judge_of[running], self.how.candidates
         shares = [np.flatnonzero(judge_of == judge) for judge in np.unique(judge_of)]
         places = np.concatenate([np.resize(share, max(len(share), self.fewest_judged)) for share in shares])
@@ -2217,10 +2417,11 @@ class Agent:
         noises = noises.transpose(0, 1).flatten(1, 2)[None]  # (1, T, R N, A)
         sizes = count * np.bincount(judge_of[places], minlength=len(self.judges))
         ranker = RowsApart(self.judges, sizes.tolist()) if self.judges else None
-        actions = np.empty((len(running), noises.shape[-1]), np.float32)
         with torch.inference_mode(self.how.guidance_weight == 0):  # a gradient of Q needs another mode
-            actions[places] = act(self.policy, ranker, states, noises, uniform, self.how)[0].numpy()
-        return actions
+            windows = act(self.policy, ranker, states, noises, uniform, self.how)[0].numpy()  # (R, horizon A)
+        chosen = np.empty((len(running), *self.windows.shape[1:]), np.float32)
+        chosen[places] = windows.reshape(len(places), -1, chosen.shape[-1])[:, : self.how.execute]
+        return chosen
 
 
 @dataclass(frozen=True)
@@ -2304,7 +2505,8 @@ def judge_offline(
     """
     count = len(policy.seeds)
     rows = np.linspace(0, len(held_out.rewards) - 1, min(len(held_out.rewards), OFFLINE_STATES)).astype(np.int64)
-    observations, actions = (torch.from_numpy(array[rows]) for array in (held_out.observations, held_out.actions))
+    windows, known = map(torch.from_numpy, held_out.windows(rows, policy.experiment.data.horizon))
+    observations, actions = torch.from_numpy(held_out.observations[rows]), windows.flatten(1)
     states, given = observations.expand(count, -1, -1), actions.expand(count, -1, -1)
     actor, random = build_policy(policy, "cpu"), Randomness(policy.seeds, f"evaluate {seed} offline")
     noises = actor.noises(random, "act", len(rows) * how.candidates)
@@ -2321,8 +2523,14 @@ def judge_offline(
         judge = build_judge(bundles, rule, count, "cpu", by_position=by_position)
         own, other = judge.q(states, chosen), judge.q(states, given)
         values[name] = Values(own.mean(1).tolist(), other.mean(1).tolist(), (own > other).float().mean(1).tolist())
-    distance, distance_one = ((each - given).square().mean((1, 2)).sqrt().tolist() for each in (chosen, one))
-    chance = float((actions - actions.roll(len(rows) // 2, 0)).square().mean().sqrt())
+
+    def apart(first: Tensor, second: Tensor, counted: Tensor) -> Tensor:  # over the actions of the states' own episodes
+        squares = (first - second).square().view(-1, *windows.shape).mean(-1)  # (S, B, horizon)
+        return ((squares * counted).sum((1, 2)) / counted.sum()).sqrt()
+
+    distance, distance_one = (apart(each, given, known).tolist() for each in (chosen, one))
+    half = len(rows) // 2
+    chance = float(apart(actions, actions.roll(half, 0), known & known.roll(half, 0)))
     return Offline(len(rows), distance, distance_one, chance, gain, values)
 
 
@@ -2331,6 +2539,7 @@ def load_agent(
 ) -> Callable[[Array], Array]:
     """A policy for other programs: observations (O,) or (E, O) -> actions (A,) or (E, A), in the environment's unit.
 
+    A policy of windows, with [data] horizon above 1, gives the next `evaluation.execute` actions: (K, A) or (E, K, A).
     guidance: the guidance bundle, or several, to act under, or "none"; by default those inside the policy bundle.
     member: by position. evaluation: fields of [evaluation], such as candidates or seed, in place of the bundle's.
 
@@ -2352,6 +2561,7 @@ def load_agent(
     if how.ensemble == "none" or how.by_position:
         guidances = [select_members(each, [pair_members(count, len(each.seeds))[member]]) for each in guidances]
     one, spec, agents = select_members(bundle, [member]), bundle.environment, {}
+    windowed = run.data.horizon > 1
     choose_products()  # as `mdpt evaluate` does
 
     def choose(observations: Array) -> Array:
@@ -2364,10 +2574,11 @@ def load_agent(
         if rows.ndim != 2 or rows.shape[1] != spec.observation_dim or not np.isfinite(rows).all():
             raise MdptError(f"{path}: observations of shape {np.shape(observations)}; {expected}")
         if not len(rows):
-            return np.empty((0, spec.action_dim), np.float32)
+            return np.empty((0, how.execute, spec.action_dim) if windowed else (0, spec.action_dim), np.float32)
         if len(rows) not in agents:
             agents[len(rows)] = Agent(one, guidances, how, seed=run.evaluation.seed, episodes=range(len(rows)))
-        actions = data.unscale_actions(agents[len(rows)](rows, np.arange(len(rows))), spec)
+        actions = data.unscale_actions(agents[len(rows)].decide(rows, np.arange(len(rows))), spec)
+        actions = actions if windowed else actions[:, 0]
         return actions if np.ndim(observations) == 2 else actions[0]
 
     return choose
@@ -2664,11 +2875,14 @@ def train_guidance(experiment: Experiment, dataset: Dataset, run: Run) -> Bundle
 
     experiment: as `load_experiment` gives it.
     """
+    horizon = dataset.section.horizon
 
     def save(bundle: Bundle) -> None:
         if bundle.complete:  # a complete bundle always has its quality
             bundle.quality = [
-                guidance_quality(build_guidance(_at(bundle, step), run.device), dataset.held_out, discount, step)
+                guidance_quality(
+                    build_guidance(_at(bundle, step), run.device), dataset.held_out, discount, step, horizon
+                )
                 for step in bundle.snapshots
                 if len(dataset.held_out.rewards)
             ]
@@ -2939,7 +3153,7 @@ def run_facts(bundle: Bundle, joint: bool) -> dict[str, Any]:
         if key not in (FREE if name == bundle.kind else PACE)
     }
     section = bundle.experiment.data
-    shapers = ("seed", "fraction", "held_out", "reward_scale", "normalization", "keep_timeouts")
+    shapers = ("seed", "fraction", "held_out", "reward_scale", "normalization", "keep_timeouts", "horizon")
     return (
         facts
         | {f"[data] {key}": getattr(section, key) for key in shapers}
@@ -2979,7 +3193,7 @@ QUALITY_ROWS = 8192  # judged at a time
 
 
 @torch.no_grad()
-def guidance_quality(guidance: Guidance, held_out: HeldOut, discount: float, step: int) -> Quality:
+def guidance_quality(guidance: Guidance, held_out: HeldOut, discount: float, step: int, horizon: int = 1) -> Quality:
     """Compare a guidance with the returns of held-out episodes.
 
     Rows are correlated whose return is known: the episode ended, or what a time limit cut off weighs at most 5 %; where
@@ -2990,7 +3204,7 @@ def guidance_quality(guidance: Guidance, held_out: HeldOut, discount: float, ste
     would correlate where actions do not matter.) V is an upper expectile, so it lies above the returns once it has left
     its initial values. q_spread: standard deviation of Q, over members, and over rows, averaged over the other.
     """
-    v, q, theirs = _held_out_values(guidance, held_out)
+    v, q, theirs = _held_out_values(guidance, held_out, horizon)
     gains = q - theirs
     rewards, terminals, timeouts = held_out.rewards, held_out.terminals, held_out.timeouts
     shared, known = data.discounted_returns(rewards, terminals, timeouts, discount)
@@ -3024,15 +3238,20 @@ def guidance_quality(guidance: Guidance, held_out: HeldOut, discount: float, ste
     )
 
 
-def _held_out_values(guidance: Guidance, held_out: HeldOut) -> tuple[Array, Array, Array]:
+def _held_out_values(guidance: Guidance, held_out: HeldOut, horizon: int) -> tuple[Array, Array, Array]:
     """V, Q of the rows' actions, and mean Q of OTHER_ACTIONS actions of other rows: (S, rows) float64 each."""
     found, device = [], guidance.value.vector.device
     count = len(held_out.actions)
-    apart = [max(1, count * k // (OTHER_ACTIONS + 1)) for k in range(1, OTHER_ACTIONS + 1)]  # mostly other episodes
-    others = [np.roll(held_out.actions, rows, axis=0) for rows in apart]
-    tensors = [torch.from_numpy(array) for array in (held_out.observations, held_out.actions, *others)]
-    for block in zip(*(torch.split(tensor, QUALITY_ROWS) for tensor in tensors), strict=True):
-        observations, *actions = (part.to(device).expand(guidance.members, -1, -1) for part in block)
+    apart = [
+        0,
+        *(max(1, count * k // (OTHER_ACTIONS + 1)) for k in range(1, OTHER_ACTIONS + 1)),
+    ]  # mostly other episodes
+    for start in range(0, count, QUALITY_ROWS):
+        rows = np.arange(start, min(start + QUALITY_ROWS, count))
+        arrays = [held_out.observations[rows], *(held_out.windows((rows - k) % count, horizon)[0] for k in apart)]
+        observations, *actions = (
+            torch.from_numpy(array).flatten(1).to(device).expand(guidance.members, -1, -1) for array in arrays
+        )
         values = [guidance.v(observations), *(guidance.q(observations, each) for each in actions)]
         found.append(torch.stack(values).cpu())
     v, q, *theirs = torch.cat(found, dim=-1).double().numpy()

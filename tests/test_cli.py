@@ -1948,3 +1948,34 @@ def test_harm_beyond_chance_is_told_with_what_helps(
 def test_a_known_source_fills_in_what_the_file_leaves_out(folder: Path) -> None:
     Path("toy.toml").write_text('[data]\nsource = "d4rl"\ndataset = "hoper-medium-v2"\n')
     fail("guidance toy.toml --out g.pt", "hoper-medium-v2", "unknown to D4RL", "hopper-medium-v2")
+
+
+def test_windows_go_through_all_commands(folder: Path) -> None:
+    window, play_two = "--set data.horizon=3", "--set evaluation.execute=2"
+    assert "in windows of 3 rows" in run(f"guidance toy.toml {window} --describe-data").stdout
+    run(f"guidance toy.toml {window} --out g3.pt")
+    run(f"policy toy.toml {window} --guidance g3.pt --set policy.network=transformer --out p3.pt")
+    described = run("evaluate p3.pt --describe").stdout
+    for text in ("in windows of 3 rows", "network=transformer", "hidden=[16, 16]", "heads=4"):
+        assert text in described, text
+    for settings, taken in (("", 3), (play_two, 2)):
+        report, stdout = play(f"evaluate p3.pt {settings}")
+        cell = report["cells"][0]
+        assert (cell["protocol"]["execute"], cell["protocol"]["horizon"]) == (taken, 3)
+        assert f"{taken} of the 3 actions of a window taken" in stdout
+        assert {length for pair in cell["pairs"] for length in pair["lengths"]} <= {3, 4, 5, 6}  # environment steps
+    report, _ = play(f"swap p3.pt --guidance g3.pt {play_two}")
+    assert {cell["protocol"]["execute"] for cell in report["cells"]} == {2}
+    report, stdout = play("evaluate toy-dql.policy.pt --set evaluation.execute=1")
+    assert report["cells"][0]["protocol"]["horizon"] == 1 and "without effect here: execute" in stdout
+    for cell in report["cells"]:  # as an older mdpt wrote it
+        del cell["protocol"]["execute"], cell["protocol"]["horizon"]
+    assert cli.schema().validate_json(json.dumps(report)).cells[0].protocol.execute == 1
+    fail("evaluate p3.pt --infer-guidance toy-idql.guidance.pt", "do not fit together", "horizon 3 against 1")
+    fail("evaluate p3.pt --set evaluation.execute=4", "p3.pt", "[evaluation] execute = 4", "[data] horizon = 3")
+    fail(f"policy toy.toml {window} --guidance toy-idql.guidance.pt --out q.pt", "horizon 3 against 1")
+    fail("guidance toy.toml --set data.horizon=0", "[data] horizon = 0", "greater than or equal to 1")
+    fail(
+        f"{UNDER_IDQL} --set policy.network=transformer --set policy.heads=5 --out q.pt", "[policy] heads = 5", "divide"
+    )
+    assert "policy.heads" in run(f"{UNDER_IDQL} --set policy.heads=2 --out q.pt").stderr  # of no use to an mlp

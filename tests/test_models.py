@@ -1169,7 +1169,7 @@ def test_guidance_learns_the_true_q(algorithm: str, mixture: Transitions, traine
         train(guidance, mixture, SEEDS)
     batch = mixture.take(torch.arange(len(mixture)).expand(2, -1))
     with torch.no_grad():
-        error = (guidance.q(batch.observations, batch.actions) - batch.rewards).abs()
+        error = (guidance.q(batch.observations, batch.actions) - batch.rewards[..., 0]).abs()
         modes = torch.tensor([-0.5, 0.5])[None, :, None].expand(2, 2, 1)
         q = guidance.q(torch.zeros(2, 2, 1), modes)
         advantage = guidance.advantage(torch.zeros(2, 2, 1), modes)
@@ -1849,8 +1849,9 @@ def test_a_field_that_a_file_lacks_has_its_default() -> None:
         del table[field]
         unknown: list[str] = []
         read = functools.reduce(getattr, tables, Bundle.model_validate(content, context=unknown).experiment)
-        filled = {"network": "mlp", "variance": "posterior", "conservatism": 0.0}
-        expected = filled[field] if field in filled else getattr(functools.reduce(getattr, tables, Experiment()), field)
+        filled = models.check_algorithms(Experiment(policy=PolicySection(network="mlp")))  # as in bundles
+        expected = getattr(functools.reduce(getattr, tables, filled), field)
+        expected = {"variance": "posterior", "conservatism": 0.0}.get(field, expected)
         assert isinstance(expected, Section) or getattr(read, field) == expected, place
         assert not unknown
 
@@ -2447,7 +2448,7 @@ def test_fields_without_effect_change_no_bit(kind: str) -> None:
             "advantage_expectile": 0.6,
             "advantage_inverse_temperature": 2.0,
         }
-        | {"dropout": 0.5, "sampling_steps": 3, "variance": "beta", "advantage_weight": "hard"},
+        | {"dropout": 0.5, "heads": 2, "sampling_steps": 3, "variance": "beta", "advantage_weight": "hard"},
     }
     owned = {field for registry in models.CHOICES[name].values() for line in registry.values() for field in line.reads}  # type: ignore[index]
     owned |= set(models.CONSERVATIVE) if name == "guidance" else set()

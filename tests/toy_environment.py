@@ -3,7 +3,8 @@
 Toy-v0: an episode starts at observation [d, 0], where d in 3..8 is drawn by reset's seed, and ends after d steps
 (a terminal, worth 100) or after 6 (the time limit). Every step pays the second action, which lies in [0, 4], and a
 bonus that is 0 unless it is asked for. ToyParted-v0 shows the same two numbers apart, the second one first.
-The first action, in [-1, 1], breaks the environment: above 0.9 with an exception, above 0.8 by hanging, above 0.7 by
+Signs-v0 pays 1 for every four actions in a row, from the first step on, that have one sign; it shows only the phase.
+The first action of Toy, in [-1, 1], breaks the environment: above 0.9 with an exception, above 0.8 by hanging, above 0.7 by
 interrupting and above 0.6 by exiting Python, below -0.9 by ending its process.
 """
 
@@ -78,6 +79,25 @@ class Parted(Toy):
         self.shown.append({"drawn": state[:1, None], "count": state[1:]})
         return self.shown[-1]
 
+
+class Signs(gymnasium.Env[Any, Any]):
+    observation_space = Box(0, 1, (4,), np.float32)
+    action_space = Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        self.signs: list[float] = []
+        return self.phase(), {}
+
+    def phase(self) -> Any:
+        return np.eye(4, dtype=np.float32)[len(self.signs) % 4]
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.signs.append(np.sign(float(action[0])))
+        won = len(self.signs) % 4 == 0 and len(set(self.signs[-4:])) == 1
+        return self.phase(), float(won), len(self.signs) == 8, False, {}
+
+
+gymnasium.register("Signs-v0", entry_point=f"{__name__}:Signs", max_episode_steps=8)
 
 for name, toy, limit, settings in (
     ("Toy", "Toy", 6, {}),
