@@ -987,7 +987,7 @@ def edits(report: dict[str, Any]) -> Iterator[str]:
         if part != before and not (part is report and (value == [] or (late and value is None))):
             yield f"{key} = {value}"
         part.pop(key)
-        if key in before and not late and key not in ("ensemble_over", "execute"):  # which older files lack
+        if key in before and not late and key not in ("ensemble_over", "execute", "horizon"):  # which older files lack
             yield f"no {key}"
         part.clear()
         part.update(before)
