@@ -83,7 +83,7 @@ def run(folder: Path, task: str, seeds: int, steps: int) -> None:
         guidance = f"{task}-{horizon}.guidance.pt"
         values = trained(folder, guidance, "guidance", f"{task}.toml", *window)
         judged = values.quality[-1].model_dump() if values.quality else {}
-        facts[f"guidance, H {horizon}"] = judged | {"speed": 1e6 / values.accounting.seconds_per_1000_steps}
+        facts[f"guidance, H {horizon}"] = judged | {"speed": 1e3 / values.accounting.seconds_per_1000_steps}
         for algorithm in ("bc", "dql"):
             file = f"{task}-{algorithm}-{network}-{horizon}.policy.pt"
             taught = algorithm == "dql"
@@ -95,7 +95,7 @@ def run(folder: Path, task: str, seeds: int, steps: int) -> None:
             account = bundle.accounting
             facts[f"{algorithm}, {arm}"] = {
                 "parameters": account.parameters_trained // seeds,
-                "speed": 1e6 / account.seconds_per_1000_steps,
+                "speed": 1e3 / account.seconds_per_1000_steps,
                 "decision": milliseconds(lambda act=act, states=states: act(states)),  # type: ignore[misc]
             }
             ways = {"ranked": guidance} | ({"one sample": "none"} if taught else {})
@@ -122,13 +122,13 @@ def rows() -> Iterator[str]:
         yield from ("", f"| {task} | parameters | steps/s | ms per decision of 10 states |", "|---|---|---|---|")
         for name, fact in found["facts"].items():
             if "decision" in fact:
-                yield f"| {name} | {fact['parameters']:,} | {fact['speed']:.0f} | {fact['decision']:.0f} |"
+                yield f"| {name} | {fact['parameters']:,} | {fact['speed']:.1f} | {fact['decision']:.0f} |"
         keys = ("correlation", "advantage_correlation", "mean_v", "mean_return")
         yield from ("", f"| {task} | {' | '.join(key.replace('_', ' ') for key in keys)} | steps/s |", "|---" * 6 + "|")
         for name, fact in found["facts"].items():
             if "correlation" in fact:
                 means = [np.mean([each for each in fact[key] if each is not None] or [np.nan]) for key in keys]
-                yield f"| {name} | {' | '.join(f'{mean:.2f}' for mean in means)} | {fact['speed']:.0f} |"
+                yield f"| {name} | {' | '.join(f'{mean:.2f}' for mean in means)} | {fact['speed']:.1f} |"
 
 
 def costs(rounds: int, members: int = 5, wide: int = 15, narrow: int = 3) -> Iterator[str]:
