@@ -324,8 +324,7 @@ class DataSection(Section):
 
     source: Literal["collect", "hdf5", "d4rl", "minari", "arrays"] = Field(
         "collect",
-        description="bundled agents' rollouts, a file in D4RL's format, a dataset by name, or Python's arrays; by "
-        "default hdf5 if there is a path, minari if there is a dataset with a slash in its name, d4rl if it has none",
+        description="where the data come from; by default as path or dataset tell (with a slash minari, else d4rl)",
     )
     dataset: str | None = Field(None, description="name of the dataset, for sources d4rl and minari")
     path: str | None = Field(None, description="the file, for source hdf5; relative to the experiment file")
