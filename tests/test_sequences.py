@@ -491,8 +491,14 @@ def test_an_agent_for_other_programs_gives_windows_and_stays_stateless(tmp_path:
     whole, two = load_agent(tmp_path / "p.pt"), load_agent(tmp_path / "p.pt", execute=2)
     assert whole(states).shape == (5, 3, 2) and two(states).shape == (5, 2, 2) and two(states[0]).shape == (2, 2)
     assert two(states[:0]).shape == (0, 2, 2)
-    first = [load_agent(tmp_path / "p.pt", execute=2)(states) for _ in range(2)]
-    assert np.array_equal(*first) and np.array_equal(first[0], load_agent(tmp_path / "p.pt")(states)[:, :2])
+    ours, teacher = (select_members(bundle, [0]) for bundle in (policy, policy.guidances[0]))
+    how = Inference(candidates=10, execute=3)
+    chooser, again = Agent(ours, [teacher], how, seed=0, episodes=range(5)), load_agent(tmp_path / "p.pt")
+    for call in range(3):  # each call is a decision, whatever was chosen before
+        windows = data.unscale_actions(chooser.decide(states + call, np.arange(5)), policy.environment)
+        assert np.array_equal(again(states + call), windows)
+        if call == 0:
+            assert np.array_equal(load_agent(tmp_path / "p.pt", execute=2)(states), windows[:, :2])
     save_bundle(tmp_path / "one.pt", train("policy dql", 1))
     assert load_agent(tmp_path / "one.pt")(states).shape == (5, 2)
     with pytest.raises(MdptError, match=r"\[evaluation\] execute = 4: a window has \[data\] horizon = 3 actions"):
