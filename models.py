@@ -2984,14 +2984,20 @@ def deal(seeds: Sequence[int], run: Run) -> list[range]:
 
 
 SHORT_RUN = 1_000  # steps, up to which starting processes takes longer than they save
+ALONE = 0.15  # of a step's time on one thread, the part that a second thread does not shorten; fits what was measured
 
 
 def fastest_workers(members: int, steps: int) -> int:
     """The number of processes in which this many members train fastest for some steps, on the threads of this one.
 
-    A process for each thread: on two cores it was faster for 2 to 10 members (see experiments/README.md).
+    On two cores 2, 4, 6 and 10 members are faster in two processes, 3 members in one (see experiments/README.md).
     """
-    return min(members, torch.get_num_threads()) if steps > SHORT_RUN else 1
+    threads = torch.get_num_threads()
+
+    def estimate(count: int) -> float:  # of the largest share's time
+        return math.ceil(members / count) * (ALONE + (1 - ALONE) / (threads // count))
+
+    return min(range(1, min(members, threads) + 1), key=estimate) if steps > SHORT_RUN else 1
 
 
 # what the shares of a run tell each other, before a number for each: of steps done, and of the last request answered
