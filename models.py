@@ -3037,16 +3037,11 @@ def train_share(share: Share, dataset: Dataset, numbers: Array, send: Callable[[
         train_policy(share.experiment, dataset, share.teachers, run)
 
 
-def train_shares(
-    whole: Bundle, dataset: Dataset, teachers: Sequence[Bundle], run: Run, shares: Sequence[Sequence[int]]
-) -> Bundle:
-    """Train members in processes of their own; what they save after the same step is saved as one bundle.
-
-    whole: from `begin`. Raises: MdptError as `train` does, and where a process dies.
-    """
-    section, rule, threads = whole.section, whole.experiment.policy.ensemble, torch.get_num_threads()
-    never = {whole.kind: section.model_copy(update={"save_every": math.inf})}  # they save when they are asked to
-    tasks = [
+def share_tasks(whole: Bundle, teachers: Sequence[Bundle], run: Run, shares: Sequence[Sequence[int]]) -> list[Share]:
+    """The task of each process; arguments as for `train_shares`."""
+    rule, threads = whole.experiment.policy.ensemble, torch.get_num_threads()
+    never = {whole.kind: whole.section.model_copy(update={"save_every": math.inf})}  # they save when they are asked to
+    return [
         Share(
             place=place,
             experiment=whole.experiment.model_copy(update=never | {"seeds": [whole.seeds[i] for i in members]}),
@@ -3058,6 +3053,16 @@ def train_shares(
         )
         for place, members in enumerate(shares)
     ]
+
+
+def train_shares(
+    whole: Bundle, dataset: Dataset, teachers: Sequence[Bundle], run: Run, shares: Sequence[Sequence[int]]
+) -> Bundle:
+    """Train members in processes of their own; what they save after the same step is saved as one bundle.
+
+    whole: from `begin`. Raises: MdptError as `train` does, and where a process dies.
+    """
+    section, tasks = whole.section, share_tasks(whole, teachers, run, shares)
     parts: list[dict[int, Bundle]] = [{} for _ in shares]  # by step
     entries: list[list[Entry]] = [[] for _ in shares]
     merged, kept, ended, failure = whole, run.begun.step if run.begun else 0, set[int](), list[BaseException]()
