@@ -103,14 +103,14 @@ class Part:
         return self.train("policy", name, (f"policy.algorithm={algorithm}", *settings), seeds or self.seeds, *options)
 
     def play(self, names: Sequence[str], command: str, policy: str, *options: object) -> None:
-        """Play with `evaluate` or `swap`; `names`, for the cells of its report in their order, "" for one to leave out."""
+        """Play with `evaluate` or `swap`; `names`: of the first cells of its report, "" for one to leave out."""
         if all(name in self.found["cells"] for name in names if name):
             return
-        file = f"{names[0].replace(' ', '-')}.json"
+        file = f"{'-'.join(names).replace(' ', '-')}.json"
         again = ["--overwrite"] if (self.folder / file).exists() else []  # keeps what was played
         mdpt(self.folder, command, policy, *options, "--json", file, *again)
         report = json.loads((self.folder / file).read_text())
-        for name, cell in zip(names, report["cells"], strict=True):
+        for name, cell in zip(names, report["cells"], strict=False):  # others: one samples that are known, ensembles
             low, high = cell["protocol"]["reference"]
             scores = [
                 [round(100 * (each - low) / (high - low), 1) for each in pair["returns"]] for pair in cell["pairs"]
@@ -148,11 +148,13 @@ def transfer(part: Part) -> None:
     b = part.guidance("B", seeds=range(100, 100 + members))
     c = part.guidance("C", "guidance.algorithm=dql")
     policy = part.policy("P", "dql", a)
-    part.play(["A", "none", "B", "C"], "swap", policy, "--guidance", b, "--guidance", c, "--pairs", "matched")
+    part.play(["A", "none"], "evaluate", policy)
+    part.play(["B"], "evaluate", policy, "--infer-guidance", b)
+    part.play(["C"], "evaluate", policy, "--infer-guidance", c)
     position = ("--set", "evaluation.ensemble=rank", "--set", "evaluation.ensemble_over=position")
     judges = ["--infer-guidance", a, "--infer-guidance", b]
-    part.play(["A and B", ""], "evaluate", policy, *judges, *position)
-    part.play(["A, B and C", ""], "evaluate", policy, *judges, "--infer-guidance", c, *position)
+    part.play(["A and B"], "evaluate", policy, *judges, *position)
+    part.play(["A, B and C"], "evaluate", policy, *judges, "--infer-guidance", c, *position)
     for name, judge in (("A", a), ("B", b)):
         steps = [f"{name} at snapshot {number}" for number in range(1, SNAPSHOTS + 1)]
         part.play(steps, "evaluate", policy, "--curve", "--infer-guidance", judge)
@@ -189,10 +191,11 @@ def conditions(part: Part) -> None:
         short = name.replace(" ", "-")
         a, b = part.guidance(f"{short}-A", *settings), part.guidance(f"{short}-B", *settings, seeds=seeds)
         policy = part.policy(f"{short}-P", "dql", a, *settings)
-        part.play([f"{name}, A", f"{name}, none", f"{name}, B"], "swap", policy, "--guidance", b, "--pairs", "matched")
+        part.play([f"{name}, A", f"{name}, none"], "evaluate", policy)
+        part.play([f"{name}, B"], "evaluate", policy, "--infer-guidance", b)
         if not settings:
-            fifty = ("--guidance", b, "--pairs", "matched", "--candidates", 50)
-            part.play(["50 candidates, A", "", "50 candidates, B"], "swap", policy, *fifty)
+            part.play(["50 candidates, A"], "evaluate", policy, "--candidates", 50)
+            part.play(["50 candidates, B"], "evaluate", policy, "--candidates", 50, "--infer-guidance", b)
 
 
 def offline(part: Part) -> None:
@@ -207,7 +210,7 @@ def offline(part: Part) -> None:
         for number in range(1, SNAPSHOTS + 1):
             step = number * STEPS // SNAPSHOTS
             cell, named = f"{name} at snapshot {number}", f"{path}@{step}"
-            part.play(["", "none", cell], "swap", policy, "--guidance", named, "--pairs", "all")
+            part.play(["none", cell], "swap", policy, "--guidance", named, "--pairs", "all")
             (guidance,) = models.read_guidances(part.folder / named)
             members = [models.select_members(guidance, [member]) for member in range(len(guidance.seeds))]
             told = [models.judge_offline(bundle, [member], how, held_out, 0, {}) for member in members]
