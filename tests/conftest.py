@@ -19,6 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.fsync = lambda _: None  # tests do not outlive a power cut
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which `nohup` ignores, and commands would then, too
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module")
