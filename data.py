@@ -356,8 +356,8 @@ class DataSection(Section):
     held_out: Annotated[float, Field(ge=0, le=0.5)] = Field(0.05, description="fraction of these kept from training")
     reward_scale: Literal["none", "return-range", "minus-one"] | Rate | Pair | None = Field(
         None,
-        description="return-range: time limit (IQL: 1000) / (best - worst return); minus-one; none; a factor; or [factor, offset]; "
-        "by default the source's own, else return-range",
+        description="return-range: time limit (IQL: 1000) / (best - worst return); minus-one; none; a factor; or [factor, "
+        "offset]; by default the source's own, else return-range",
     )
     normalization: Literal["gaussian", "none"] = Field("gaussian", description="of observations, before networks")
     storage: Literal["memory", "disk"] = Field("memory", description="disk: for more transitions than memory holds")
@@ -1378,8 +1378,8 @@ def rollout(
     """Play numbered episodes side by side; an episode starts from the state that `seed` and its number decide.
 
     act: observations (R, O) float32 and places (R,) in `episodes` of those that still run -> actions (R, A) in [-1, 1].
-    name: of the policy, for messages. look: called for the first episode with steps, return so far and a frame (height, width, 3) uint8, at the start, every
-    `every` steps and at the end.
+    name: of the policy, for messages. look: called for the first episode with steps, return so far and a frame
+    (height, width, 3) uint8, at the start, every `every` steps and at the end.
     Raises: MdptError for actions that are not finite or of a wrong shape, and for an environment that fails or cannot be
     filmed.
     """

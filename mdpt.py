@@ -1625,7 +1625,7 @@ def compare_algorithms(results: Sequence[Result]) -> list[str]:
 
 def policy_of(name: str, curve: bool) -> str:
     """The policy of a result by its name: the steps of a curve belong together."""
-    return name.rpartition("@")[0] if curve else name
+    return file_of(name) if curve else name
 
 
 def asked_for(results: Sequence[Result]) -> list[Result]:
@@ -1860,11 +1860,9 @@ def spread_table(title: str, head: str, rows: Sequence[tuple[str, Spread]]) -> T
     for over in ("members", SHARED, "episodes", "snapshots"):
         kind = [(name, each) for name, each in rows if each.over == over]
         for name, each in kind:
-            iqr, std = (
-                (number(each.iqr), number(each.iqr_change, "+.1f")),
-                (number(each.std), number(each.std_change, "+.1f")),
-            )
-            lines.append((name, over, *iqr, *std, number(each.p_holm, ".3f")))
+            changes = number(each.iqr_change, "+.1f"), number(each.std_change, "+.1f")
+            p = number(each.p_holm, ".3f")
+            lines.append((name, over, number(each.iqr), changes[0], number(each.std), changes[1], p))
         lines += [None] * bool(kind)
         tests += [f"{count} over {over}"] if (count := sum(each.p is not None for _, each in kind)) else []
     caption = "over episodes and snapshots: those of a member, median over members"

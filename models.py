@@ -2965,7 +2965,7 @@ def begin(kind: Kind, experiment: Experiment, dataset: Dataset, teachers: Sequen
 
 @dataclass(frozen=True)
 class Share:
-    """A task for a process: some members of a run. place: of this share among all. run: what can be sent of it."""
+    """A task for a process: some members of a run, and what training them takes. place: of this share among all."""
 
     place: int
     experiment: Experiment
@@ -3250,10 +3250,8 @@ def _held_out_values(guidance: Guidance, held_out: HeldOut, horizon: int) -> tup
     """V, Q of the rows' actions, and mean Q of OTHER_ACTIONS actions of other rows: (S, rows) float64 each."""
     found, device = [], guidance.value.vector.device
     count = len(held_out.actions)
-    apart = [
-        0,
-        *(max(1, count * k // (OTHER_ACTIONS + 1)) for k in range(1, OTHER_ACTIONS + 1)),
-    ]  # mostly other episodes
+    others = (max(1, count * k // (OTHER_ACTIONS + 1)) for k in range(1, OTHER_ACTIONS + 1))  # mostly other episodes
+    apart = [0, *others]
     for start in range(0, count, QUALITY_ROWS):
         rows = np.arange(start, min(start + QUALITY_ROWS, count))
         arrays = [held_out.observations[rows], *(held_out.windows((rows - k) % count, horizon)[0] for k in apart)]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,11 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from support import ROOT, score, train
 
 from mdpt import models
 from mdpt.data import DataSection, Experiment, PolicySection, load_dataset
 
-ROOT = Path(__file__).resolve().parent.parent
 STORE = ROOT / "experiments" / "sequences"
 TASKS = {"hopper": ROOT / "hopper.toml", "halfcheetah": ROOT / "experiments" / "halfcheetah.toml"}
 ARMS = [("mlp", 1), ("mlp", 4), ("mlp", 8), ("transformer", 4)]  # network of the policy, horizon
@@ -41,25 +40,6 @@ snapshots = 1
 steps = {0}
 snapshots = 1
 """
-
-
-def mdpt(folder: Path, *arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "mdpt.mdpt", *map(str, arguments)], cwd=folder, check=True)
-
-
-def trained(folder: Path, file: str, *arguments: object) -> models.Bundle:
-    """The bundle in this file, trained by these arguments if it is not there or not complete."""
-    if not (folder / file).exists() or not models.read_bundle(folder / file).complete:
-        mdpt(folder, *arguments, "--out", file)
-    return models.read_bundle(folder / file)
-
-
-def score(folder: Path, name: str, *arguments: object) -> list[float]:
-    """The score of each member of a `mdpt evaluate`, whose JSON is kept under this name."""
-    file = folder / f"{name}.json"
-    if not file.exists():
-        mdpt(folder, "evaluate", *arguments, "--json", file.name)
-    return [round(pair["score"], 1) for pair in json.loads(file.read_text())["cells"][0]["pairs"]]
 
 
 def milliseconds(decide: Callable[[], object], rounds: int = 20) -> float:
@@ -81,7 +61,7 @@ def run(folder: Path, task: str, seeds: int, steps: int) -> None:
     for network, horizon in ARMS:
         arm, window = f"{network}, H {horizon}", ("--set", f"data.horizon={horizon}")
         guidance = f"{task}-{horizon}.guidance.pt"
-        values = trained(folder, guidance, "guidance", f"{task}.toml", *window)
+        values = models.read_bundle(folder / train(folder, "guidance", f"{task}.toml", guidance, *window))
         judged = values.quality[-1].model_dump() if values.quality else {}
         facts[f"guidance, H {horizon}"] = judged | {"speed": 1e3 / values.accounting.seconds_per_1000_steps}
         for algorithm in ("bc", "dql"):
@@ -89,7 +69,7 @@ def run(folder: Path, task: str, seeds: int, steps: int) -> None:
             taught = algorithm == "dql"
             options = ["--set", f"policy.algorithm={algorithm}", "--set", f"policy.network={network}", *window]
             options += ["--guidance", guidance] if taught else ["--set", "policy.scheme=unguided"]
-            bundle = trained(folder, file, "policy", f"{task}.toml", *options)
+            bundle = models.read_bundle(folder / train(folder, "policy", f"{task}.toml", file, *options))
             act = models.load_agent(folder / file, folder / guidance)
             states = np.zeros((10, bundle.environment.observation_dim), np.float32)
             account = bundle.accounting

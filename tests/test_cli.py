@@ -979,10 +979,8 @@ def edits(report: dict[str, Any]) -> Iterator[str]:
     wrong += [(pair, "returns", [*pair["returns"], 1.0]), (cell, "pairs", cell["pairs"][:1]), (cell, "colour", "red")]
     wrong += [(cell, "pairs", [*cell["pairs"], pair]), (report, "cells", [cell] * 3)]
     for part, key, value in wrong:
-        before, late = (
-            dict(part),
-            key in ("summary", "spreads", "choices", "rivalry"),
-        )  # not there while cells are played
+        before = dict(part)
+        late = key in ("summary", "spreads", "choices", "rivalry")  # not there while cells are played
         part[key] = value
         if part != before and not (part is report and (value == [] or (late and value is None))):
             yield f"{key} = {value}"
